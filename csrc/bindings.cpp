@@ -1,0 +1,342 @@
+// The Python module transformers_kt._C: checks dtypes, shapes and ranges, releases the GIL, does no arithmetic.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "cpu_features.h"
+#include "dispatch.h"
+#include "experts.h"
+#include "linear.h"
+#include "packed_matrix.h"
+#include "panel_layout.h"
+#include "row_decoder.h"
+#include "thread_pool.h"
+
+namespace py = pybind11;
+
+namespace tkt {
+namespace {
+
+// Arrays are taken as they are (noconvert at every def): a silent copy would hide a wrong dtype or layout.
+using Floats = py::array_t<float, py::array::c_style>;
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
+using Int32s = py::array_t<int32_t, py::array::c_style>;
+using Int64s = py::array_t<int64_t, py::array::c_style>;
+using StridedFloats = py::array_t<float, 0>;
+
+std::string shape_text(const py::array& array) {
+  std::string text = "(";
+  for (py::ssize_t i = 0; i < array.ndim(); ++i) text += (i > 0 ? ", " : "") + std::to_string(array.shape(i));
+  return text + ")";
+}
+
+void require_shape(const py::array& array, const char* name, const std::vector<int64_t>& shape) {
+  bool equal = array.ndim() == static_cast<py::ssize_t>(shape.size());
+  for (size_t i = 0; equal && i < shape.size(); ++i) equal = array.shape(static_cast<py::ssize_t>(i)) == shape[i];
+  if (equal) return;
+  std::string wanted = "(";
+  for (size_t i = 0; i < shape.size(); ++i) wanted += (i > 0 ? ", " : "") + std::to_string(shape[i]);
+  throw std::invalid_argument(std::string(name) + " must have shape " + wanted + "), got " + shape_text(array));
+}
+
+int64_t rows_of(const py::array& array, const char* name, int64_t cols) {
+  if (array.ndim() != 2 || array.shape(1) != cols) {
+    throw std::invalid_argument(std::string(name) + " must have shape (rows, " + std::to_string(cols) + "), got " +
+                                shape_text(array));
+  }
+  return array.shape(0);
+}
+
+const WeightTypeInfo& type_numbered(int ggml_type) {
+  const WeightTypeInfo* info = find_ggml_type(ggml_type);
+  if (info == nullptr) throw std::invalid_argument("no kernel for ggml type " + std::to_string(ggml_type));
+  return *info;
+}
+
+std::vector<float> to_vector(const std::optional<Floats>& values) {
+  if (!values) return {};
+  return std::vector<float>(values->data(), values->data() + values->size());
+}
+
+std::shared_ptr<PackedMatrix> make_matrix(int ggml_type, int64_t count, int64_t rows, int64_t cols) {
+  return std::make_shared<PackedMatrix>(type_numbered(ggml_type).type, count, rows, cols);
+}
+
+void pack(PackedMatrix& matrix, int64_t index, const Bytes& source) {
+  if (index < 0 || index >= matrix.count()) {
+    throw std::invalid_argument("matrix index " + std::to_string(index) + " is not in [0, " +
+                                std::to_string(matrix.count()) + ")");
+  }
+  require_shape(source, "source bytes", {matrix.source_bytes()});
+  const uint8_t* data = source.data();
+  const py::gil_scoped_release release;
+  matrix.pack(index, data);
+}
+
+void pack_floats(PackedMatrix& matrix, const Floats& source) {
+  require_shape(source, "source", {matrix.count(), matrix.rows(), matrix.cols()});
+  const float* data = source.data();
+  const py::gil_scoped_release release;
+  matrix.pack_floats(data);
+}
+
+void linear_op(const PackedMatrix& w, const Floats& x, Floats& out) {
+  const int64_t tokens = rows_of(x, "x", w.cols());
+  require_shape(out, "out", {tokens, w.rows()});
+  if (w.count() != 1) throw std::invalid_argument("linear takes one matrix, got " + std::to_string(w.count()));
+  const float* from = x.data();
+  float* to = out.mutable_data();
+  const py::gil_scoped_release release;
+  linear(w, 0, from, tokens, to);
+}
+
+void rms_norm_op(const Floats& x, const Floats& weight, float eps, Floats& out) {
+  const int64_t width = weight.size();
+  const int64_t tokens = rows_of(x, "x", width);
+  require_shape(out, "out", {tokens, width});
+  const float* from = x.data();
+  const float* scale = weight.data();
+  float* to = out.mutable_data();
+  const py::gil_scoped_release release;
+  const KernelTable& table = kernels();
+  parallel_for(tokens, [&](int64_t t) { table.rms_norm(from + t * width, scale, eps, width, to + t * width); });
+}
+
+void embed_op(int ggml_type, const Bytes& data, const Int64s& ids, Floats& out) {
+  const WeightTypeInfo& info = type_numbered(ggml_type);
+  const int64_t tokens = ids.size();
+  if (out.ndim() != 2 || out.shape(1) % info.block_elements != 0) {
+    throw std::invalid_argument("out must have shape (tokens, columns in whole blocks), got " + shape_text(out));
+  }
+  const int64_t cols = out.shape(1);
+  require_shape(out, "out", {tokens, cols});
+  const int64_t bytes = row_bytes(info, cols);
+  const int64_t vocabulary = data.size() / bytes;
+  const int64_t* id = ids.data();
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (id[t] >= 0 && id[t] < vocabulary) continue;
+    throw py::index_error("token id " + std::to_string(id[t]) + " is not in [0, " + std::to_string(vocabulary) + ")");
+  }
+  const uint8_t* rows = data.data();
+  float* to = out.mutable_data();
+  const py::gil_scoped_release release;
+  parallel_for(tokens, [&](int64_t t) { dequantize_row(info.type, rows + id[t] * bytes, cols, to + t * cols); });
+}
+
+void dequantize_op(int ggml_type, const Bytes& data, Floats& out) {
+  const WeightTypeInfo& info = type_numbered(ggml_type);
+  if (out.size() % info.block_elements != 0) throw std::invalid_argument("out must hold whole blocks");
+  require_shape(data, "data", {row_bytes(info, out.size())});
+  dequantize_row(info.type, data.data(), out.size(), out.mutable_data());
+}
+
+void routed_experts_op(const ExpertWeights& experts, const Floats& x, const Int64s& indices, const Floats& weights,
+                       Floats& out) {
+  const int64_t tokens = rows_of(x, "x", experts.hidden());
+  require_shape(out, "out", {tokens, experts.hidden()});
+  if (indices.ndim() != 2) throw std::invalid_argument("indices must have shape (tokens, top_k)");
+  const int64_t top_k = indices.shape(1);
+  require_shape(indices, "indices", {tokens, top_k});
+  require_shape(weights, "weights", {tokens, top_k});
+  std::vector<int32_t> chosen(static_cast<size_t>(tokens * top_k));
+  for (size_t i = 0; i < chosen.size(); ++i) {
+    const int64_t e = indices.data()[i];
+    if (e < 0 || e >= experts.count()) {
+      throw py::index_error("expert " + std::to_string(e) + " is not in [0, " + std::to_string(experts.count()) + ")");
+    }
+    chosen[i] = static_cast<int32_t>(e);
+  }
+  const float* from = x.data();
+  const float* scale = weights.data();
+  float* to = out.mutable_data();
+  const py::gil_scoped_release release;
+  run_experts(&experts, chosen.data(), scale, top_k, nullptr, from, tokens, to);
+}
+
+void mlp_op(const ExpertWeights& mlp, const Floats& x, Floats& out) {
+  const int64_t tokens = rows_of(x, "x", mlp.hidden());
+  require_shape(out, "out", {tokens, mlp.hidden()});
+  if (mlp.count() != 1) throw std::invalid_argument("an MLP is one expert, got " + std::to_string(mlp.count()));
+  const float* from = x.data();
+  float* to = out.mutable_data();
+  const py::gil_scoped_release release;
+  run_experts(nullptr, nullptr, nullptr, 0, &mlp, from, tokens, to);
+}
+
+std::shared_ptr<MoeBlock> make_moe(std::shared_ptr<PackedMatrix> router, const std::optional<Floats>& bias,
+                                   std::shared_ptr<ExpertWeights> routed, std::shared_ptr<ExpertWeights> shared,
+                                   bool sigmoid, int64_t groups, int64_t top_groups, int64_t top_k, bool normalize,
+                                   float scale) {
+  const RouterConfig config{sigmoid ? Scoring::kSigmoid : Scoring::kSoftmax,
+                            sigmoid ? GroupScore::kTop2Sum : GroupScore::kMax,
+                            groups,
+                            top_groups,
+                            top_k,
+                            normalize,
+                            scale};
+  return std::make_shared<MoeBlock>(std::move(router), to_vector(bias), config, std::move(routed), std::move(shared));
+}
+
+void moe_op(const MoeBlock& moe, const Floats& x, Floats& out, Floats& logits) {
+  const int64_t tokens = rows_of(x, "x", moe.hidden());
+  require_shape(out, "out", {tokens, moe.hidden()});
+  require_shape(logits, "logits", {tokens, moe.experts()});
+  const float* from = x.data();
+  float* to = out.mutable_data();
+  float* scores = logits.mutable_data();
+  const py::gil_scoped_release release;
+  moe.forward(from, tokens, to, scores);
+}
+
+std::shared_ptr<MlaAttention> make_attention(int64_t hidden, int64_t heads, int64_t nope_dim, int64_t rope_dim,
+                                             int64_t latent_dim, int64_t value_dim, float softmax_scale,
+                                             float norm_eps, std::shared_ptr<PackedMatrix> q_a,
+                                             const std::optional<Floats>& q_a_norm, std::shared_ptr<PackedMatrix> q,
+                                             std::shared_ptr<PackedMatrix> kv_a, const Floats& kv_a_norm,
+                                             std::shared_ptr<PackedMatrix> k_b, std::shared_ptr<PackedMatrix> v_b,
+                                             std::shared_ptr<PackedMatrix> o) {
+  AttentionWeights weights{std::move(q_a), to_vector(q_a_norm), std::move(q),   std::move(kv_a), to_vector(kv_a_norm),
+                           std::move(k_b), std::move(v_b),      std::move(o)};
+  const AttentionConfig config{hidden, heads, nope_dim, rope_dim, latent_dim, value_dim, softmax_scale, norm_eps};
+  return std::make_shared<MlaAttention>(config, std::move(weights));
+}
+
+void project_keys_op(const MlaAttention& attention, const Floats& x, const Floats& rope_table, Floats& latents,
+                     Floats& ropes) {
+  const AttentionConfig& c = attention.config();
+  const int64_t tokens = rows_of(x, "x", c.hidden);
+  require_shape(rope_table, "rope_table", {tokens, c.rope_dim});
+  require_shape(latents, "latents", {tokens, c.latent_dim});
+  require_shape(ropes, "ropes", {tokens, c.rope_dim});
+  const float* from = x.data();
+  const float* table = rope_table.data();
+  float* to_latents = latents.mutable_data();
+  float* to_ropes = ropes.mutable_data();
+  const py::gil_scoped_release release;
+  attention.project_keys(from, table, tokens, to_latents, to_ropes);
+}
+
+// Floats between rows along `axis`; a cache may be a view into a longer buffer, but its last axis is dense.
+int64_t stride_of(const StridedFloats& array, const char* name, py::ssize_t axis) {
+  if (array.strides(2) != static_cast<py::ssize_t>(sizeof(float)) || array.strides(axis) % sizeof(float) != 0) {
+    throw std::invalid_argument(std::string(name) + " must have a dense last axis");
+  }
+  return array.strides(axis) / static_cast<py::ssize_t>(sizeof(float));
+}
+
+void attend_op(const MlaAttention& attention, const Floats& x, const Floats& rope_table, const StridedFloats& latents,
+               const StridedFloats& ropes, const std::optional<Int32s>& ranges, const std::optional<Bytes>& mask,
+               Floats& out) {
+  const AttentionConfig& c = attention.config();
+  if (x.ndim() != 3) throw std::invalid_argument("x must have shape (batch, tokens, hidden), got " + shape_text(x));
+  const int64_t batch = x.shape(0);
+  const int64_t tokens = x.shape(1);
+  require_shape(x, "x", {batch, tokens, c.hidden});
+  require_shape(out, "out", {batch, tokens, c.hidden});
+  require_shape(rope_table, "rope_table", {batch * tokens, c.rope_dim});
+  if (latents.ndim() != 3) throw std::invalid_argument("latents must have shape (batch, keys, latent_dim)");
+  const int64_t length = latents.shape(1);
+  require_shape(latents, "latents", {batch, length, c.latent_dim});
+  require_shape(ropes, "ropes", {batch, length, c.rope_dim});
+  if (ranges.has_value() == mask.has_value()) throw std::invalid_argument("give either ranges or a mask");
+  if (ranges) require_shape(*ranges, "ranges", {batch, tokens, 2});
+  if (mask) require_shape(*mask, "mask", {batch, tokens, length});
+  const LatentCache cache{latents.data(), stride_of(latents, "latents", 0), stride_of(latents, "latents", 1),
+                          ropes.data(),   stride_of(ropes, "ropes", 0),     stride_of(ropes, "ropes", 1),
+                          length};
+  const Visibility visibility{ranges ? ranges->data() : nullptr, mask ? mask->data() : nullptr};
+  const float* from = x.data();
+  const float* table = rope_table.data();
+  float* to = out.mutable_data();
+  const py::gil_scoped_release release;
+  attention.attend(from, table, batch, tokens, cache, visibility, to);
+}
+
+void rope_table_op(const Int64s& positions, const Floats& inv_freq, float scaling, Floats& table) {
+  const int64_t dim = inv_freq.size() * 2;
+  require_shape(table, "table", {positions.size(), dim});
+  fill_rope_table(positions.data(), positions.size(), inv_freq.data(), dim, scaling, table.mutable_data());
+}
+
+py::list weight_types() {
+  py::list types;
+  for (const WeightTypeInfo& info : kWeightTypeInfos) {
+    types.append(py::make_tuple(info.name, info.ggml_type, info.block_elements, info.block_bytes));
+  }
+  return types;
+}
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const KernelTable* table : all_tables()) {
+    if (is_supported(*table)) names.emplace_back(table->name);
+  }
+  return names;
+}
+
+}  // namespace
+}  // namespace tkt
+
+PYBIND11_MODULE(_C, m) {
+  using namespace tkt;
+  m.doc() = "CPU kernels of transformers_kt; use the Python modules instead of this.";
+
+  m.def("weight_types", &weight_types, "(name, ggml number, block elements, block bytes) of every type with kernels");
+  m.def("cpu_features", [] { return feature_names(cpu_features()); });
+  m.def("supported_isas", &supported_isas, "names of the kernel tables this CPU can run, best first");
+  m.def("isa", [] { return std::string(kernels().name); });
+  m.def("select_isa", &select_kernels, py::arg("name"), "for tests; '' chooses automatically");
+  m.def("thread_count", &thread_count);
+  m.def("set_thread_count", &set_thread_count, py::arg("n"));
+
+  py::class_<PackedMatrix, std::shared_ptr<PackedMatrix>>(m, "PackedMatrix")
+      .def(py::init(&make_matrix), py::arg("ggml_type"), py::arg("count"), py::arg("rows"), py::arg("cols"))
+      .def("pack", &pack, py::arg("index"), py::arg("source").noconvert())
+      .def("pack_floats", &pack_floats, py::arg("source").noconvert())
+      .def_property_readonly("type_name", [](const PackedMatrix& w) { return std::string(w.info().name); })
+      .def_property_readonly("count", &PackedMatrix::count)
+      .def_property_readonly("rows", &PackedMatrix::rows)
+      .def_property_readonly("cols", &PackedMatrix::cols)
+      .def_property_readonly("nbytes", &PackedMatrix::nbytes);
+
+  m.def("linear", &linear_op, py::arg("w"), py::arg("x").noconvert(), py::arg("out").noconvert());
+  m.def("rms_norm", &rms_norm_op, py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("eps"),
+        py::arg("out").noconvert());
+  m.def("embed", &embed_op, py::arg("ggml_type"), py::arg("data").noconvert(), py::arg("ids").noconvert(),
+        py::arg("out").noconvert());
+  m.def("dequantize", &dequantize_op, py::arg("ggml_type"), py::arg("data").noconvert(), py::arg("out").noconvert());
+  m.def("rope_table", &rope_table_op, py::arg("positions").noconvert(), py::arg("inv_freq").noconvert(),
+        py::arg("scaling"), py::arg("table").noconvert());
+
+  py::class_<ExpertWeights, std::shared_ptr<ExpertWeights>>(m, "Experts")
+      .def(py::init<std::shared_ptr<PackedMatrix>, std::shared_ptr<PackedMatrix>, std::shared_ptr<PackedMatrix>>(),
+           py::arg("gate"), py::arg("up"), py::arg("down"))
+      .def("forward_routed", &routed_experts_op, py::arg("x").noconvert(), py::arg("indices").noconvert(),
+           py::arg("weights").noconvert(), py::arg("out").noconvert())
+      .def("forward_mlp", &mlp_op, py::arg("x").noconvert(), py::arg("out").noconvert());
+
+  py::class_<MoeBlock, std::shared_ptr<MoeBlock>>(m, "MoeBlock")
+      .def(py::init(&make_moe), py::arg("router"), py::arg("bias").noconvert(), py::arg("routed"), py::arg("shared"),
+           py::kw_only(), py::arg("sigmoid"), py::arg("groups"), py::arg("top_groups"), py::arg("top_k"),
+           py::arg("normalize"), py::arg("scale"))
+      .def("forward", &moe_op, py::arg("x").noconvert(), py::arg("out").noconvert(), py::arg("logits").noconvert());
+
+  py::class_<MlaAttention, std::shared_ptr<MlaAttention>>(m, "MlaAttention")
+      .def(py::init(&make_attention), py::kw_only(), py::arg("hidden"), py::arg("heads"), py::arg("nope_dim"),
+           py::arg("rope_dim"), py::arg("latent_dim"), py::arg("value_dim"), py::arg("softmax_scale"),
+           py::arg("norm_eps"), py::arg("q_a"), py::arg("q_a_norm").noconvert(), py::arg("q"), py::arg("kv_a"),
+           py::arg("kv_a_norm").noconvert(), py::arg("k_b"), py::arg("v_b"), py::arg("o"))
+      .def("project_keys", &project_keys_op, py::arg("x").noconvert(), py::arg("rope_table").noconvert(),
+           py::arg("latents").noconvert(), py::arg("ropes").noconvert())
+      .def("attend", &attend_op, py::arg("x").noconvert(), py::arg("rope_table").noconvert(),
+           py::arg("latents").noconvert(), py::arg("ropes").noconvert(), py::arg("ranges").noconvert(),
+           py::arg("mask").noconvert(), py::arg("out").noconvert());
+}

@@ -1,0 +1,166 @@
+// GGUF weight blocks (bit layouts as defined by ggml), the panel layout they are packed into, and the quantized
+// activations they are multiplied with. Every fact about a type stands here once.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tkt {
+
+// ---- GGUF blocks: little-endian, rows of blocks without gaps. f16 scales are kept as raw bits. ----------------------
+
+// 32 weights, 4.5 bits each: w = d * (q - 8). qs[i]: low nibble = weight i, high nibble = weight i + 16.
+struct BlockQ4_0 {
+  uint16_t d;
+  uint8_t qs[16];
+};
+static_assert(sizeof(BlockQ4_0) == 18, "ggml block size");
+
+// 32 weights, 5.5 bits each: w = d * (q - 16). Bit i of qh is bit 4 of weight i; qs as in Q4_0.
+struct BlockQ5_0 {
+  uint16_t d;
+  uint8_t qh[4];
+  uint8_t qs[16];
+};
+static_assert(sizeof(BlockQ5_0) == 22, "ggml block size");
+
+// 32 weights, 8.5 bits each: w = d * q.
+struct BlockQ8_0 {
+  uint16_t d;
+  int8_t qs[32];
+};
+static_assert(sizeof(BlockQ8_0) == 34, "ggml block size");
+
+// 256 weights in 8 sub-blocks of 32, 4.5 bits each: w = d * sc[j] * q - dmin * m[j].
+// scales: 8 pairs (sc, m) of 6 bits: bytes 0-3 hold sc[0..3], bytes 4-7 m[0..3] in their low 6 bits; bytes 8-11 hold the
+// low 4 bits of sc[4..7] and m[4..7]; their upper 2 bits sit in the top of bytes 0-3 and 4-7.
+// qs: 4 chunks of 32 bytes; chunk c: low nibbles = sub-block 2c, high nibbles = sub-block 2c + 1.
+struct BlockQ4_K {
+  uint16_t d;
+  uint16_t dmin;
+  uint8_t scales[12];
+  uint8_t qs[128];
+};
+static_assert(sizeof(BlockQ4_K) == 144, "ggml block size");
+
+// As Q4_K with a fifth bit, 5.5 bits each: bit j of qh[i] is bit 4 of weight i of sub-block j.
+struct BlockQ5_K {
+  uint16_t d;
+  uint16_t dmin;
+  uint8_t scales[12];
+  uint8_t qh[32];
+  uint8_t qs[128];
+};
+static_assert(sizeof(BlockQ5_K) == 176, "ggml block size");
+
+// 256 weights in 16 sub-blocks of 16, 6.5625 bits each: w = d * scales[j] * (q - 32).
+// Per half of 128 weights: ql[64] holds the low 4 bits (weights l and l + 64 share byte l), qh[32] the upper 2 bits of
+// weights l, l + 32, l + 64, l + 96 in bits 0-1, 2-3, 4-5, 6-7 of byte l.
+struct BlockQ6_K {
+  uint8_t ql[128];
+  uint8_t qh[64];
+  int8_t scales[16];
+  uint16_t d;
+};
+static_assert(sizeof(BlockQ6_K) == 210, "ggml block size");
+
+// ---- Activations, quantized once per token ------------------------------------------------------------------------
+
+// 256 values for K-quants: x = d * q, |q| <= 127. sums16[j] = sum of q over 16 values (for sub-blocks of 16), sums32 over
+// 32. Both are stored in the order 0,2,1,3 within every four: a 32-bit lane of packed 8-bit scales yields the pairs
+// (0,2) and (1,3) with one mask or shift each, which a 16-bit multiply-add then consumes.
+struct alignas(64) ActivationQ8K {
+  int8_t q[256];
+  int16_t sums16[16];
+  int16_t sums32[8];
+  float d;
+  int32_t unused[3];
+};
+static_assert(sizeof(ActivationQ8K) == 320, "five cache lines");
+
+// 32 values for the 32-wide types.
+struct ActivationQ8x32 {
+  int8_t q[32];
+  float d;
+  int32_t sum;
+};
+static_assert(sizeof(ActivationQ8x32) == 40, "no padding");
+
+enum class ActivationFormat { kF32, kQ8K, kQ8x32 };
+
+// Bytes of one token's activations of `cols` values; a multiple of 64 so that rows start on cache lines.
+inline int64_t activation_row_bytes(ActivationFormat format, int64_t cols) {
+  int64_t bytes = 0;
+  switch (format) {
+    case ActivationFormat::kF32:
+      bytes = cols * static_cast<int64_t>(sizeof(float));
+      break;
+    case ActivationFormat::kQ8K:
+      bytes = cols / 256 * static_cast<int64_t>(sizeof(ActivationQ8K));
+      break;
+    case ActivationFormat::kQ8x32:
+      bytes = cols / 32 * static_cast<int64_t>(sizeof(ActivationQ8x32));
+      break;
+  }
+  return (bytes + 63) / 64 * 64;
+}
+
+// ---- Types and their panel layout ---------------------------------------------------------------------------------
+//
+// A panel holds 16 rows, k-major, in exactly 16 times a row's bytes. A block is cut into `unit_count` units of
+// `unit_bytes`; unit u of block b of the 16 rows stands together, lane = row. So 4 consecutive int8 (or 8 nibbles) of 16
+// rows fill one 512-bit register. A block whose size is no multiple of 4 keeps its f16 scale apart: all scales of the
+// panel follow after all units, 16 lanes of 2 bytes per block, so that units stay 64-byte aligned.
+
+constexpr int kPanelRows = 16;
+
+enum class WeightType : int { kF32, kF16, kBF16, kQ4_0, kQ5_0, kQ8_0, kQ4_K, kQ5_K, kQ6_K };
+constexpr int kWeightTypes = 9;
+
+struct WeightTypeInfo {
+  WeightType type;
+  const char* name;         // as ggml spells it
+  int ggml_type;            // number in a GGUF tensor table
+  int block_elements;       // columns per block
+  int block_bytes;          // bytes per block of one row
+  int unit_offset;          // where the units start in a block
+  int unit_bytes;           // 2 or 4
+  int unit_count;           // per block
+  int scale_offset;         // where the separate f16 scale stands in a block; -1: there is none
+  ActivationFormat activation;
+};
+
+constexpr WeightTypeInfo kWeightTypeInfos[kWeightTypes] = {
+    {WeightType::kF32, "F32", 0, 1, 4, 0, 4, 1, -1, ActivationFormat::kF32},
+    {WeightType::kF16, "F16", 1, 1, 2, 0, 2, 1, -1, ActivationFormat::kF32},
+    {WeightType::kBF16, "BF16", 30, 1, 2, 0, 2, 1, -1, ActivationFormat::kF32},
+    {WeightType::kQ4_0, "Q4_0", 2, 32, 18, 2, 4, 4, 0, ActivationFormat::kQ8x32},
+    {WeightType::kQ5_0, "Q5_0", 6, 32, 22, 2, 4, 5, 0, ActivationFormat::kQ8x32},
+    {WeightType::kQ8_0, "Q8_0", 8, 32, 34, 2, 4, 8, 0, ActivationFormat::kQ8x32},
+    {WeightType::kQ4_K, "Q4_K", 12, 256, 144, 0, 4, 36, -1, ActivationFormat::kQ8K},
+    {WeightType::kQ5_K, "Q5_K", 13, 256, 176, 0, 4, 44, -1, ActivationFormat::kQ8K},
+    {WeightType::kQ6_K, "Q6_K", 14, 256, 210, 0, 4, 52, 208, ActivationFormat::kQ8K},
+};
+
+constexpr const WeightTypeInfo& info_of(WeightType type) { return kWeightTypeInfos[static_cast<int>(type)]; }
+
+// nullptr where there is no kernel for that number.
+inline const WeightTypeInfo* find_ggml_type(int ggml_type) {
+  for (const WeightTypeInfo& info : kWeightTypeInfos) {
+    if (info.ggml_type == ggml_type) return &info;
+  }
+  return nullptr;
+}
+
+constexpr bool table_is_consistent() {
+  for (int i = 0; i < kWeightTypes; ++i) {
+    const WeightTypeInfo& info = kWeightTypeInfos[i];
+    const int scale_bytes = info.scale_offset < 0 ? 0 : 2;
+    if (static_cast<int>(info.type) != i) return false;
+    if (info.unit_bytes * info.unit_count + scale_bytes != info.block_bytes) return false;
+  }
+  return true;
+}
+static_assert(table_is_consistent(), "a panel holds every byte of a block once");
+
+}  // namespace tkt

@@ -1,0 +1,344 @@
+#include "experts.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+
+#include "dispatch.h"
+#include "linear.h"
+#include "thread_pool.h"
+
+namespace tkt {
+namespace {
+
+// Prompts are worked through in pieces of this many tokens, which bounds the intermediate results (V3: 512 tokens x 9
+// experts x 2,048 floats = 38 MB) while every expert still sees enough tokens to amortize reading its weights.
+constexpr int64_t kChunkTokens = 512;
+constexpr int64_t kTileTokens = 64;
+
+// The tokens one expert works on.
+struct ExpertRun {
+  const ExpertWeights* experts;
+  int64_t index;
+  std::vector<int64_t> tokens;   // ascending
+  std::vector<float> weights;    // empty: all 1
+  int64_t first_row;             // of this run in the intermediate results
+};
+
+std::vector<ExpertRun> routed_runs(const ExpertWeights& routed, const int32_t* indices, const float* weights,
+                                   int64_t top_k, int64_t tokens) {
+  std::vector<ExpertRun> by_expert(static_cast<size_t>(routed.count()));
+  for (int64_t token = 0; token < tokens; ++token) {
+    for (int64_t k = 0; k < top_k; ++k) {
+      ExpertRun& run = by_expert[static_cast<size_t>(indices[token * top_k + k])];
+      run.tokens.push_back(token);
+      run.weights.push_back(weights[token * top_k + k]);
+    }
+  }
+  std::vector<ExpertRun> runs;
+  for (size_t e = 0; e < by_expert.size(); ++e) {
+    if (by_expert[e].tokens.empty()) continue;
+    by_expert[e].experts = &routed;
+    by_expert[e].index = static_cast<int64_t>(e);
+    runs.push_back(std::move(by_expert[e]));
+  }
+  return runs;
+}
+
+ExpertRun shared_run(const ExpertWeights& shared, int64_t tokens) {
+  ExpertRun run{&shared, 0, std::vector<int64_t>(static_cast<size_t>(tokens)), {}, 0};
+  for (int64_t token = 0; token < tokens; ++token) run.tokens[static_cast<size_t>(token)] = token;
+  return run;
+}
+
+// x quantized once for each format that some gate or up matrix wants.
+class InputFormats {
+ public:
+  InputFormats(const std::vector<ExpertRun>& runs, const float* x, int64_t tokens) {
+    for (const ExpertRun& run : runs) {
+      for (const PackedMatrix* w : {&run.experts->gate(), &run.experts->up()}) {
+        std::unique_ptr<Activations>& rows = formats_[static_cast<int>(w->info().activation)];
+        if (rows == nullptr) {
+          rows = std::make_unique<Activations>(w->info().activation, x, tokens, w->cols(), w->cols());
+        }
+      }
+    }
+  }
+  const Activations& of(const PackedMatrix& w) const { return *formats_[static_cast<int>(w.info().activation)]; }
+
+ private:
+  std::unique_ptr<Activations> formats_[3];
+};
+
+// Pieces of (run, panel, token tile) laid end to end.
+struct Piece {
+  const ExpertRun* run;
+  int64_t panel;
+  int64_t first;
+  int tokens;
+};
+
+class PieceIndex {
+ public:
+  void add(const ExpertRun& run, int64_t panels) {
+    const int64_t tiles = (static_cast<int64_t>(run.tokens.size()) + kTileTokens - 1) / kTileTokens;
+    total_ += panels * tiles;
+    entries_.push_back({&run, panels, total_});
+  }
+  int64_t total() const { return total_; }
+  Piece at(int64_t position) const {
+    const auto entry = std::upper_bound(entries_.begin(), entries_.end(), position,
+                                        [](int64_t value, const Entry& e) { return value < e.end; });
+    const int64_t tokens = static_cast<int64_t>(entry->run->tokens.size());
+    const int64_t tiles = (tokens + kTileTokens - 1) / kTileTokens;
+    const int64_t offset = position - (entry->end - entry->panels * tiles);
+    // Tiles of one panel follow each other: the panel is read from memory once.
+    const int64_t first = offset % tiles * kTileTokens;
+    return {entry->run, offset / tiles, first, static_cast<int>(std::min(kTileTokens, tokens - first))};
+  }
+
+ private:
+  struct Entry {
+    const ExpertRun* run;
+    int64_t panels;
+    int64_t end;
+  };
+  std::vector<Entry> entries_;
+  int64_t total_ = 0;
+};
+
+void dot_pair(const KernelTable& table, const PackedMatrix& a, const PackedMatrix& b, int64_t index, int64_t panel,
+              const uint8_t* const* rows_a, const uint8_t* const* rows_b, int tokens, float* tile) {
+  if (a.info().type == b.info().type) {
+    table.dot[static_cast<int>(a.info().type)](
+        {{a.panel(index, panel), b.panel(index, panel)}, 2, a.blocks(), rows_a, tokens, tile});
+    return;
+  }
+  // Mixed types ("UD" files): two single panels; the second lands in columns 16..31 of the tile.
+  table.dot[static_cast<int>(a.info().type)]({{a.panel(index, panel), nullptr}, 1, a.blocks(), rows_a, tokens, tile});
+  table.dot[static_cast<int>(b.info().type)](
+      {{b.panel(index, panel), nullptr}, 1, b.blocks(), rows_b, tokens, tile + kPanelRows});
+}
+
+void gate_and_up(const KernelTable& table, const InputFormats& inputs, const Piece& piece, int64_t stride,
+                 float* intermediate) {
+  alignas(64) float tile[kTileTokens * 32];
+  const uint8_t* gate_rows[kTileTokens];
+  const uint8_t* up_rows[kTileTokens];
+  const ExpertWeights& experts = *piece.run->experts;
+  for (int t = 0; t < piece.tokens; ++t) {
+    const int64_t token = piece.run->tokens[static_cast<size_t>(piece.first + t)];
+    gate_rows[t] = inputs.of(experts.gate()).row(token);
+    up_rows[t] = inputs.of(experts.up()).row(token);
+  }
+  dot_pair(table, experts.gate(), experts.up(), piece.run->index, piece.panel, gate_rows, up_rows, piece.tokens, tile);
+  const int64_t column = piece.panel * kPanelRows;
+  const int64_t rows = std::min<int64_t>(kPanelRows, experts.intermediate() - column);
+  for (int t = 0; t < piece.tokens; ++t) {
+    float* out = intermediate + (piece.run->first_row + piece.first + t) * stride + column;
+    table.swiglu(tile + t * 32, tile + t * 32 + kPanelRows, rows, out);
+  }
+}
+
+// Two output panels: all runs in order, so that each output is summed by one thread in one order.
+void down(const KernelTable& table, const std::vector<ExpertRun>& runs, const std::vector<Activations>& activations,
+          int64_t pair, int64_t hidden, int64_t tokens, float* out) {
+  alignas(64) float tile[kTileTokens * 32];
+  const int64_t column = pair * 2 * kPanelRows;
+  const int64_t columns = std::min<int64_t>(2 * kPanelRows, hidden - column);
+  for (int64_t token = 0; token < tokens; ++token) {
+    std::memset(out + token * hidden + column, 0, sizeof(float) * static_cast<size_t>(columns));
+  }
+  for (size_t r = 0; r < runs.size(); ++r) {
+    const ExpertRun& run = runs[r];
+    const PackedMatrix& w = run.experts->down();
+    DotArgs args;
+    args.panel_count = static_cast<int>(std::min<int64_t>(2, w.panels() - pair * 2));
+    for (int p = 0; p < args.panel_count; ++p) args.panels[p] = w.panel(run.index, pair * 2 + p);
+    args.blocks = w.blocks();
+    args.out = tile;
+    const int64_t run_tokens = static_cast<int64_t>(run.tokens.size());
+    for (int64_t first = 0; first < run_tokens; first += kTileTokens) {
+      args.tokens = static_cast<int>(std::min(kTileTokens, run_tokens - first));
+      args.activations = activations[r].rows() + first;
+      table.dot[static_cast<int>(w.info().type)](args);
+      for (int t = 0; t < args.tokens; ++t) {
+        const size_t slot = static_cast<size_t>(first + t);
+        const float weight = run.weights.empty() ? 1.0f : run.weights[slot];
+        table.add_scaled(tile + t * 32, weight, columns, out + run.tokens[slot] * hidden + column);
+      }
+    }
+  }
+}
+
+void run_chunk(std::vector<ExpertRun>& runs, const float* x, int64_t tokens, float* out) {
+  const KernelTable& table = kernels();
+  const InputFormats inputs(runs, x, tokens);
+  int64_t rows = 0;
+  int64_t widest = 0;
+  PieceIndex pieces;
+  for (ExpertRun& run : runs) {
+    run.first_row = rows;
+    rows += static_cast<int64_t>(run.tokens.size());
+    widest = std::max(widest, run.experts->intermediate());
+    pieces.add(run, run.experts->gate().panels());
+  }
+  const ScratchBuffer intermediate(static_cast<size_t>(rows * widest) * sizeof(float));
+  parallel_for(pieces.total(), [&](int64_t position) {
+    gate_and_up(table, inputs, pieces.at(position), widest, intermediate.floats());
+  });
+
+  std::vector<Activations> activations;
+  std::vector<size_t> run_of_row;
+  activations.reserve(runs.size());
+  for (size_t r = 0; r < runs.size(); ++r) {
+    const PackedMatrix& w = runs[r].experts->down();
+    activations.emplace_back(Activations::Deferred{}, w.info().activation,
+                             intermediate.floats() + runs[r].first_row * widest,
+                             static_cast<int64_t>(runs[r].tokens.size()), w.cols(), widest);
+    run_of_row.resize(run_of_row.size() + runs[r].tokens.size(), r);
+  }
+  parallel_for(rows, [&](int64_t row) {
+    const size_t r = run_of_row[static_cast<size_t>(row)];
+    activations[r].quantize_row(row - runs[r].first_row);
+  });
+  const int64_t hidden = runs.front().experts->hidden();
+  parallel_for((hidden + 31) / 32,
+               [&](int64_t pair) { down(table, runs, activations, pair, hidden, tokens, out); });
+}
+
+// Indices of the n largest of `count` values, by repeated selection: n and count are small.
+void select_largest(const float* values, int64_t count, int64_t n, int64_t* chosen) {
+  for (int64_t k = 0; k < n; ++k) {
+    int64_t best = -1;
+    for (int64_t i = 0; i < count; ++i) {
+      if (std::find(chosen, chosen + k, i) != chosen + k) continue;
+      if (best < 0 || values[i] > values[best]) best = i;
+    }
+    chosen[k] = best;
+  }
+}
+
+float group_score(GroupScore kind, const float* scores, int64_t count) {
+  int64_t top[2];
+  select_largest(scores, count, kind == GroupScore::kTop2Sum ? 2 : 1, top);
+  return kind == GroupScore::kTop2Sum ? scores[top[0]] + scores[top[1]] : scores[top[0]];
+}
+
+void score(const KernelTable& table, Scoring scoring, const float* logits, int64_t experts, float* scores) {
+  if (scoring == Scoring::kSigmoid) {
+    std::vector<float> negated(static_cast<size_t>(experts));
+    for (int64_t e = 0; e < experts; ++e) negated[static_cast<size_t>(e)] = -logits[e];
+    table.exp_minus(negated.data(), 0.0f, experts, scores);
+    for (int64_t e = 0; e < experts; ++e) scores[e] = 1.0f / (1.0f + scores[e]);
+    return;
+  }
+  table.exp_minus(logits, *std::max_element(logits, logits + experts), experts, scores);
+  float sum = 0.0f;
+  for (int64_t e = 0; e < experts; ++e) sum += scores[e];
+  for (int64_t e = 0; e < experts; ++e) scores[e] = scores[e] / sum;
+}
+
+void route_token(const RouterConfig& config, const std::vector<float>& bias, int64_t experts, const float* logits,
+                 int32_t* indices, float* weights) {
+  std::vector<float> scores(static_cast<size_t>(experts));
+  score(kernels(), config.scoring, logits, experts, scores.data());
+  std::vector<float> choice = scores;
+  for (size_t e = 0; e < bias.size(); ++e) choice[e] += bias[e];
+
+  if (config.groups > 1) {
+    const int64_t size = experts / config.groups;
+    std::vector<float> group_scores(static_cast<size_t>(config.groups));
+    for (int64_t g = 0; g < config.groups; ++g) {
+      group_scores[static_cast<size_t>(g)] = group_score(config.group_score, choice.data() + g * size, size);
+    }
+    std::vector<int64_t> kept(static_cast<size_t>(config.top_groups));
+    select_largest(group_scores.data(), config.groups, config.top_groups, kept.data());
+    for (int64_t g = 0; g < config.groups; ++g) {
+      if (std::find(kept.begin(), kept.end(), g) != kept.end()) continue;
+      std::fill_n(choice.begin() + g * size, size, -INFINITY);
+    }
+  }
+  std::vector<int64_t> chosen(static_cast<size_t>(config.top_k));
+  select_largest(choice.data(), experts, config.top_k, chosen.data());
+  std::sort(chosen.begin(), chosen.end());
+  float sum = 0.0f;
+  for (const int64_t e : chosen) sum += scores[static_cast<size_t>(e)];
+  for (int64_t k = 0; k < config.top_k; ++k) {
+    float weight = scores[static_cast<size_t>(chosen[static_cast<size_t>(k)])];
+    if (config.normalize) weight = weight / (sum + 1e-20f);
+    indices[k] = static_cast<int32_t>(chosen[static_cast<size_t>(k)]);
+    weights[k] = weight * config.scale;
+  }
+}
+
+}  // namespace
+
+ExpertWeights::ExpertWeights(std::shared_ptr<PackedMatrix> gate, std::shared_ptr<PackedMatrix> up,
+                             std::shared_ptr<PackedMatrix> down)
+    : gate_(std::move(gate)), up_(std::move(up)), down_(std::move(down)) {
+  const bool same_inputs = gate_->cols() == up_->cols() && gate_->rows() == up_->rows();
+  const bool closes = down_->cols() == gate_->rows() && down_->rows() == gate_->cols();
+  const bool same_count = gate_->count() == up_->count() && gate_->count() == down_->count();
+  if (!same_inputs || !closes || !same_count) {
+    throw std::invalid_argument("gate, up and down do not belong together");
+  }
+}
+
+void route(const RouterConfig& config, const std::vector<float>& bias, int64_t experts, const float* logits,
+           int64_t tokens, int32_t* indices, float* weights) {
+  parallel_for(tokens, [&](int64_t t) {
+    route_token(config, bias, experts, logits + t * experts, indices + t * config.top_k, weights + t * config.top_k);
+  });
+}
+
+void run_experts(const ExpertWeights* routed, const int32_t* indices, const float* weights, int64_t top_k,
+                 const ExpertWeights* shared, const float* x, int64_t tokens, float* out) {
+  const int64_t hidden = (routed != nullptr ? routed : shared)->hidden();
+  for (int64_t first = 0; first < tokens; first += kChunkTokens) {
+    const int64_t count = std::min(kChunkTokens, tokens - first);
+    std::vector<ExpertRun> runs;
+    if (routed != nullptr) {
+      runs = routed_runs(*routed, indices + first * top_k, weights + first * top_k, top_k, count);
+    }
+    if (shared != nullptr) runs.push_back(shared_run(*shared, count));
+    run_chunk(runs, x + first * hidden, count, out + first * hidden);
+  }
+}
+
+MoeBlock::MoeBlock(std::shared_ptr<PackedMatrix> router, std::vector<float> bias, const RouterConfig& config,
+                   std::shared_ptr<ExpertWeights> routed, std::shared_ptr<ExpertWeights> shared)
+    : router_(std::move(router)),
+      bias_(std::move(bias)),
+      config_(config),
+      routed_(std::move(routed)),
+      shared_(std::move(shared)) {
+  const int64_t experts = routed_->count();
+  const bool router_fits = router_->rows() == experts && router_->cols() == routed_->hidden();
+  const bool bias_fits = bias_.empty() || static_cast<int64_t>(bias_.size()) == experts;
+  const bool shared_fits = shared_ == nullptr || (shared_->count() == 1 && shared_->hidden() == routed_->hidden());
+  if (!router_fits || !bias_fits || !shared_fits) {
+    throw std::invalid_argument("router, experts and shared experts do not belong together");
+  }
+  const bool groups_fit = config_.groups >= 1 && experts % config_.groups == 0 && config_.top_groups >= 1 &&
+                          config_.top_groups <= config_.groups;
+  const int64_t reachable = groups_fit ? experts / config_.groups * config_.top_groups : 0;
+  const int64_t group_minimum = config_.group_score == GroupScore::kTop2Sum && config_.groups > 1 ? 2 : 1;
+  if (!groups_fit || experts / config_.groups < group_minimum || config_.top_k < 1 || config_.top_k > reachable) {
+    throw std::invalid_argument("router: " + std::to_string(config_.top_k) + " of " + std::to_string(experts) +
+                                " experts in " + std::to_string(config_.top_groups) + " of " +
+                                std::to_string(config_.groups) + " groups is not possible");
+  }
+}
+
+void MoeBlock::forward(const float* x, int64_t tokens, float* out, float* logits) const {
+  linear(*router_, 0, x, tokens, logits);
+  std::vector<int32_t> indices(static_cast<size_t>(tokens * config_.top_k));
+  std::vector<float> weights(indices.size());
+  route(config_, bias_, experts(), logits, tokens, indices.data(), weights.data());
+  run_experts(routed_.get(), indices.data(), weights.data(), config_.top_k, shared_.get(), x, tokens, out);
+}
+
+}  // namespace tkt

@@ -1,0 +1,90 @@
+// What an ISA must provide. Kernels see raw pointers; all checks stand above (bindings.cpp).
+//
+// Exactness: every function gives the same bits on every ISA. The order of floating-point work is stated at each entry;
+// kernels/scalar.cpp is that statement as plain loops.
+#pragma once
+
+#include <cstdint>
+
+#include "block_formats.h"
+
+namespace tkt {
+
+// Keys that one attention split covers. Fixed, because it decides the order of additions.
+constexpr int kAttentionSplitKeys = 128;
+
+// Dot products of 16 or 32 weight rows with `tokens` activation rows.
+struct DotArgs {
+  const uint8_t* panels[2];             // packed panels; [1] is used where panel_count == 2
+  int panel_count;                      // 1 or 2
+  int64_t blocks;                       // per row
+  const uint8_t* const* activations;    // [tokens] rows in the type's ActivationFormat
+  int tokens;
+  float* out;                           // [tokens][32]: panel 0 in 0..15, panel 1 in 16..31
+};
+
+// One split of MLA attention for up to 16 query heads of one token (lane = head).
+struct AttentionSplitArgs {
+  const float* query;                   // [latent_dim + rope_dim][16], already times the softmax scale
+  const float* const* latents;          // [keys] rows of latent_dim floats
+  const float* const* ropes;            // [keys] rows of rope_dim floats
+  int keys;                             // 1..kAttentionSplitKeys
+  int latent_dim;
+  int rope_dim;
+  float* weights;                       // scratch [kAttentionSplitKeys][16]
+  float* max;                           // out [16]: largest score
+  float* sum;                           // out [16]: sum of exp(score - max)
+  float* context;                       // out [latent_dim][16]: sum of exp(score - max) * latent
+};
+
+struct KernelTable {
+  const char* name;                     // "scalar", "avx2", "avx512", "avx512_vnni"
+  uint32_t required_features;           // CpuFeature bits
+
+  // K-quants, per block b in order: S = sum_j sc[j] * dot(q_j, a_j) and M = sum_j m[j] * sum(a_j), exact in int32;
+  // acc = fma(d * da, S, acc); acc = fma(-(dmin * da), M, acc). Q6_K: acc = fma(d * da, S - 32 * M, acc), m = sc.
+  // 32-wide types: acc = fma(d * da, dot(q - offset, a), acc). Float types: acc = fma(w, x, acc) column by column.
+  void (*dot[kWeightTypes])(const DotArgs& args);
+
+  // d = amax / 127, q = round-to-nearest-even(x * (127 / amax)); all zero where amax < 1e-30 (127 / amax overflows).
+  void (*quantize_q8k)(const float* x, int64_t cols, uint8_t* row);
+  void (*quantize_q8x32)(const float* x, int64_t cols, uint8_t* row);
+
+  // out = weight * (x * (1 / sqrt(sum(x^2) / n + eps))). Squares are summed in 16 lanes (element i in lane i % 16) by fma,
+  // lanes by a tree: l += l + 8, l += l + 4, l += l + 2, l += l + 1. x and out may be the same.
+  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
+
+  // out = (gate / (1 + exp(-gate))) * up
+  void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
+
+  // out = exp(x - offset), by the polynomial of kernels/exp_constants.h
+  void (*exp_minus)(const float* x, float offset, int64_t n, float* out);
+
+  // out = fma(scale, x, out)
+  void (*add_scaled)(const float* x, float scale, int64_t n, float* out);
+
+  // score = fma over latent_dim, then rope_dim, in order; keys are summed in order.
+  void (*attend_split)(const AttentionSplitArgs& args);
+
+  // Merges a split into the running state, in place: m' = max(m, sm); a = exp(m - m'), b = exp(sm - m');
+  // s = fma(ss, b, s * a), likewise the context.
+  void (*merge_split)(const float* split_max, const float* split_sum, const float* split_context, int latent_dim,
+                      float* max, float* sum, float* context);
+};
+
+namespace scalar {
+extern const KernelTable kTable;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const KernelTable kTable;
+}
+namespace avx512 {
+extern const KernelTable kTable;
+}
+namespace avx512_vnni {
+extern const KernelTable kTable;
+}
+#endif
+
+}  // namespace tkt

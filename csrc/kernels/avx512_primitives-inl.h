@@ -1,0 +1,74 @@
+// Primitives on 512-bit registers, shared by the ISAs that have them; dot4 alone differs and stands in each ISA's file.
+
+struct Avx512Primitives {
+  using F = __m512;
+  using I = __m512i;
+  static constexpr int kTileTokens = 6;  // 6 x 2 accumulators, 6 x 2 block sums, weights and scales: 32 registers
+  static constexpr int kScoreKeys = 8;
+  static constexpr int kSumDims = 16;
+
+  TKT_INLINE F zero_f() { return _mm512_setzero_ps(); }
+  TKT_INLINE F set_f(float x) { return _mm512_set1_ps(x); }
+  TKT_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+  TKT_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  TKT_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  TKT_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  TKT_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  TKT_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+  TKT_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+  TKT_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+  TKT_INLINE F abs(F a) { return _mm512_abs_ps(a); }
+  TKT_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  TKT_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
+  TKT_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  TKT_INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }
+  TKT_INLINE F bits_to_float(I a) { return _mm512_castsi512_ps(a); }
+  TKT_INLINE F load_f16(const void* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  }
+  TKT_INLINE F load_bf16(const void* p) {
+    const __m256i bits = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  TKT_INLINE F low_f16(I a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }
+  TKT_INLINE F high_f16(I a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(a, 16))); }
+  TKT_INLINE void store_i8(int8_t* p, I a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a));
+  }
+
+  TKT_INLINE I set_i(int32_t x) { return _mm512_set1_epi32(x); }
+  TKT_INLINE I load_i(const void* p) { return _mm512_loadu_si512(p); }
+  TKT_INLINE I broadcast_i(const void* p) {
+    int32_t x;
+    __builtin_memcpy(&x, p, 4);
+    return _mm512_set1_epi32(x);
+  }
+  TKT_INLINE I and_i(I a, I b) { return _mm512_and_si512(a, b); }
+  TKT_INLINE I or_i(I a, I b) { return _mm512_or_si512(a, b); }
+  TKT_INLINE I xor_i(I a, I b) { return _mm512_xor_si512(a, b); }
+  TKT_INLINE I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
+  TKT_INLINE I sub_i(I a, I b) { return _mm512_sub_epi32(a, b); }
+  TKT_INLINE I mul_i(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  template <int N>
+  TKT_INLINE I shift_right(I a) {
+    if constexpr (N == 0) return a;
+    return _mm512_srli_epi32(a, N);
+  }
+  template <int N>
+  TKT_INLINE I shift_left(I a) {
+    if constexpr (N == 0) return a;
+    return _mm512_slli_epi32(a, N);
+  }
+  template <int N>
+  TKT_INLINE I shift_right_signed(I a) {
+    return _mm512_srai_epi32(a, N);
+  }
+  template <int N>
+  TKT_INLINE I shift_left16(I a) {
+    return _mm512_slli_epi16(a, N);
+  }
+  template <int N>
+  TKT_INLINE I shift_right_signed16(I a) {
+    return _mm512_srai_epi16(a, N);
+  }
+};

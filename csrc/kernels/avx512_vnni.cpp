@@ -1,0 +1,32 @@
+#include <immintrin.h>
+
+#include "../cpu_features.h"
+#include "../kernel_table.h"
+#include "exp_constants.h"
+#include "macros-inl.h"
+
+#define TKT_ISA_NAME "avx512_vnni"
+#define TKT_ISA_FEATURES (kAvx2 | kFma | kF16c | kAvx512f | kAvx512bw | kAvx512dq | kAvx512vl | kAvx512vnni)
+
+namespace tkt::avx512_vnni {
+namespace {
+
+#include "avx512_primitives-inl.h"
+
+struct V : Avx512Primitives {
+  // acc + sum over 4 bytes of unsigned weight * signed activation, exact in 32 bits.
+  template <bool kFullByte>
+  TKT_INLINE I dot4(I acc, I weights, I activations) {
+    return _mm512_dpbusd_epi32(acc, weights, activations);
+  }
+  TKT_INLINE I madd16(I acc, I a, I b) { return _mm512_dpwssd_epi32(acc, a, b); }
+};
+
+#include "panel_dot-inl.h"
+#include "vector_ops-inl.h"
+
+}  // namespace
+
+#include "table-inl.h"
+
+}  // namespace tkt::avx512_vnni

@@ -1,0 +1,6 @@
+// Shared by the ISA files only.
+#pragma once
+
+#define TKT_INLINE static inline __attribute__((always_inline))
+// Tile loops must unroll completely, or the accumulators live in memory instead of registers.
+#define TKT_UNROLL _Pragma("GCC unroll 16")

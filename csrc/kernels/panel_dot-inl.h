@@ -1,0 +1,340 @@
+// Dot products of packed panels with activation rows: the loop nests, written once over an ISA's primitives.
+//
+// An ISA file defines `struct V` in its namespace (see the list in csrc/README.md) and includes this file inside that
+// namespace. Never include it anywhere else. No function of the standard library may be instantiated here: its weak
+// symbol would carry this file's instructions to CPUs that lack them.
+//
+// A tile is T tokens x R panels of 16 rows; lane = row, so no lane is ever reduced and every output sees the same
+// operations in the same order whatever T and R are.
+
+// ---- 32-wide types: weight bytes are unsigned (q + offset), the offset is taken back through the block's sum. -------
+
+struct Q4_0Words {
+  static constexpr int kWords = 4;
+  static constexpr int kOffsetLog2 = 3;
+  template <int group>
+  static V::I weights(const uint8_t* words) {
+    const V::I pair = V::load_i(words + (group % 4) * 64);
+    return V::and_i(group < 4 ? pair : V::template shift_right<4>(pair), V::set_i(0x0f0f0f0f));
+  }
+};
+
+struct Q5_0Words {
+  static constexpr int kWords = 5;
+  static constexpr int kOffsetLog2 = 4;
+  template <int group>
+  static V::I weights(const uint8_t* words) {
+    const V::I pair = V::load_i(words + (1 + group % 4) * 64);
+    const V::I low = V::and_i(group < 4 ? pair : V::template shift_right<4>(pair), V::set_i(0x0f0f0f0f));
+    // 4 bits of qh, one for each of the group's weights, are spread to bit 4 of the 4 bytes: the product puts bit i at
+    // bits i, i + 7, i + 14, i + 21, so that bit i of the source lands on bit 8 i; the mask drops the rest.
+    const V::I bits = V::and_i(V::template shift_right<4 * group>(V::load_i(words)), V::set_i(0x0f));
+    const V::I spread = V::and_i(V::mul_i(bits, V::set_i(0x00204081)), V::set_i(0x01010101));
+    return V::or_i(low, V::template shift_left<4>(spread));
+  }
+};
+
+struct Q8_0Words {
+  static constexpr int kWords = 8;
+  static constexpr int kOffsetLog2 = 7;
+  template <int group>
+  static V::I weights(const uint8_t* words) {
+    return V::xor_i(V::load_i(words + group * 64), V::set_i(static_cast<int32_t>(0x80808080u)));
+  }
+};
+
+template <class Words, int T, int R, int group>
+TKT_INLINE void add_groups_q8x32(V::I (&dot)[T][R], const uint8_t* const (&words)[R], const int8_t* const (&q)[T]) {
+  V::I w[R];
+  TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = Words::template weights<group>(words[r]);
+  TKT_UNROLL for (int t = 0; t < T; ++t) {
+    const V::I a = V::broadcast_i(q[t] + 4 * group);
+    TKT_UNROLL for (int r = 0; r < R; ++r) {
+      dot[t][r] = V::template dot4<Words::kOffsetLog2 == 7>(dot[t][r], w[r], a);
+    }
+  }
+  if constexpr (group < 7) add_groups_q8x32<Words, T, R, group + 1>(dot, words, q);
+}
+
+template <class Words, int T, int R>
+static inline void dot_tile_q8x32(const DotArgs& args, int token) {
+  V::F acc[T][R];
+  TKT_UNROLL for (int t = 0; t < T; ++t) {
+    TKT_UNROLL for (int r = 0; r < R; ++r) acc[t][r] = V::zero_f();
+  }
+  const ActivationQ8x32* act[T];
+  TKT_UNROLL for (int t = 0; t < T; ++t) {
+    act[t] = reinterpret_cast<const ActivationQ8x32*>(args.activations[token + t]);
+  }
+  const int64_t scales_offset = args.blocks * Words::kWords * 64;
+  for (int64_t b = 0; b < args.blocks; ++b) {
+    V::I dot[T][R];
+    TKT_UNROLL for (int t = 0; t < T; ++t) {
+      const V::I start = V::template shift_left<Words::kOffsetLog2>(V::set_i(-act[t][b].sum));
+      TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = start;
+    }
+    const uint8_t* words[R];
+    TKT_UNROLL for (int r = 0; r < R; ++r) words[r] = args.panels[r] + b * Words::kWords * 64;
+    const int8_t* q[T];
+    TKT_UNROLL for (int t = 0; t < T; ++t) q[t] = act[t][b].q;
+    add_groups_q8x32<Words, T, R, 0>(dot, words, q);
+    TKT_UNROLL for (int r = 0; r < R; ++r) {
+      const V::F d = V::load_f16(args.panels[r] + scales_offset + b * 32);
+      TKT_UNROLL for (int t = 0; t < T; ++t) {
+        acc[t][r] = V::fma(V::mul(d, V::set_f(act[t][b].d)), V::to_float(dot[t][r]), acc[t][r]);
+      }
+    }
+  }
+  TKT_UNROLL for (int t = 0; t < T; ++t) {
+    TKT_UNROLL for (int r = 0; r < R; ++r) V::store(args.out + (token + t) * 32 + r * 16, acc[t][r]);
+  }
+}
+
+// ---- K-quants: two exact int32 sums per block, S over scales and M over minima. -----------------------------------
+
+// Q4_K and Q5_K unpack their 6-bit scales alike; words 0 (d, dmin) and 1..3 (scales) lead their blocks.
+struct SixBitScales {
+  V::I scale_bytes[2];  // sc[0..3], sc[4..7]: one byte each in a 32-bit lane
+  V::I min_bytes[2];
+  V::F d;
+  V::F dmin;
+
+  void read(const uint8_t* words, const uint8_t*) {
+    const V::I head = V::load_i(words);
+    d = V::low_f16(head);
+    dmin = V::high_f16(head);
+    const V::I w0 = V::load_i(words + 64);
+    const V::I w1 = V::load_i(words + 128);
+    const V::I w2 = V::load_i(words + 192);
+    const V::I low6 = V::set_i(0x3f3f3f3f);
+    const V::I low4 = V::set_i(0x0f0f0f0f);
+    const V::I low2 = V::set_i(0x03030303);
+    scale_bytes[0] = V::and_i(w0, low6);
+    min_bytes[0] = V::and_i(w1, low6);
+    scale_bytes[1] = V::or_i(V::and_i(w2, low4),
+                             V::template shift_left<4>(V::and_i(V::template shift_right<6>(w0), low2)));
+    min_bytes[1] = V::or_i(V::and_i(V::template shift_right<4>(w2), low4),
+                           V::template shift_left<4>(V::and_i(V::template shift_right<6>(w1), low2)));
+  }
+  template <int j>
+  V::I scale() const {
+    return V::and_i(V::template shift_right<8 * (j % 4)>(scale_bytes[j / 4]), V::set_i(0xff));
+  }
+  // Two minima as 16-bit halves of a lane, in the order of ActivationQ8K::sums32: (0,2), (1,3), (4,6), (5,7).
+  V::I pair(int p) const {
+    const V::I bytes = min_bytes[p / 2];
+    return V::and_i(p % 2 == 0 ? bytes : V::template shift_right<8>(bytes), V::set_i(0x00ff00ff));
+  }
+  V::F finish(V::I scaled, V::I minima, float da, V::F acc) const {
+    const V::F a = V::set_f(da);
+    acc = V::fma(V::mul(d, a), V::to_float(scaled), acc);
+    return V::fnma(V::mul(dmin, a), V::to_float(minima), acc);
+  }
+};
+
+struct Q4_KWords {
+  static constexpr int kWords = 36;
+  static constexpr int kSubBlocks = 8;
+  static constexpr int kPairs = 4;
+  using Scales = SixBitScales;
+  static const int16_t* sums(const ActivationQ8K& a) { return a.sums32; }
+  template <int j, int group>
+  static V::I weights(const uint8_t* words) {
+    const V::I pair = V::load_i(words + (4 + (j / 2) * 8 + group) * 64);
+    return V::and_i(j % 2 == 0 ? pair : V::template shift_right<4>(pair), V::set_i(0x0f0f0f0f));
+  }
+};
+
+struct Q5_KWords {
+  static constexpr int kWords = 44;
+  static constexpr int kSubBlocks = 8;
+  static constexpr int kPairs = 4;
+  using Scales = SixBitScales;
+  static const int16_t* sums(const ActivationQ8K& a) { return a.sums32; }
+  template <int j, int group>
+  static V::I weights(const uint8_t* words) {
+    const V::I pair = V::load_i(words + (12 + (j / 2) * 8 + group) * 64);
+    const V::I low = V::and_i(j % 2 == 0 ? pair : V::template shift_right<4>(pair), V::set_i(0x0f0f0f0f));
+    const V::I high = V::and_i(V::template shift_right<j>(V::load_i(words + (4 + group) * 64)), V::set_i(0x01010101));
+    return V::or_i(low, V::template shift_left<4>(high));
+  }
+};
+
+struct Q6_KWords {
+  static constexpr int kWords = 52;
+  static constexpr int kSubBlocks = 16;
+  static constexpr int kPairs = 8;
+  struct Scales {
+    V::I bytes[4];  // 16 signed scales
+    V::F d;
+    void read(const uint8_t* words, const uint8_t* separate) {
+      TKT_UNROLL for (int i = 0; i < 4; ++i) bytes[i] = V::load_i(words + (48 + i) * 64);
+      d = V::load_f16(separate);
+    }
+    template <int j>
+    V::I scale() const {
+      return V::template shift_right_signed<24>(V::template shift_left<24 - 8 * (j % 4)>(bytes[j / 4]));
+    }
+    V::I pair(int p) const {
+      const V::I four = bytes[p / 2];
+      return V::template shift_right_signed16<8>(p % 2 == 0 ? V::template shift_left16<8>(four) : four);
+    }
+    V::F finish(V::I scaled, V::I offsets, float da, V::F acc) const {
+      const V::I signed_sum = V::sub_i(scaled, V::template shift_left<5>(offsets));
+      return V::fma(V::mul(d, V::set_f(da)), V::to_float(signed_sum), acc);
+    }
+  };
+  static const int16_t* sums(const ActivationQ8K& a) { return a.sums16; }
+  template <int j, int group>
+  static V::I weights(const uint8_t* words) {
+    constexpr int half = j / 8;
+    constexpr int quarter = (j % 8) / 2;         // 32 columns: which nibble half and which bit pair
+    constexpr int word = (j % 2) * 4 + group;    // within those 32 columns
+    const V::I ql = V::load_i(words + (half * 16 + (quarter % 2) * 8 + word) * 64);
+    const V::I qh = V::load_i(words + (32 + half * 8 + word) * 64);
+    const V::I low = V::and_i(quarter < 2 ? ql : V::template shift_right<4>(ql), V::set_i(0x0f0f0f0f));
+    const V::I high = V::and_i(V::template shift_right<2 * quarter>(qh), V::set_i(0x03030303));
+    return V::or_i(low, V::template shift_left<4>(high));
+  }
+};
+
+// Bounds: a sub-block of 32 gives at most 32 * 63 * 127 = 256,032; times a 6-bit scale, times 8, below 2^27; Q6_K with
+// 16 * 63 * 127 * 128 * 16 below 2^28.
+template <class Words, int T, int R, int j, int group>
+TKT_INLINE void add_groups_q8k(V::I (&dot)[T][R], const uint8_t* const (&words)[R], const int8_t* const (&q)[T]) {
+  constexpr int kSubColumns = 256 / Words::kSubBlocks;
+  V::I w[R];
+  TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = Words::template weights<j, group>(words[r]);
+  TKT_UNROLL for (int t = 0; t < T; ++t) {
+    const V::I a = V::broadcast_i(q[t] + j * kSubColumns + 4 * group);
+    TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = V::template dot4<false>(dot[t][r], w[r], a);
+  }
+  if constexpr (4 * (group + 1) < kSubColumns) add_groups_q8k<Words, T, R, j, group + 1>(dot, words, q);
+}
+
+template <class Words, int T, int R, int j>
+TKT_INLINE void add_sub_blocks(V::I (&scaled)[T][R], const typename Words::Scales (&scales)[R],
+                               const uint8_t* const (&words)[R], const int8_t* const (&q)[T]) {
+  V::I dot[T][R];
+  TKT_UNROLL for (int t = 0; t < T; ++t) {
+    TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = V::set_i(0);
+  }
+  add_groups_q8k<Words, T, R, j, 0>(dot, words, q);
+  TKT_UNROLL for (int r = 0; r < R; ++r) {
+    const V::I scale = scales[r].template scale<j>();
+    TKT_UNROLL for (int t = 0; t < T; ++t) {
+      const V::I product = V::mul_i(dot[t][r], scale);
+      scaled[t][r] = j == 0 ? product : V::add_i(scaled[t][r], product);
+    }
+  }
+  if constexpr (j + 1 < Words::kSubBlocks) add_sub_blocks<Words, T, R, j + 1>(scaled, scales, words, q);
+}
+
+template <class Words, int T, int R>
+static inline void dot_tile_q8k(const DotArgs& args, int token) {
+  V::F acc[T][R];
+  TKT_UNROLL for (int t = 0; t < T; ++t) {
+    TKT_UNROLL for (int r = 0; r < R; ++r) acc[t][r] = V::zero_f();
+  }
+  const ActivationQ8K* act[T];
+  TKT_UNROLL for (int t = 0; t < T; ++t) {
+    act[t] = reinterpret_cast<const ActivationQ8K*>(args.activations[token + t]);
+  }
+  const int64_t separate_scales = args.blocks * Words::kWords * 64;
+  for (int64_t b = 0; b < args.blocks; ++b) {
+    const uint8_t* words[R];
+    TKT_UNROLL for (int r = 0; r < R; ++r) words[r] = args.panels[r] + b * Words::kWords * 64;
+    typename Words::Scales scales[R];
+    TKT_UNROLL for (int r = 0; r < R; ++r) scales[r].read(words[r], args.panels[r] + separate_scales + b * 32);
+    const int8_t* q[T];
+    TKT_UNROLL for (int t = 0; t < T; ++t) q[t] = act[t][b].q;
+    V::I scaled[T][R];
+    add_sub_blocks<Words, T, R, 0>(scaled, scales, words, q);
+    TKT_UNROLL for (int r = 0; r < R; ++r) {
+      V::I minima[T];
+      TKT_UNROLL for (int t = 0; t < T; ++t) minima[t] = V::set_i(0);
+      TKT_UNROLL for (int p = 0; p < Words::kPairs; ++p) {
+        const V::I pair = scales[r].pair(p);
+        TKT_UNROLL for (int t = 0; t < T; ++t) {
+          minima[t] = V::madd16(minima[t], pair, V::broadcast_i(Words::sums(act[t][b]) + 2 * p));
+        }
+      }
+      TKT_UNROLL for (int t = 0; t < T; ++t) acc[t][r] = scales[r].finish(scaled[t][r], minima[t], act[t][b].d, acc[t][r]);
+    }
+  }
+  TKT_UNROLL for (int t = 0; t < T; ++t) {
+    TKT_UNROLL for (int r = 0; r < R; ++r) V::store(args.out + (token + t) * 32 + r * 16, acc[t][r]);
+  }
+}
+
+// ---- Float types: one fma per column. ------------------------------------------------------------------------------
+
+struct F32Words {
+  static constexpr int kBytes = 64;
+  static V::F weights(const uint8_t* p) { return V::load(reinterpret_cast<const float*>(p)); }
+};
+struct F16Words {
+  static constexpr int kBytes = 32;
+  static V::F weights(const uint8_t* p) { return V::load_f16(p); }
+};
+struct BF16Words {
+  static constexpr int kBytes = 32;
+  static V::F weights(const uint8_t* p) { return V::load_bf16(p); }
+};
+
+template <class Words, int T, int R>
+static inline void dot_tile_float(const DotArgs& args, int token) {
+  V::F acc[T][R];
+  TKT_UNROLL for (int t = 0; t < T; ++t) {
+    TKT_UNROLL for (int r = 0; r < R; ++r) acc[t][r] = V::zero_f();
+  }
+  const float* act[T];
+  TKT_UNROLL for (int t = 0; t < T; ++t) act[t] = reinterpret_cast<const float*>(args.activations[token + t]);
+  for (int64_t column = 0; column < args.blocks; ++column) {
+    V::F w[R];
+    TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = Words::weights(args.panels[r] + column * Words::kBytes);
+    TKT_UNROLL for (int t = 0; t < T; ++t) {
+      const V::F x = V::set_f(act[t][column]);
+      TKT_UNROLL for (int r = 0; r < R; ++r) acc[t][r] = V::fma(w[r], x, acc[t][r]);
+    }
+  }
+  TKT_UNROLL for (int t = 0; t < T; ++t) {
+    TKT_UNROLL for (int r = 0; r < R; ++r) V::store(args.out + (token + t) * 32 + r * 16, acc[t][r]);
+  }
+}
+
+// ---- Tiling over tokens -------------------------------------------------------------------------------------------
+
+#define TKT_DEFINE_DOT(function, tile, words)                                               \
+  template <int T, int R>                                                                   \
+  static inline int function##_tiles(const DotArgs& args, int token) {                      \
+    for (; token + T <= args.tokens; token += T) tile<words, T, R>(args, token);            \
+    return token;                                                                           \
+  }                                                                                         \
+  template <int R>                                                                          \
+  static inline void function##_panels(const DotArgs& args) {                               \
+    int token = 0;                                                                          \
+    token = function##_tiles<V::kTileTokens, R>(args, token);                               \
+    if constexpr (V::kTileTokens > 4) token = function##_tiles<4, R>(args, token);          \
+    if constexpr (V::kTileTokens > 2) token = function##_tiles<2, R>(args, token);          \
+    function##_tiles<1, R>(args, token);                                                    \
+  }                                                                                         \
+  static void function(const DotArgs& args) {                                               \
+    if (args.panel_count == 2) {                                                            \
+      function##_panels<2>(args);                                                           \
+    } else {                                                                                \
+      function##_panels<1>(args);                                                           \
+    }                                                                                       \
+  }
+
+TKT_DEFINE_DOT(dot_f32, dot_tile_float, F32Words)
+TKT_DEFINE_DOT(dot_f16, dot_tile_float, F16Words)
+TKT_DEFINE_DOT(dot_bf16, dot_tile_float, BF16Words)
+TKT_DEFINE_DOT(dot_q4_0, dot_tile_q8x32, Q4_0Words)
+TKT_DEFINE_DOT(dot_q5_0, dot_tile_q8x32, Q5_0Words)
+TKT_DEFINE_DOT(dot_q8_0, dot_tile_q8x32, Q8_0Words)
+TKT_DEFINE_DOT(dot_q4_k, dot_tile_q8k, Q4_KWords)
+TKT_DEFINE_DOT(dot_q5_k, dot_tile_q8k, Q5_KWords)
+TKT_DEFINE_DOT(dot_q6_k, dot_tile_q8k, Q6_KWords)
+
+#undef TKT_DEFINE_DOT

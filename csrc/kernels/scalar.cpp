@@ -1,0 +1,208 @@
+// The oracle: every entry of the kernel table as plain loops, sharing nothing with the vector code but the block formats
+// and the constants of exp. Rows are taken back out of their panel and decoded as ggml defines them.
+
+#include <cmath>
+#include <cstring>
+
+#include "../f16.h"
+#include "../kernel_table.h"
+#include "../panel_layout.h"
+#include "../row_decoder.h"
+#include "exp_constants.h"
+
+namespace tkt::scalar {
+namespace {
+
+int sum_of_products(const int8_t* weights, const int8_t* activations, int n) {
+  int sum = 0;
+  for (int i = 0; i < n; ++i) sum += weights[i] * activations[i];
+  return sum;
+}
+
+int sum_of(const int8_t* values, int n) {
+  int sum = 0;
+  for (int i = 0; i < n; ++i) sum += values[i];
+  return sum;
+}
+
+float add_q8k(const DecodedBlock& w, const ActivationQ8K& a, float acc) {
+  const int columns = 256 / w.sub_blocks;
+  int scaled = 0;
+  int minima = 0;
+  for (int j = 0; j < w.sub_blocks; ++j) {
+    scaled += w.scale[j] * sum_of_products(w.q + j * columns, a.q + j * columns, columns);
+    minima += w.min[j] * sum_of(a.q + j * columns, columns);
+  }
+  acc = std::fma(w.d * a.d, static_cast<float>(scaled), acc);
+  return std::fma(-(w.dmin * a.d), static_cast<float>(minima), acc);
+}
+
+float add_q8x32(const DecodedBlock& w, const ActivationQ8x32& a, float acc) {
+  return std::fma(w.d * a.d, static_cast<float>(sum_of_products(w.q, a.q, 32)), acc);
+}
+
+float dot_row(WeightType type, const uint8_t* panel, int64_t blocks, int lane, const uint8_t* activations) {
+  const WeightTypeInfo& info = info_of(type);
+  float acc = 0.0f;
+  for (int64_t b = 0; b < blocks; ++b) {
+    uint8_t block[sizeof(BlockQ6_K)];
+    read_block(info, panel, blocks, b, lane, block);
+    switch (info.activation) {
+      case ActivationFormat::kF32:
+        acc = std::fma(decode_float(type, block), reinterpret_cast<const float*>(activations)[b], acc);
+        break;
+      case ActivationFormat::kQ8K:
+        acc = add_q8k(decode_block(type, block), reinterpret_cast<const ActivationQ8K*>(activations)[b], acc);
+        break;
+      case ActivationFormat::kQ8x32:
+        acc = add_q8x32(decode_block(type, block), reinterpret_cast<const ActivationQ8x32*>(activations)[b], acc);
+        break;
+    }
+  }
+  return acc;
+}
+
+template <WeightType type>
+void dot(const DotArgs& args) {
+  for (int token = 0; token < args.tokens; ++token) {
+    for (int p = 0; p < args.panel_count; ++p) {
+      for (int lane = 0; lane < kPanelRows; ++lane) {
+        args.out[token * 32 + p * 16 + lane] =
+            dot_row(type, args.panels[p], args.blocks, lane, args.activations[token]);
+      }
+    }
+  }
+}
+
+float exp_polynomial(float x) {
+  x = std::fmin(std::fmax(x, kExpMin), kExpMax);
+  const float n = std::nearbyint(x * kLog2e);
+  float r = std::fma(n, -kLn2High, x);
+  r = std::fma(n, -kLn2Low, r);
+  float p = kExpPoly[0];
+  for (int i = 1; i < 6; ++i) p = std::fma(p, r, kExpPoly[i]);
+  const float y = std::fma(p, r * r, r) + 1.0f;
+  return y * float_from_bits(static_cast<uint32_t>(static_cast<int>(n) + 127) << 23);
+}
+
+float quantize(const float* x, int n, int8_t* q) {
+  float amax = 0.0f;
+  for (int i = 0; i < n; ++i) amax = std::fmax(amax, std::fabs(x[i]));
+  if (!(amax >= kSmallestAmax)) {
+    std::memset(q, 0, static_cast<size_t>(n));
+    return 0.0f;
+  }
+  const float inverse = 127.0f / amax;
+  for (int i = 0; i < n; ++i) q[i] = static_cast<int8_t>(std::nearbyint(x[i] * inverse));
+  return amax / 127.0f;
+}
+
+void quantize_q8k(const float* x, int64_t cols, uint8_t* row) {
+  constexpr int kOrder[4] = {0, 2, 1, 3};
+  ActivationQ8K* blocks = reinterpret_cast<ActivationQ8K*>(row);
+  for (int64_t b = 0; b < cols / 256; ++b) {
+    ActivationQ8K& block = blocks[b];
+    block.d = quantize(x + b * 256, 256, block.q);
+    for (int j = 0; j < 16; ++j) {
+      block.sums16[j] = static_cast<int16_t>(sum_of(block.q + (j / 4 * 4 + kOrder[j % 4]) * 16, 16));
+    }
+    for (int j = 0; j < 8; ++j) {
+      block.sums32[j] = static_cast<int16_t>(sum_of(block.q + (j / 4 * 4 + kOrder[j % 4]) * 32, 32));
+    }
+  }
+}
+
+void quantize_q8x32(const float* x, int64_t cols, uint8_t* row) {
+  ActivationQ8x32* blocks = reinterpret_cast<ActivationQ8x32*>(row);
+  for (int64_t b = 0; b < cols / 32; ++b) {
+    blocks[b].d = quantize(x + b * 32, 32, blocks[b].q);
+    blocks[b].sum = sum_of(blocks[b].q, 32);
+  }
+}
+
+void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* out) {
+  float lane[16] = {};
+  for (int64_t i = 0; i < n; ++i) lane[i % 16] = std::fma(x[i], x[i], lane[i % 16]);
+  for (int width = 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lane[i] = lane[i] + lane[i + width];
+  }
+  const float scale = 1.0f / std::sqrt(lane[0] / static_cast<float>(n) + eps);
+  for (int64_t i = 0; i < n; ++i) out[i] = weight[i] * (x[i] * scale);
+}
+
+void swiglu(const float* gate, const float* up, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = gate[i] / (1.0f + exp_polynomial(0.0f - gate[i])) * up[i];
+}
+
+void exp_minus(const float* x, float offset, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = exp_polynomial(x[i] - offset);
+}
+
+void add_scaled(const float* x, float scale, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = std::fma(scale, x[i], out[i]);
+}
+
+void attend_split(const AttentionSplitArgs& args) {
+  for (int lane = 0; lane < 16; ++lane) {
+    float max = -INFINITY;
+    for (int key = 0; key < args.keys; ++key) {
+      float score = 0.0f;
+      const float* query = args.query + lane;
+      for (int i = 0; i < args.latent_dim; ++i) score = std::fma(query[i * 16], args.latents[key][i], score);
+      query += args.latent_dim * 16;
+      for (int i = 0; i < args.rope_dim; ++i) score = std::fma(query[i * 16], args.ropes[key][i], score);
+      args.weights[key * 16 + lane] = score;
+      max = std::fmax(max, score);
+    }
+    float sum = 0.0f;
+    for (int key = 0; key < args.keys; ++key) {
+      const float weight = exp_polynomial(args.weights[key * 16 + lane] - max);
+      args.weights[key * 16 + lane] = weight;
+      sum = sum + weight;
+    }
+    for (int i = 0; i < args.latent_dim; ++i) {
+      float acc = 0.0f;
+      for (int key = 0; key < args.keys; ++key) {
+        acc = std::fma(args.weights[key * 16 + lane], args.latents[key][i], acc);
+      }
+      args.context[i * 16 + lane] = acc;
+    }
+    args.max[lane] = max;
+    args.sum[lane] = sum;
+  }
+}
+
+void merge_split(const float* split_max, const float* split_sum, const float* split_context, int latent_dim, float* max,
+                 float* sum, float* context) {
+  for (int lane = 0; lane < 16; ++lane) {
+    const float new_max = std::fmax(max[lane], split_max[lane]);
+    const float keep = exp_polynomial(max[lane] - new_max);
+    const float add = exp_polynomial(split_max[lane] - new_max);
+    max[lane] = new_max;
+    sum[lane] = std::fma(split_sum[lane], add, sum[lane] * keep);
+    for (int i = 0; i < latent_dim; ++i) {
+      float& value = context[i * 16 + lane];
+      value = std::fma(split_context[i * 16 + lane], add, value * keep);
+    }
+  }
+}
+
+}  // namespace
+
+extern const KernelTable kTable = {
+    "scalar",
+    0,
+    {dot<WeightType::kF32>, dot<WeightType::kF16>, dot<WeightType::kBF16>, dot<WeightType::kQ4_0>,
+     dot<WeightType::kQ5_0>, dot<WeightType::kQ8_0>, dot<WeightType::kQ4_K>, dot<WeightType::kQ5_K>,
+     dot<WeightType::kQ6_K>},
+    quantize_q8k,
+    quantize_q8x32,
+    rms_norm,
+    swiglu,
+    exp_minus,
+    add_scaled,
+    attend_split,
+    merge_split,
+};
+
+}  // namespace tkt::scalar

@@ -1,0 +1,16 @@
+// The one symbol an ISA file exports. Included last, inside the ISA's namespace; TKT_ISA_NAME and TKT_ISA_FEATURES are
+// set by the ISA file.
+
+extern const KernelTable kTable = {
+    TKT_ISA_NAME,
+    TKT_ISA_FEATURES,
+    {dot_f32, dot_f16, dot_bf16, dot_q4_0, dot_q5_0, dot_q8_0, dot_q4_k, dot_q5_k, dot_q6_k},
+    quantize_q8k,
+    quantize_q8x32,
+    rms_norm,
+    swiglu,
+    exp_minus,
+    add_scaled,
+    attend_split,
+    merge_split,
+};

@@ -1,0 +1,52 @@
+// Matrix products y = W x over packed matrices, the building block of every other operation.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "memory.h"
+#include "packed_matrix.h"
+
+namespace tkt {
+
+// Activation rows in one format, quantized from floats.
+class Activations {
+ public:
+  // Quantizes on all threads. Row i is taken from x + i * stride; F32 rows are used where they stand, so x must outlive
+  // this.
+  Activations(ActivationFormat format, const float* x, int64_t rows, int64_t cols, int64_t stride);
+
+  struct Deferred {};
+  // Leaves the rows to calls of quantize_row from the caller's own parallel loop.
+  Activations(Deferred, ActivationFormat format, const float* x, int64_t rows, int64_t cols, int64_t stride);
+  void quantize_row(int64_t i) const;
+
+  const uint8_t* row(int64_t i) const { return rows_[static_cast<size_t>(i)]; }
+  const uint8_t* const* rows() const { return rows_.data(); }
+
+ private:
+  ActivationFormat format_;
+  const float* x_;
+  int64_t cols_;
+  int64_t stride_;
+  ScratchBuffer buffer_;
+  std::vector<const uint8_t*> rows_;
+};
+
+// out[token][row] = dot(w[index][row], activations[token]).
+struct LinearTask {
+  const PackedMatrix* w;
+  int64_t index;
+  const uint8_t* const* activations;  // [tokens], in w's format
+  int64_t tokens;
+  float* out;
+  int64_t out_stride;                 // floats between tokens
+};
+
+// All tasks in one parallel loop.
+void run_linears(const std::vector<LinearTask>& tasks);
+
+// out[tokens][rows] = x[tokens][cols] W[index]^T
+void linear(const PackedMatrix& w, int64_t index, const float* x, int64_t tokens, float* out);
+
+}  // namespace tkt

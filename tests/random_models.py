@@ -1,0 +1,203 @@
+"""Tiny DeepSeek models with random weights, in the shapes that differ: V3, V2 and V2-Lite.
+
+All are float32, seeded, and scaled so that a comparison of logits means something: activations keep unit size through
+the layers, logits spread by about three, attention is neither flat nor one-hot, and every expert gets tokens. YaRN is
+on everywhere, with a short original length, so that a prompt of a few hundred tokens passes it.
+
+Keyword arguments of the three functions override fields of the config.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+
+ORIGINAL_POSITIONS = 128
+
+_SHARED: dict[str, Any] = {
+    "vocab_size": 512,  # that of tiny-r1's tokenizer, whose files these models borrow
+    "hidden_size": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "max_position_embeddings": 8 * ORIGINAL_POSITIONS,
+}
+
+
+def _yarn(mscale_all_dim: float) -> dict[str, Any]:
+    return {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": ORIGINAL_POSITIONS,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        # Both alike, as in every DeepSeek release: llama.cpp reads mscale_all_dim only and takes mscale from it.
+        "mscale": mscale_all_dim,
+        "mscale_all_dim": mscale_all_dim,
+    }
+
+
+# Standard deviation of a matrix, as a multiple of 1 / sqrt(inputs), which keeps the size of what comes in; 1 where a
+# module is not named.
+_GAINS = {
+    "lm_head": 3.0,
+    "gate": 2.0,  # the router: scores spread, so that top-k is no coin toss
+    "q_proj": 2.0,
+    "q_b_proj": 2.0,
+    "o_proj": 0.5,
+    "down_proj": 0.5,
+}
+_SPREAD = 0.1  # of norm weights round 1 and of the correction bias round 0
+
+
+@torch.no_grad()
+def _randomize(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(tensor: torch.Tensor, mean: float, deviation: float) -> None:
+        tensor.copy_(mean + deviation * torch.randn(tensor.shape, generator=generator))
+
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" in name:
+            normal(parameter, 0.0, 1.0)
+        elif parameter.dim() == 1:
+            normal(parameter, 1.0, _SPREAD)
+        else:
+            # "...mlp.experts.down_proj" holds its stack itself, "...o_proj.weight" is a Linear's
+            module = name.removesuffix(".weight").rsplit(".", 1)[-1]
+            normal(parameter, 0.0, _GAINS.get(module, 1.0) / math.sqrt(parameter.shape[-1]))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            normal(buffer, 0.0, _SPREAD)
+    model.eval()
+
+
+def v3_like(seed: int = 0, **overrides: Any) -> DeepseekV3ForCausalLM:
+    """V3 and R1: low-rank queries, sigmoid scores, expert groups, a correction bias that decides some choices."""
+    config = DeepseekV3Config(
+        **{
+            **_SHARED,
+            "intermediate_size": 256,
+            "moe_intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "first_k_dense_replace": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 256,
+            "kv_lora_rank": 256,
+            "qk_nope_head_dim": 64,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 64,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "rope_parameters": _yarn(1.0),
+            "num_mtp_layers": 0,
+            **overrides,
+        }
+    )
+    model = DeepseekV3ForCausalLM(config)
+    _randomize(model, seed)
+    return model
+
+
+def v3_narrow(seed: int = 0, **overrides: Any) -> DeepseekV3ForCausalLM:
+    """V3 in widths that only types with blocks of 32 can store, with more experts than `v3_like`, scores not normalized."""
+    narrow = {
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "moe_intermediate_size": 32,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 96,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 4,
+        "n_shared_experts": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "first_k_dense_replace": 1,
+    }
+    return v3_like(seed, **{**narrow, **overrides})
+
+
+def v2_like(seed: int = 0, **overrides: Any) -> DeepseekV2ForCausalLM:
+    """V2: low-rank queries, softmax scores, groups ranked by their best expert, weights scaled but not normalized.
+
+    llama.cpp ranks groups by the sum of their two best experts whatever the model (that is V3's rule), so it computes
+    something else for such a model and cannot be its reference.
+    """
+    config = DeepseekV2Config(
+        **{
+            **_SHARED,
+            "intermediate_size": 256,
+            "moe_intermediate_size": 256,
+            "num_hidden_layers": 3,
+            "first_k_dense_replace": 1,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 256,
+            "kv_lora_rank": 256,
+            "qk_nope_head_dim": 64,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 64,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 2,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 16.0,
+            "rope_parameters": _yarn(1.0),
+            **overrides,
+        }
+    )
+    model = DeepseekV2ForCausalLM(config)
+    _randomize(model, seed)
+    return model
+
+
+def v2_lite_like(seed: int = 0, **overrides: Any) -> DeepseekV2ForCausalLM:
+    """V2-Lite: full-rank queries, plain softmax top-k, experts whose width does not divide by 256.
+
+    27 layers because llama.cpp tells by their number that a file has no low-rank queries; most are dense and thin, so
+    that the file stays small.
+    """
+    config = DeepseekV2Config(
+        **{
+            **_SHARED,
+            "intermediate_size": 32,
+            "moe_intermediate_size": 96,
+            "num_hidden_layers": 27,
+            "first_k_dense_replace": 25,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "q_lora_rank": None,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 2,
+            "topk_method": "greedy",
+            "routed_scaling_factor": 1.0,
+            "rope_parameters": _yarn(0.707),
+            **overrides,
+        }
+    )
+    model = DeepseekV2ForCausalLM(config)
+    _randomize(model, seed)
+    return model

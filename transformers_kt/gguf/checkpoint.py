@@ -1,0 +1,271 @@
+"""One model on disk or on the hub: a GGUF file, or the shards of one, whatever part of it the user named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from glob import escape
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+from huggingface_hub import list_repo_files, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+from transformers_kt.errors import CheckpointError, CheckpointNotFoundError, KtError
+from transformers_kt.gguf.reader import GgufFile, Metadata, TensorInfo
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf")
+_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+):(?P<wanted>.+)")
+_GLOB_CHARACTERS = frozenset("*?[")
+
+# What lies beside models in many folders and is none: vision projectors, quantization statistics, adapters.
+_OTHER_NAMES = ("mmproj", "imatrix")
+_OTHER_ARCHITECTURES = ("clip", "imatrix", "controlvector")
+
+_MOST_NAMES_SHOWN = 10
+
+
+class HubOptions(TypedDict, total=False):
+    """What `open_checkpoint` passes on to huggingface_hub."""
+
+    revision: str | None
+    token: str | bool | None
+    cache_dir: str | Path | None
+    force_download: bool
+    local_files_only: bool
+
+
+class Checkpoint:
+    """The tensors and metadata of one model, over all its shards, in file order.
+
+    Raises `CheckpointError` if ``files`` do not belong together.
+    """
+
+    def __init__(self, files: Sequence[GgufFile]) -> None:
+        self.files = tuple(files)
+        _check_shards(self.files)
+        # Writers put the metadata into the first shard; the others only say which shard they are.
+        self.metadata: Metadata = self.files[0].metadata
+        self._owners = {name: file for file in self.files for name in file.tensors}
+        self.tensors: dict[str, TensorInfo] = {name: file.tensors[name] for name, file in self._owners.items()}
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.path}: {len(self.files)} files, {len(self.tensors)} tensors, {self.nbytes} bytes>"
+
+    @property
+    def path(self) -> Path:
+        """The first file: the name of this checkpoint in messages."""
+        return self.files[0].path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data over all shards."""
+        return sum(file.nbytes for file in self.files)
+
+    def data(self, name: str) -> npt.NDArray[np.uint8]:
+        """The stored bytes of tensor ``name``: uint8, (nbytes,), a read-only view of the mapped file."""
+        return self._owners[name].data(name)
+
+    def drop_pages(self, name: str) -> None:
+        """Give back the memory that reading ``data(name)`` took; the view stays valid."""
+        self._owners[name].drop_pages(name)
+
+
+def open_checkpoint(gguf_path: str | Path, **hub: Unpack[HubOptions]) -> Checkpoint:
+    """Open the model at ``gguf_path``: a file, any shard, a folder that holds one model, or hub "org/repo:wanted".
+
+    ``wanted`` is a file's name, a pattern with * or ?, or a piece of the name such as "Q4_K_M". What exists on disk
+    wins over the hub. Only headers are read; from the hub, all shards are downloaded.
+
+    Raises `CheckpointNotFoundError` (nothing there, a shard missing), `CheckpointError` (several models, shards that
+    do not belong together), `GgufFormatError`, `UnsupportedTypeError`.
+    """
+    path = Path(gguf_path).expanduser()
+    if path.is_dir():
+        paths = _one_model_in(path)
+    elif path.exists():
+        paths = _with_siblings(path)
+    elif match := _HUB.fullmatch(str(gguf_path)):
+        paths = _downloaded(match["repo"], match["wanted"], hub)
+    else:
+        raise CheckpointNotFoundError(
+            f'{path} does not exist. A GGUF file, a folder holding one, or hub "org/repo:file.gguf" is accepted'
+            + _what_is_there(path.parent)
+        )
+    return Checkpoint([GgufFile(shard) for shard in paths])
+
+
+class _Shard(NamedTuple):
+    stem: str  # with the folder
+    number: int  # from 1
+    total: int
+
+
+def _shard(name: str) -> _Shard | None:
+    """What ``name`` (with or without folders) says about itself; None for an unsplit file."""
+    match = _SHARD.fullmatch(name)
+    shard = _Shard(match["stem"], int(match["number"]), int(match["total"])) if match else None
+    return shard if shard and 1 <= shard.number <= shard.total else None
+
+
+def _models(names: Iterable[str]) -> dict[str, list[str]]:
+    """GGUF file names grouped by the model they are of, keyed by how to show it; shards in order, gaps not noticed."""
+    models: dict[str, list[str]] = {}
+    for name in sorted(names):
+        base = PurePosixPath(name).name.lower()
+        if not base.endswith(".gguf") or base.startswith(".") or any(other in base for other in _OTHER_NAMES):
+            continue
+        shard = _shard(name)
+        models.setdefault(f"{shard.stem}-*-of-{shard.total:05}.gguf" if shard else name, []).append(name)
+    return models
+
+
+def _shard_names(name: str) -> list[str]:
+    """The names of all shards of the model that ``name`` is part of."""
+    shard = _shard(name)
+    if shard is None:
+        return [name]
+    return [f"{shard.stem}-{number:05}-of-{shard.total:05}.gguf" for number in range(1, shard.total + 1)]
+
+
+def _with_siblings(path: Path) -> list[Path]:
+    paths = [path.parent / name for name in _shard_names(path.name)]
+    missing = [shard.name for shard in paths if not shard.exists()]
+    if missing:
+        raise CheckpointNotFoundError(
+            f"{path.parent}: of the {len(paths)} shards of {path.name}, {_listed(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing; put all of them into one folder"
+        )
+    return paths
+
+
+def _one_model_in(folder: Path) -> list[Path]:
+    models = _models(entry.name for entry in folder.iterdir() if entry.is_file())
+    candidates = {shown: names for shown, names in models.items() if _may_be_model(folder / names[0])}
+    if not candidates:
+        raise CheckpointNotFoundError(f"{folder} holds no GGUF model" + _what_is_there(folder))
+    if len(candidates) > 1:
+        raise CheckpointError(
+            f"{folder} holds {len(candidates)} models: {_listed(candidates)}. Name the file of the one to load (of a "
+            "split model, any shard)"
+        )
+    (names,) = candidates.values()
+    return _with_siblings(folder / names[0])
+
+
+def _may_be_model(path: Path) -> bool:
+    """Whether the file calls itself a model. A damaged one counts, so that its damage is reported, not its absence."""
+    try:
+        metadata = GgufFile(path).metadata
+    except KtError:
+        return True
+    kind, architecture = metadata.get("general.type", "model"), metadata.get("general.architecture")
+    return str(kind) == "model" and str(architecture) not in _OTHER_ARCHITECTURES
+
+
+def _downloaded(repo: str, wanted: str, hub: HubOptions) -> list[Path]:
+    names = _names_on_hub(repo, hub)
+    models = {shown: parts for shown, parts in _models(names).items() if any(_fits(part, wanted) for part in parts)}
+    if not models:
+        on_hub = [name for name in names if name.lower().endswith(".gguf")]
+        raise CheckpointNotFoundError(
+            f"hub repository {repo} has no GGUF model that fits {wanted!r}; it has "
+            + (_listed(on_hub) if on_hub else "no .gguf file at all")
+        )
+    if len(models) > 1:
+        raise CheckpointError(
+            f"{wanted!r} fits {len(models)} models in hub repository {repo}: {_listed(models)}. Name one of them"
+        )
+    (parts,) = models.values()
+    needed = _shard_names(parts[0])
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise CheckpointNotFoundError(
+            f"hub repository {repo} (its copy in the cache, where the hub cannot be asked) lacks {_listed(missing)}"
+        )
+    folder = Path(_snapshot(repo, [escape(name) for name in needed], hub))
+    absent = [name for name in needed if not (folder / name).exists()]
+    if absent:
+        raise CheckpointNotFoundError(
+            f"{_listed(absent)} of hub repository {repo} could not be downloaded and the cache has no copy"
+        )
+    return [folder / name for name in needed]
+
+
+def _fits(name: str, wanted: str) -> bool:
+    if _GLOB_CHARACTERS.intersection(wanted):
+        return name == wanted or fnmatchcase(name, wanted) or fnmatchcase(PurePosixPath(name).name, wanted)
+    if wanted.lower().endswith(".gguf"):
+        return name == wanted
+    return wanted.lower() in name.lower()
+
+
+def _names_on_hub(repo: str, hub: HubOptions) -> list[str]:
+    """All file names in the repository; those in the cache where the hub cannot be asked."""
+    if not hub.get("local_files_only"):
+        try:
+            return list_repo_files(repo, revision=hub.get("revision"), token=hub.get("token"))
+        except GatedRepoError as error:
+            raise CheckpointNotFoundError(
+                f"hub repository {repo} is gated: accept its terms on the hub and log in (`hf auth login`)"
+            ) from error
+        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+            raise CheckpointNotFoundError(f"hub repository {repo} was not found: {error}") from error
+        except Exception:
+            hub = {**hub, "local_files_only": True}
+    folder = Path(_snapshot(repo, None, {**hub, "local_files_only": True}))
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _snapshot(repo: str, allow_patterns: list[str] | None, hub: HubOptions) -> str:
+    try:
+        return str(snapshot_download(repo, allow_patterns=allow_patterns, **hub))
+    except Exception as error:
+        if isinstance(error, KtError):
+            raise
+        raise CheckpointNotFoundError(f"hub repository {repo} could not be fetched: {error}") from error
+
+
+def _check_shards(files: Sequence[GgufFile]) -> None:
+    """That the files say they are shards 0, 1, 2, ... of one model, and hold as many tensors as they should."""
+    tensor_count = sum(len(file.tensors) for file in files)
+    expected = {"split.count": len(files), "split.tensors.count": tensor_count}
+    seen: dict[str, Path] = {}
+    for number, file in enumerate(files):
+        stated = file.metadata
+        if len(files) == 1 and "split.count" not in stated:
+            continue
+        for key, value in {"split.no": number, **expected}.items():
+            if type(stated.get(key)) is not int or stated[key] != value:
+                found = repr(stated[key]) if key in stated else "missing"
+                raise CheckpointError(
+                    f"{file.path}: {key} is {found}, but this is file {number + 1} of {len(files)}, which hold "
+                    f"{tensor_count} tensors together, so {value} is expected. The shards are not of one model, or "
+                    "were renamed; get them again under their own names"
+                )
+        for name in file.tensors:
+            if name in seen:
+                raise CheckpointError(
+                    f"tensor {name} is in both {seen[name]} and {file.path}; the shards are not of one model"
+                )
+            seen[name] = file.path
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _MOST_NAMES_SHOWN} more" if len(names) > _MOST_NAMES_SHOWN else ""
+    return ", ".join(names[:_MOST_NAMES_SHOWN]) + more
+
+
+def _what_is_there(folder: Path) -> str:
+    """A clause for messages: what a folder holds, with the subfolders that do hold GGUF files."""
+    if not folder.is_dir():
+        return f"; {folder} does not exist either"
+    entries = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+    return f"; {folder} holds {_listed(entries)}" if entries else f"; {folder} is empty"

@@ -1,0 +1,110 @@
+"""What all GGUF-backed modules have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from typing_extensions import Self
+
+from transformers_kt import _C, ops
+from transformers_kt.errors import UnsupportedModelError, UnsupportedTypeError
+from transformers_kt.gguf.reader import GgmlType, TensorInfo
+
+TensorData = Callable[[TensorInfo], npt.NDArray[np.uint8]]
+"""Gives a tensor's bytes: uint8, one-dimensional, exactly ``nbytes`` long."""
+
+KERNEL_TYPES: dict[int, str] = {number: name for name, number, _elements, _nbytes in _C.weight_types()}
+"""ggml type number -> name, for every type that can be multiplied with."""
+
+
+class KtModule(nn.Module):
+    """A module whose weights are GGUF blocks outside torch.
+
+    It is made from the stock module it replaces while that is on the meta device, told which tensors it gets, and
+    filled once. Its outputs are float32, whatever dtype comes in.
+    """
+
+    op: ClassVar[str]
+    """Name of the operation in placement rules."""
+
+    replaces: ClassVar[tuple[type[nn.Module], ...]]
+    """Stock classes this module can stand for."""
+
+    @classmethod
+    def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
+        """Makes the replacement of `module`, found at path `name`. Raises UnsupportedModelError where it cannot."""
+        raise NotImplementedError
+
+    def roles(self) -> set[str]:
+        """Paths, relative to this module, of every tensor it can consume."""
+        raise NotImplementedError
+
+    def check(self, tensors: Mapping[str, TensorInfo]) -> None:
+        """Raises UnsupportedTypeError where a tensor's type has no kernel. Default: every matrix needs one."""
+        for tensor in tensors.values():
+            if len(tensor.shape) > 1:
+                require_kernel(tensor)
+
+    def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
+        """Packs the weights; returns the bytes of memory they take."""
+        raise NotImplementedError
+
+
+def require_kernel(tensor: TensorInfo) -> None:
+    """Raises UnsupportedTypeError where `tensor` cannot be multiplied with."""
+    if int(tensor.ggml_type) in KERNEL_TYPES:
+        return
+    raise UnsupportedTypeError(
+        f"{tensor.path}: tensor {tensor.name} has type {tensor.ggml_type.name}, for which there is no kernel; "
+        f"types with kernels: {', '.join(KERNEL_TYPES.values())}. Use a file quantized to one of these"
+    )
+
+
+def require_silu(config: Any, name: str) -> None:
+    """Raises UnsupportedModelError unless the model's activation is SiLU, the only one the kernels compute."""
+    if config.hidden_act != "silu":
+        raise UnsupportedModelError(f"{name}: hidden_act is {config.hidden_act!r}; only 'silu' is supported")
+
+
+def float_values(tensor: TensorInfo, blocks: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """`tensor` dequantized from its bytes to float32, in its shape, by the gguf package: any type, small tensors."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    values = dequantize(blocks.reshape(-1), GGMLQuantizationType(int(tensor.ggml_type)))
+    return np.array(values, dtype=np.float32).reshape(tensor.shape)
+
+
+def pack_matrices(tensor: TensorInfo, data: TensorData) -> _C.PackedMatrix:
+    """Packs a tensor (rows, cols) or (count, rows, cols) as it stands in the file."""
+    rows, cols = tensor.shape[-2:]
+    count = tensor.shape[0] if len(tensor.shape) == 3 else 1
+    matrix = _C.PackedMatrix(int(tensor.ggml_type), count, rows, cols)
+    source = data(tensor).reshape(count, -1)
+    for index in range(count):
+        matrix.pack(index, source[index])
+    return matrix
+
+
+def pack_floats(values: npt.NDArray[np.float32], ggml_type: GgmlType) -> _C.PackedMatrix:
+    """Packs float32 (count, rows, cols) as F32 or F16."""
+    matrix = _C.PackedMatrix(int(ggml_type), *values.shape)
+    matrix.pack_floats(np.ascontiguousarray(values))
+    return matrix
+
+
+class Handle:
+    """A packed object together with the number by which operators find it."""
+
+    def __init__(self, packed: Any) -> None:
+        self.packed = packed
+        self.number = ops.register_object(packed)
+
+
+def as_float32(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float32 else x.to(torch.float32)

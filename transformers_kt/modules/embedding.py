@@ -1,0 +1,76 @@
+"""Token embeddings looked up in GGUF blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from typing_extensions import Self
+
+from transformers_kt import _C, ops
+from transformers_kt.errors import InputError
+from transformers_kt.gguf.reader import GgmlType, TensorInfo
+from transformers_kt.modules.base import KERNEL_TYPES, Handle, KtModule, TensorData
+
+
+class _EmbeddingTable:
+    """Rows of blocks; one is decoded when its token comes up."""
+
+    def __init__(self, ggml_type: GgmlType, rows: npt.NDArray[np.uint8]) -> None:
+        self.ggml_type = ggml_type
+        self.rows = rows
+
+    def gather(self, ids: npt.NDArray[np.int64], out: npt.NDArray[np.float32]) -> None:
+        if int(self.ggml_type) in KERNEL_TYPES:
+            _C.embed(int(self.ggml_type), self.rows.reshape(-1), ids, out)
+            return
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        out[:] = dequantize(self.rows[ids], GGMLQuantizationType(int(self.ggml_type)))
+
+
+class KtEmbedding(KtModule):
+    """``nn.Embedding``: integer ids (...) -> float32 (..., embedding_dim). Takes every type the gguf package knows."""
+
+    op = "embedding_cpu"
+    replaces = (nn.Embedding,)
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self._table: Handle | None = None
+
+    @classmethod
+    def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
+        assert isinstance(module, nn.Embedding)
+        return cls(module.num_embeddings, module.embedding_dim)
+
+    def roles(self) -> set[str]:
+        return {"weight"}
+
+    def check(self, tensors: Mapping[str, TensorInfo]) -> None:
+        """Accepts every type: rows without a kernel are decoded by the gguf package."""
+
+    def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
+        tensor = tensors["weight"]
+        rows = data(tensor).reshape(self.num_embeddings, -1).copy()
+        self._table = Handle(_EmbeddingTable(tensor.ggml_type, rows))
+        return int(rows.nbytes)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        assert self._table is not None
+        lowest, highest = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+        if lowest < 0 or highest >= self.num_embeddings:
+            found = lowest if lowest < 0 else highest
+            raise InputError(f"token id {found} is not in the vocabulary of {self.num_embeddings} tokens")
+        out: torch.Tensor = ops.embedding(ids, self._table.number, self.embedding_dim)
+        return out
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"

@@ -1,0 +1,162 @@
+"""Feed-forward modules: routed experts alone, a dense MLP, and the whole MoE block in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2Moe
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts, DeepseekV3MLP, DeepseekV3MoE
+from typing_extensions import Self
+
+from transformers_kt import _C, ops
+from transformers_kt.errors import UnsupportedModelError
+from transformers_kt.gguf.reader import GgmlType, TensorInfo
+from transformers_kt.modules.base import (
+    Handle,
+    KtModule,
+    TensorData,
+    as_float32,
+    float_values,
+    pack_floats,
+    pack_matrices,
+    require_kernel,
+    require_silu,
+)
+
+
+def _pack_experts(tensors: Mapping[str, TensorInfo], roles: tuple[str, str, str], data: TensorData) -> tuple[Any, int]:
+    gate, up, down = (pack_matrices(tensors[role], data) for role in roles)
+    return _C.Experts(gate, up, down), gate.nbytes + up.nbytes + down.nbytes
+
+
+class KtExperts(KtModule):
+    """Routed experts, called as transformers' MoE blocks call theirs: (tokens, hidden), indices, weights."""
+
+    op = "experts_cpu"
+    replaces = (DeepseekV2Experts, DeepseekV3Experts)
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self._experts: Handle | None = None
+
+    @classmethod
+    def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
+        assert isinstance(module, DeepseekV2Experts | DeepseekV3Experts)
+        require_silu(config, name)
+        return cls(module.num_experts)
+
+    def roles(self) -> set[str]:
+        return {"gate", "up", "down"}
+
+    def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
+        experts, nbytes = _pack_experts(tensors, ("gate", "up", "down"), data)
+        self._experts = Handle(experts)
+        return nbytes
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        assert self._experts is not None
+        out: torch.Tensor = ops.routed_experts(
+            as_float32(hidden_states), top_k_index, top_k_weights, self._experts.number
+        )
+        return out.to(hidden_states.dtype)
+
+
+class KtMlp(KtModule):
+    """The SwiGLU MLP of dense layers and shared experts: float32 (..., hidden) -> float32 (..., hidden)."""
+
+    op = "mlp_cpu"
+    replaces = (DeepseekV2MLP, DeepseekV3MLP)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._mlp: Handle | None = None
+
+    @classmethod
+    def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
+        require_silu(config, name)
+        return cls()
+
+    def roles(self) -> set[str]:
+        return {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}
+
+    def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
+        mlp, nbytes = _pack_experts(tensors, ("gate_proj.weight", "up_proj.weight", "down_proj.weight"), data)
+        self._mlp = Handle(mlp)
+        return nbytes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self._mlp is not None
+        out: torch.Tensor = ops.mlp(as_float32(x), self._mlp.number)
+        return out
+
+
+class KtMoe(KtModule):
+    """Router, routed experts and shared experts of a DeepSeek layer in one call: (..., hidden) -> (..., hidden)."""
+
+    op = "moe_cpu"
+    replaces = (DeepseekV2Moe, DeepseekV3MoE)
+
+    def __init__(self, router: Mapping[str, Any], num_experts: int) -> None:
+        super().__init__()
+        self._router = dict(router)
+        self.num_experts = num_experts
+        self._block: Handle | None = None
+
+    @classmethod
+    def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
+        require_silu(config, name)
+        if isinstance(module, DeepseekV3MoE):
+            limited, normalize = True, bool(config.norm_topk_prob)
+        else:
+            methods = ("greedy", "group_limited_greedy")
+            if config.topk_method not in methods:
+                raise UnsupportedModelError(
+                    f"{name}: topk_method is {config.topk_method!r}; supported: {', '.join(methods)}"
+                )
+            # transformers' DeepseekV2TopkRouter has no normalization, whatever norm_topk_prob says.
+            limited, normalize = config.topk_method == "group_limited_greedy", False
+        router = {
+            "sigmoid": isinstance(module, DeepseekV3MoE),
+            "groups": config.n_group if limited else 1,
+            "top_groups": config.topk_group if limited else 1,
+            "top_k": config.num_experts_per_tok,
+            "normalize": normalize,
+            "scale": config.routed_scaling_factor,
+        }
+        return cls(router, config.n_routed_experts)
+
+    def roles(self) -> set[str]:
+        linears = {f"shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")}
+        experts = {f"experts.{part}" for part in ("gate", "up", "down")}
+        return {"gate.weight", "gate.e_score_correction_bias"} | experts | linears
+
+    def check(self, tensors: Mapping[str, TensorInfo]) -> None:
+        for role, tensor in tensors.items():
+            if not role.startswith("gate."):
+                require_kernel(tensor)
+
+    def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
+        # float32 whatever the file has: routing decides by small differences, and the matrix is small.
+        router = pack_floats(float_values(tensors["gate.weight"], data(tensors["gate.weight"]))[None], GgmlType.F32)
+        bias = tensors.get("gate.e_score_correction_bias")
+        routed, nbytes = _pack_experts(tensors, ("experts.gate", "experts.up", "experts.down"), data)
+        shared, shared_nbytes = None, 0
+        if "shared_experts.gate_proj.weight" in tensors:
+            roles = ("gate", "up", "down")
+            names = tuple(f"shared_experts.{part}_proj.weight" for part in roles)
+            shared, shared_nbytes = _pack_experts(tensors, (names[0], names[1], names[2]), data)
+        bias_values = None if bias is None else float_values(bias, data(bias))
+        self._block = Handle(_C.MoeBlock(router, bias_values, routed, shared, **self._router))
+        return int(router.nbytes + nbytes + shared_nbytes)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        assert self._block is not None
+        out: torch.Tensor
+        out, _logits = ops.moe(as_float32(hidden_states), self._block.number, self.num_experts)
+        return out

@@ -1,0 +1,49 @@
+"""RMSNorm with a fixed order of additions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RMSNorm
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
+from typing_extensions import Self
+
+from transformers_kt import ops
+from transformers_kt.gguf.reader import TensorInfo
+from transformers_kt.modules.base import KtModule, TensorData, as_float32, float_values
+
+
+class KtRMSNorm(KtModule):
+    """Root mean square norm (arXiv:1910.07467): float32 (..., hidden) -> float32 (..., hidden)."""
+
+    op = "norm_cpu"
+    replaces = (DeepseekV2RMSNorm, DeepseekV3RMSNorm)
+
+    def __init__(self, hidden: int, eps: float) -> None:
+        super().__init__()
+        # A real parameter, so that model.dtype and model.device have something to look at.
+        self.weight = nn.Parameter(torch.empty(hidden, dtype=torch.float32), requires_grad=False)
+        self.eps = eps
+
+    @classmethod
+    def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
+        assert isinstance(module, DeepseekV2RMSNorm | DeepseekV3RMSNorm)
+        return cls(module.weight.shape[0], module.variance_epsilon)
+
+    def roles(self) -> set[str]:
+        return {"weight"}
+
+    def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
+        values = torch.from_numpy(float_values(tensors["weight"], data(tensors["weight"])))
+        self.weight = nn.Parameter(values, requires_grad=False)
+        return values.nbytes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = ops.rms_norm(as_float32(x), self.weight, self.eps)
+        return out
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"

@@ -1,0 +1,71 @@
+"""Rotary position embeddings as one table per forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RotaryEmbedding
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
+from typing_extensions import Self
+
+from transformers_kt import ops
+from transformers_kt.errors import UnsupportedModelError
+from transformers_kt.gguf.reader import TensorInfo
+from transformers_kt.modules.base import KtModule, TensorData
+
+_STATIC_ROPE_TYPES = ("default", "linear", "yarn")
+
+
+class KtRotaryEmbedding(KtModule):
+    """position_ids (batch, tokens) -> float32 (batch, tokens, qk_rope_head_dim): cosines, then sines.
+
+    Frequencies and the YaRN factor on cosines and sines (arXiv:2309.00071; the ratio of mscale and mscale_all_dim) are
+    those of transformers' own initialisation.
+    """
+
+    op = "rotary_cpu"
+    replaces = (DeepseekV2RotaryEmbedding, DeepseekV3RotaryEmbedding)
+
+    def __init__(self, inv_freq: torch.Tensor, scaling: float) -> None:
+        super().__init__()
+        # Not a buffer: the skeleton this lives in is materialized from the meta device, which would empty it.
+        self._inv_freq = inv_freq
+        self.scaling = scaling
+
+    @classmethod
+    def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
+        assert isinstance(module, DeepseekV2RotaryEmbedding | DeepseekV3RotaryEmbedding)
+        rope_type = config.rope_parameters["rope_type"]
+        if rope_type not in _STATIC_ROPE_TYPES:
+            raise UnsupportedModelError(
+                f"{name}: rope_type is {rope_type!r}; supported: {', '.join(_STATIC_ROPE_TYPES)}"
+            )
+        initialize = ROPE_INIT_FUNCTIONS.get(rope_type, module.compute_default_rope_parameters)
+        with torch.device("cpu"):
+            inv_freq, scaling = initialize(config, device=torch.device("cpu"))
+        return cls(inv_freq.to(torch.float32).contiguous(), float(scaling))
+
+    def roles(self) -> set[str]:
+        return set()
+
+    def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
+        return 0
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        table: torch.Tensor = ops.rope_table(position_ids, self._inv_freq, self.scaling)
+        return table
+
+
+def as_rope_table(position_embeddings: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Any of transformers' forms as a table: (cos, sin) of DeepSeek-V3, complex numbers of V2, or a table already."""
+    if isinstance(position_embeddings, tuple):
+        cos, sin = position_embeddings
+        half = cos.shape[-1] // 2
+        return torch.cat((cos[..., :half], sin[..., :half]), dim=-1).to(torch.float32)
+    if position_embeddings.is_complex():
+        return torch.cat((position_embeddings.real, position_embeddings.imag), dim=-1).to(torch.float32)
+    return position_embeddings
