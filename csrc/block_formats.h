@@ -66,42 +66,25 @@ static_assert(sizeof(BlockQ6_K) == 210, "ggml block size");
 
 // ---- Activations, quantized once per token ------------------------------------------------------------------------
 
-// 256 values for K-quants: x = d * q, |q| <= 127. sums16[j] = sum of q over 16 values (for sub-blocks of 16), sums32 over
-// 32. Both are stored in the order 0,2,1,3 within every four: a 32-bit lane of packed 8-bit scales yields the pairs
-// (0,2) and (1,3) with one mask or shift each, which a 16-bit multiply-add then consumes.
-struct alignas(64) ActivationQ8K {
-  int8_t q[256];
-  int16_t sums16[16];
-  int16_t sums32[8];
-  float d;
-  int32_t unused[3];
-};
-static_assert(sizeof(ActivationQ8K) == 320, "five cache lines");
-
-// 32 values for the 32-wide types.
-struct ActivationQ8x32 {
+// 32 values: x = d * q, |q| <= 127. One scale per 32 for every weight type: ggml takes one per 256 for K-quants, which
+// doubles the variance of the rounding error (the largest of 256 normal values is 1.4 times that of 32) and lets one
+// outlier coarsen 255 neighbours; it would save about one operation in twelve.
+struct ActivationQ8 {
   int8_t q[32];
   float d;
-  int32_t sum;
+  float d_sum;           // d * sum of q: what a weight's minimum is multiplied with
+  int32_t neg_sum;       // -sum of q: takes back the offset of unsigned quants
+  int32_t neg_sum16[2];  // likewise over 16, for Q6_K's sub-blocks
 };
-static_assert(sizeof(ActivationQ8x32) == 40, "no padding");
+static_assert(sizeof(ActivationQ8) == 52, "no padding");
 
-enum class ActivationFormat { kF32, kQ8K, kQ8x32 };
+enum class ActivationFormat { kF32, kQ8 };
+constexpr int kActivationFormats = 2;
 
 // Bytes of one token's activations of `cols` values; a multiple of 64 so that rows start on cache lines.
 inline int64_t activation_row_bytes(ActivationFormat format, int64_t cols) {
-  int64_t bytes = 0;
-  switch (format) {
-    case ActivationFormat::kF32:
-      bytes = cols * static_cast<int64_t>(sizeof(float));
-      break;
-    case ActivationFormat::kQ8K:
-      bytes = cols / 256 * static_cast<int64_t>(sizeof(ActivationQ8K));
-      break;
-    case ActivationFormat::kQ8x32:
-      bytes = cols / 32 * static_cast<int64_t>(sizeof(ActivationQ8x32));
-      break;
-  }
+  const int64_t bytes = format == ActivationFormat::kF32 ? cols * static_cast<int64_t>(sizeof(float))
+                                                         : cols / 32 * static_cast<int64_t>(sizeof(ActivationQ8));
   return (bytes + 63) / 64 * 64;
 }
 
@@ -134,12 +117,12 @@ constexpr WeightTypeInfo kWeightTypeInfos[kWeightTypes] = {
     {WeightType::kF32, "F32", 0, 1, 4, 0, 4, 1, -1, ActivationFormat::kF32},
     {WeightType::kF16, "F16", 1, 1, 2, 0, 2, 1, -1, ActivationFormat::kF32},
     {WeightType::kBF16, "BF16", 30, 1, 2, 0, 2, 1, -1, ActivationFormat::kF32},
-    {WeightType::kQ4_0, "Q4_0", 2, 32, 18, 2, 4, 4, 0, ActivationFormat::kQ8x32},
-    {WeightType::kQ5_0, "Q5_0", 6, 32, 22, 2, 4, 5, 0, ActivationFormat::kQ8x32},
-    {WeightType::kQ8_0, "Q8_0", 8, 32, 34, 2, 4, 8, 0, ActivationFormat::kQ8x32},
-    {WeightType::kQ4_K, "Q4_K", 12, 256, 144, 0, 4, 36, -1, ActivationFormat::kQ8K},
-    {WeightType::kQ5_K, "Q5_K", 13, 256, 176, 0, 4, 44, -1, ActivationFormat::kQ8K},
-    {WeightType::kQ6_K, "Q6_K", 14, 256, 210, 0, 4, 52, 208, ActivationFormat::kQ8K},
+    {WeightType::kQ4_0, "Q4_0", 2, 32, 18, 2, 4, 4, 0, ActivationFormat::kQ8},
+    {WeightType::kQ5_0, "Q5_0", 6, 32, 22, 2, 4, 5, 0, ActivationFormat::kQ8},
+    {WeightType::kQ8_0, "Q8_0", 8, 32, 34, 2, 4, 8, 0, ActivationFormat::kQ8},
+    {WeightType::kQ4_K, "Q4_K", 12, 256, 144, 0, 4, 36, -1, ActivationFormat::kQ8},
+    {WeightType::kQ5_K, "Q5_K", 13, 256, 176, 0, 4, 44, -1, ActivationFormat::kQ8},
+    {WeightType::kQ6_K, "Q6_K", 14, 256, 210, 0, 4, 52, 208, ActivationFormat::kQ8},
 };
 
 constexpr const WeightTypeInfo& info_of(WeightType type) { return kWeightTypeInfos[static_cast<int>(type)]; }

@@ -69,7 +69,7 @@ class InputFormats {
   const Activations& of(const PackedMatrix& w) const { return *formats_[static_cast<int>(w.info().activation)]; }
 
  private:
-  std::unique_ptr<Activations> formats_[3];
+  std::unique_ptr<Activations> formats_[kActivationFormats];
 };
 
 // Pieces of (run, panel, token tile) laid end to end.

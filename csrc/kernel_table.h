@@ -41,14 +41,16 @@ struct KernelTable {
   const char* name;                     // "scalar", "avx2", "avx512", "avx512_vnni"
   uint32_t required_features;           // CpuFeature bits
 
-  // K-quants, per block b in order: S = sum_j sc[j] * dot(q_j, a_j) and M = sum_j m[j] * sum(a_j), exact in int32;
-  // acc = fma(d * da, S, acc); acc = fma(-(dmin * da), M, acc). Q6_K: acc = fma(d * da, S - 32 * M, acc), m = sc.
-  // 32-wide types: acc = fma(d * da, dot(q - offset, a), acc). Float types: acc = fma(w, x, acc) column by column.
+  // Integer products are exact; a_j is the activation block of 32 that sub-block j meets, d_j its scale.
+  // K-quants, per block: S = 0; for each j: S = fma(float(P_j), d_j, S), where P_j is sc[j] * dot(q_j, a_j), for Q6_K the
+  // sum of its two sub-blocks of 16 in a_j; acc = fma(d, S, acc). Q4_K and Q5_K also: M = 0; M = fma(m[j], d_sum_j, M);
+  // acc = fma(-dmin, M, acc).
+  // 32-wide types, per block: acc = fma(d * d_j, float(dot(q, a_j)), acc). Float types: acc = fma(w, x, acc), column by
+  // column.
   void (*dot[kWeightTypes])(const DotArgs& args);
 
   // d = amax / 127, q = round-to-nearest-even(x * (127 / amax)); all zero where amax < 1e-30 (127 / amax overflows).
-  void (*quantize_q8k)(const float* x, int64_t cols, uint8_t* row);
-  void (*quantize_q8x32)(const float* x, int64_t cols, uint8_t* row);
+  void (*quantize_q8)(const float* x, int64_t cols, uint8_t* row);
 
   // out = weight * (x * (1 / sqrt(sum(x^2) / n + eps))). Squares are summed in 16 lanes (element i in lane i % 16) by fma,
   // lanes by a tree: l += l + 8, l += l + 4, l += l + 2, l += l + 1. x and out may be the same.

@@ -67,8 +67,7 @@ Activations::Activations(ActivationFormat format, const float* x, int64_t rows, 
 
 void Activations::quantize_row(int64_t i) const {
   uint8_t* row = const_cast<uint8_t*>(rows_[static_cast<size_t>(i)]);
-  if (format_ == ActivationFormat::kQ8K) kernels().quantize_q8k(x_ + i * stride_, cols_, row);
-  if (format_ == ActivationFormat::kQ8x32) kernels().quantize_q8x32(x_ + i * stride_, cols_, row);
+  if (format_ == ActivationFormat::kQ8) kernels().quantize_q8(x_ + i * stride_, cols_, row);
 }
 
 void run_linears(const std::vector<LinearTask>& tasks) {

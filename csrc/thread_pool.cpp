@@ -30,6 +30,10 @@ void pause() {
 #endif
 }
 
+// One loop at a time. `state_` is the number of the loop, doubled, plus 1 while it is open; a thread joins by counting
+// itself into `active_` and looking at `state_` again, the caller closes the loop and then waits until `active_` is 0. Both
+// orders are sequentially consistent, so one of the two sees the other. A thread that wakes too late finds the loop
+// closed and is not waited for: on a busy machine that wait would last a scheduler's time slice.
 class ThreadPool {
  public:
   explicit ThreadPool(int threads) {
@@ -41,10 +45,10 @@ class ThreadPool {
   }
 
   ~ThreadPool() {
+    stop_.store(true);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      stop_ = true;
-      generation_.fetch_add(1, std::memory_order_release);
+      state_.fetch_add(2);
     }
     wake_.notify_all();
     for (std::thread& thread : threads_) thread.join();
@@ -58,44 +62,57 @@ class ThreadPool {
   void run(int64_t tasks, const std::function<void(int64_t)>& body) {
     tasks_ = tasks;
     body_ = &body;
-    next_.store(0, std::memory_order_relaxed);
-    busy_.store(static_cast<int>(threads_.size()), std::memory_order_relaxed);
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      generation_.fetch_add(1, std::memory_order_release);
+    next_.store(0);
+    state_.fetch_add(3);  // the next number, open
+    if (sleeping_.load() > 0) {
+      { std::lock_guard<std::mutex> lock(mutex_); }  // a thread is past its check or inside its wait, never between
+      wake_.notify_all();
     }
-    wake_.notify_all();
     take_tasks();
+    state_.fetch_sub(1);
     for (int spin = 0; spin < kSpins; ++spin) {
-      if (busy_.load(std::memory_order_acquire) == 0) return;
+      if (active_.load() == 0) return;
       pause();
     }
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return busy_.load(std::memory_order_acquire) == 0; });
+    done_.wait(lock, [this] { return active_.load() == 0; });
   }
 
  private:
+  static bool is_open(uint64_t state) { return (state & 1) != 0; }
+
   void take_tasks() {
     for (;;) {
-      const int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
+      const int64_t task = next_.fetch_add(1);
       if (task >= tasks_) return;
       (*body_)(task);
     }
   }
 
+  bool has_news(uint64_t seen) const {
+    const uint64_t state = state_.load();
+    return (is_open(state) && state != seen) || stop_.load();
+  }
+
   void work() {
     uint64_t seen = 0;
     for (;;) {
-      for (int spin = 0; spin < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spin) pause();
-      if (generation_.load(std::memory_order_acquire) == seen) {
+      for (int spin = 0; spin < kSpins && !has_news(seen); ++spin) pause();
+      if (!has_news(seen)) {
         std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
+        sleeping_.fetch_add(1);
+        wake_.wait(lock, [&] { return has_news(seen); });
+        sleeping_.fetch_sub(1);
       }
-      seen = generation_.load(std::memory_order_acquire);
-      if (stop_) return;
-      take_tasks();
-      if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-        std::lock_guard<std::mutex> lock(mutex_);  // the caller may be between its check and its wait
+      if (stop_.load()) return;
+      active_.fetch_add(1);
+      const uint64_t state = state_.load();
+      if (is_open(state) && state != seen) {
+        seen = state;
+        take_tasks();
+      }
+      if (active_.fetch_sub(1) == 1) {
+        { std::lock_guard<std::mutex> lock(mutex_); }  // the caller is past its check or inside its wait
         done_.notify_one();
       }
     }
@@ -105,12 +122,13 @@ class ThreadPool {
   std::mutex mutex_;
   std::condition_variable wake_;
   std::condition_variable done_;
-  std::atomic<uint64_t> generation_{0};
-  std::atomic<int> busy_{0};
+  std::atomic<uint64_t> state_{2};
+  std::atomic<int> active_{0};
+  std::atomic<int> sleeping_{0};
   std::atomic<int64_t> next_{0};
   int64_t tasks_ = 0;
   const std::function<void(int64_t)>* body_ = nullptr;
-  bool stop_ = false;
+  std::atomic<bool> stop_{false};
 };
 
 std::mutex pool_mutex;

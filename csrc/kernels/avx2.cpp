@@ -23,6 +23,7 @@ struct V {
   static constexpr int kScoreKeys = 4;
   static constexpr int kSumDims = 4;
 
+  TKT_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   TKT_INLINE F zero_f() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   TKT_INLINE F set_f(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
   TKT_INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -77,6 +78,13 @@ struct V {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
   }
 
+  TKT_INLINE int32_t sum_of_lanes(I a) {
+    const __m256i eight = _mm256_add_epi32(a.low, a.high);
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+    return _mm_cvtsi128_si32(four);
+  }
   TKT_INLINE I set_i(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
   TKT_INLINE I load_i(const void* p) {
     const __m256i* halves = static_cast<const __m256i*>(p);
@@ -107,14 +115,6 @@ struct V {
   TKT_INLINE I shift_right_signed(I a) {
     return {_mm256_srai_epi32(a.low, N), _mm256_srai_epi32(a.high, N)};
   }
-  template <int N>
-  TKT_INLINE I shift_left16(I a) {
-    return {_mm256_slli_epi16(a.low, N), _mm256_slli_epi16(a.high, N)};
-  }
-  template <int N>
-  TKT_INLINE I shift_right_signed16(I a) {
-    return {_mm256_srai_epi16(a.low, N), _mm256_srai_epi16(a.high, N)};
-  }
 
   // vpmaddubsw saturates past 32,767. Up to 6-bit weights stay below (2 * 63 * 127 = 16,002); full bytes go through
   // 16-bit products.
@@ -135,10 +135,6 @@ struct V {
   TKT_INLINE I dot4(I acc, I weights, I activations) {
     return {dot4_8<kFullByte>(acc.low, weights.low, activations.low),
             dot4_8<kFullByte>(acc.high, weights.high, activations.high)};
-  }
-  TKT_INLINE I madd16(I acc, I a, I b) {
-    return {_mm256_add_epi32(acc.low, _mm256_madd_epi16(a.low, b.low)),
-            _mm256_add_epi32(acc.high, _mm256_madd_epi16(a.high, b.high))};
   }
 };
 

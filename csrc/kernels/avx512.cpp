@@ -29,7 +29,6 @@ struct V : Avx512Primitives {
     const I pairs = _mm512_maddubs_epi16(weights, activations);
     return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
   }
-  TKT_INLINE I madd16(I acc, I a, I b) { return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)); }
 };
 
 #include "panel_dot-inl.h"

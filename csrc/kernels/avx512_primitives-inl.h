@@ -7,6 +7,7 @@ struct Avx512Primitives {
   static constexpr int kScoreKeys = 8;
   static constexpr int kSumDims = 16;
 
+  TKT_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   TKT_INLINE F zero_f() { return _mm512_setzero_ps(); }
   TKT_INLINE F set_f(float x) { return _mm512_set1_ps(x); }
   TKT_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -36,6 +37,7 @@ struct Avx512Primitives {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a));
   }
 
+  TKT_INLINE int32_t sum_of_lanes(I a) { return _mm512_reduce_add_epi32(a); }
   TKT_INLINE I set_i(int32_t x) { return _mm512_set1_epi32(x); }
   TKT_INLINE I load_i(const void* p) { return _mm512_loadu_si512(p); }
   TKT_INLINE I broadcast_i(const void* p) {
@@ -62,13 +64,5 @@ struct Avx512Primitives {
   template <int N>
   TKT_INLINE I shift_right_signed(I a) {
     return _mm512_srai_epi32(a, N);
-  }
-  template <int N>
-  TKT_INLINE I shift_left16(I a) {
-    return _mm512_slli_epi16(a, N);
-  }
-  template <int N>
-  TKT_INLINE I shift_right_signed16(I a) {
-    return _mm512_srai_epi16(a, N);
   }
 };

@@ -19,7 +19,6 @@ struct V : Avx512Primitives {
   TKT_INLINE I dot4(I acc, I weights, I activations) {
     return _mm512_dpbusd_epi32(acc, weights, activations);
   }
-  TKT_INLINE I madd16(I acc, I a, I b) { return _mm512_dpwssd_epi32(acc, a, b); }
 };
 
 #include "panel_dot-inl.h"

@@ -7,6 +7,18 @@
 // A tile is T tokens x R panels of 16 rows; lane = row, so no lane is ever reduced and every output sees the same
 // operations in the same order whatever T and R are.
 
+// Weights come from memory once per token: without help a core reads 18 GB/s of Q4_K (Zen 5), because it works longer on
+// a line than the hardware prefetchers look ahead. Each step asks for the line that the same step needs a few blocks
+// later, spread evenly over the steps of a block.
+template <int kLines, int kSteps, int step, int R>
+TKT_INLINE void prefetch_ahead(const uint8_t* const (&words)[R]) {
+  constexpr int64_t kAhead = 4096;
+  constexpr int line = step * kLines / kSteps;
+  if constexpr (step == 0 || line != (step - 1) * kLines / kSteps) {
+    TKT_UNROLL for (int r = 0; r < R; ++r) V::prefetch(words[r] + line * 64 + kAhead);
+  }
+}
+
 // ---- 32-wide types: weight bytes are unsigned (q + offset), the offset is taken back through the block's sum. -------
 
 struct Q4_0Words {
@@ -44,8 +56,9 @@ struct Q8_0Words {
 };
 
 template <class Words, int T, int R, int group>
-TKT_INLINE void add_groups_q8x32(V::I (&dot)[T][R], const uint8_t* const (&words)[R], const int8_t* const (&q)[T]) {
+TKT_INLINE void add_groups_32(V::I (&dot)[T][R], const uint8_t* const (&words)[R], const int8_t* const (&q)[T]) {
   V::I w[R];
+  prefetch_ahead<Words::kWords, 8, group>(words);
   TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = Words::template weights<group>(words[r]);
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     const V::I a = V::broadcast_i(q[t] + 4 * group);
@@ -53,31 +66,31 @@ TKT_INLINE void add_groups_q8x32(V::I (&dot)[T][R], const uint8_t* const (&words
       dot[t][r] = V::template dot4<Words::kOffsetLog2 == 7>(dot[t][r], w[r], a);
     }
   }
-  if constexpr (group < 7) add_groups_q8x32<Words, T, R, group + 1>(dot, words, q);
+  if constexpr (group < 7) add_groups_32<Words, T, R, group + 1>(dot, words, q);
 }
 
 template <class Words, int T, int R>
-static inline void dot_tile_q8x32(const DotArgs& args, int token) {
+static inline void dot_tile_32(const DotArgs& args, int token) {
   V::F acc[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     TKT_UNROLL for (int r = 0; r < R; ++r) acc[t][r] = V::zero_f();
   }
-  const ActivationQ8x32* act[T];
+  const ActivationQ8* act[T];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
-    act[t] = reinterpret_cast<const ActivationQ8x32*>(args.activations[token + t]);
+    act[t] = reinterpret_cast<const ActivationQ8*>(args.activations[token + t]);
   }
   const int64_t scales_offset = args.blocks * Words::kWords * 64;
   for (int64_t b = 0; b < args.blocks; ++b) {
     V::I dot[T][R];
     TKT_UNROLL for (int t = 0; t < T; ++t) {
-      const V::I start = V::template shift_left<Words::kOffsetLog2>(V::set_i(-act[t][b].sum));
+      const V::I start = V::template shift_left<Words::kOffsetLog2>(V::broadcast_i(&act[t][b].neg_sum));
       TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = start;
     }
     const uint8_t* words[R];
     TKT_UNROLL for (int r = 0; r < R; ++r) words[r] = args.panels[r] + b * Words::kWords * 64;
     const int8_t* q[T];
     TKT_UNROLL for (int t = 0; t < T; ++t) q[t] = act[t][b].q;
-    add_groups_q8x32<Words, T, R, 0>(dot, words, q);
+    add_groups_32<Words, T, R, 0>(dot, words, q);
     TKT_UNROLL for (int r = 0; r < R; ++r) {
       const V::F d = V::load_f16(args.panels[r] + scales_offset + b * 32);
       TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -90,10 +103,11 @@ static inline void dot_tile_q8x32(const DotArgs& args, int token) {
   }
 }
 
-// ---- K-quants: two exact int32 sums per block, S over scales and M over minima. -----------------------------------
+// ---- K-quants ------------------------------------------------------------------------------------------------------
 
 // Q4_K and Q5_K unpack their 6-bit scales alike; words 0 (d, dmin) and 1..3 (scales) lead their blocks.
 struct SixBitScales {
+  static constexpr bool kHasMinima = true;
   V::I scale_bytes[2];  // sc[0..3], sc[4..7]: one byte each in a 32-bit lane
   V::I min_bytes[2];
   V::F d;
@@ -117,27 +131,24 @@ struct SixBitScales {
                            V::template shift_left<4>(V::and_i(V::template shift_right<6>(w1), low2)));
   }
   template <int j>
+  static V::I byte_of(const V::I (&bytes)[2]) {
+    return V::and_i(V::template shift_right<8 * (j % 4)>(bytes[j / 4]), V::set_i(0xff));
+  }
+  template <int j>
   V::I scale() const {
-    return V::and_i(V::template shift_right<8 * (j % 4)>(scale_bytes[j / 4]), V::set_i(0xff));
+    return byte_of<j>(scale_bytes);
   }
-  // Two minima as 16-bit halves of a lane, in the order of ActivationQ8K::sums32: (0,2), (1,3), (4,6), (5,7).
-  V::I pair(int p) const {
-    const V::I bytes = min_bytes[p / 2];
-    return V::and_i(p % 2 == 0 ? bytes : V::template shift_right<8>(bytes), V::set_i(0x00ff00ff));
-  }
-  V::F finish(V::I scaled, V::I minima, float da, V::F acc) const {
-    const V::F a = V::set_f(da);
-    acc = V::fma(V::mul(d, a), V::to_float(scaled), acc);
-    return V::fnma(V::mul(dmin, a), V::to_float(minima), acc);
+  template <int j>
+  V::F min() const {
+    return V::to_float(byte_of<j>(min_bytes));
   }
 };
 
 struct Q4_KWords {
   static constexpr int kWords = 36;
-  static constexpr int kSubBlocks = 8;
-  static constexpr int kPairs = 4;
+  static constexpr int kSubColumns = 32;
+  static constexpr int kOffsetLog2 = -1;  // quants are unsigned
   using Scales = SixBitScales;
-  static const int16_t* sums(const ActivationQ8K& a) { return a.sums32; }
   template <int j, int group>
   static V::I weights(const uint8_t* words) {
     const V::I pair = V::load_i(words + (4 + (j / 2) * 8 + group) * 64);
@@ -147,10 +158,9 @@ struct Q4_KWords {
 
 struct Q5_KWords {
   static constexpr int kWords = 44;
-  static constexpr int kSubBlocks = 8;
-  static constexpr int kPairs = 4;
+  static constexpr int kSubColumns = 32;
+  static constexpr int kOffsetLog2 = -1;  // quants are unsigned
   using Scales = SixBitScales;
-  static const int16_t* sums(const ActivationQ8K& a) { return a.sums32; }
   template <int j, int group>
   static V::I weights(const uint8_t* words) {
     const V::I pair = V::load_i(words + (12 + (j / 2) * 8 + group) * 64);
@@ -162,9 +172,10 @@ struct Q5_KWords {
 
 struct Q6_KWords {
   static constexpr int kWords = 52;
-  static constexpr int kSubBlocks = 16;
-  static constexpr int kPairs = 8;
+  static constexpr int kSubColumns = 16;
+  static constexpr int kOffsetLog2 = 5;
   struct Scales {
+    static constexpr bool kHasMinima = false;
     V::I bytes[4];  // 16 signed scales
     V::F d;
     void read(const uint8_t* words, const uint8_t* separate) {
@@ -175,16 +186,7 @@ struct Q6_KWords {
     V::I scale() const {
       return V::template shift_right_signed<24>(V::template shift_left<24 - 8 * (j % 4)>(bytes[j / 4]));
     }
-    V::I pair(int p) const {
-      const V::I four = bytes[p / 2];
-      return V::template shift_right_signed16<8>(p % 2 == 0 ? V::template shift_left16<8>(four) : four);
-    }
-    V::F finish(V::I scaled, V::I offsets, float da, V::F acc) const {
-      const V::I signed_sum = V::sub_i(scaled, V::template shift_left<5>(offsets));
-      return V::fma(V::mul(d, V::set_f(da)), V::to_float(signed_sum), acc);
-    }
   };
-  static const int16_t* sums(const ActivationQ8K& a) { return a.sums16; }
   template <int j, int group>
   static V::I weights(const uint8_t* words) {
     constexpr int half = j / 8;
@@ -198,68 +200,98 @@ struct Q6_KWords {
   }
 };
 
-// Bounds: a sub-block of 32 gives at most 32 * 63 * 127 = 256,032; times a 6-bit scale, times 8, below 2^27; Q6_K with
-// 16 * 63 * 127 * 128 * 16 below 2^28.
+// Groups of 4 columns of sub-block j.
 template <class Words, int T, int R, int j, int group>
-TKT_INLINE void add_groups_q8k(V::I (&dot)[T][R], const uint8_t* const (&words)[R], const int8_t* const (&q)[T]) {
-  constexpr int kSubColumns = 256 / Words::kSubBlocks;
+TKT_INLINE void add_groups_k(V::I (&dot)[T][R], const uint8_t* const (&words)[R], const ActivationQ8* const (&act)[T]) {
+  constexpr int kColumn = j * Words::kSubColumns + 4 * group;
   V::I w[R];
+  prefetch_ahead<Words::kWords, 64, kColumn / 4>(words);
   TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = Words::template weights<j, group>(words[r]);
   TKT_UNROLL for (int t = 0; t < T; ++t) {
-    const V::I a = V::broadcast_i(q[t] + j * kSubColumns + 4 * group);
+    const V::I a = V::broadcast_i(act[t][kColumn / 32].q + kColumn % 32);
     TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = V::template dot4<false>(dot[t][r], w[r], a);
   }
-  if constexpr (4 * (group + 1) < kSubColumns) add_groups_q8k<Words, T, R, j, group + 1>(dot, words, q);
+  if constexpr (4 * (group + 1) < Words::kSubColumns) add_groups_k<Words, T, R, j, group + 1>(dot, words, act);
 }
 
+// sums += scale of j * dot of j, up to the end of an activation block. Bounds: a sub-block of 32 gives at most
+// 32 * 31 * 127 * 63 < 2^23; two of 16 in Q6_K give 2 * 16 * 32 * 127 * 128 < 2^24.
 template <class Words, int T, int R, int j>
-TKT_INLINE void add_sub_blocks(V::I (&scaled)[T][R], const typename Words::Scales (&scales)[R],
-                               const uint8_t* const (&words)[R], const int8_t* const (&q)[T]) {
+TKT_INLINE void add_sub_blocks(V::I (&sums)[T][R], const typename Words::Scales (&scales)[R],
+                               const uint8_t* const (&words)[R], const ActivationQ8* const (&act)[T]) {
+  constexpr int kColumn = j * Words::kSubColumns;
   V::I dot[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
-    TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = V::set_i(0);
+    V::I start = V::set_i(0);
+    if constexpr (Words::kOffsetLog2 >= 0) {
+      start = V::template shift_left<Words::kOffsetLog2>(
+          V::broadcast_i(&act[t][kColumn / 32].neg_sum16[kColumn % 32 / 16]));
+    }
+    TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = start;
   }
-  add_groups_q8k<Words, T, R, j, 0>(dot, words, q);
+  add_groups_k<Words, T, R, j, 0>(dot, words, act);
   TKT_UNROLL for (int r = 0; r < R; ++r) {
     const V::I scale = scales[r].template scale<j>();
     TKT_UNROLL for (int t = 0; t < T; ++t) {
       const V::I product = V::mul_i(dot[t][r], scale);
-      scaled[t][r] = j == 0 ? product : V::add_i(scaled[t][r], product);
+      sums[t][r] = kColumn % 32 == 0 ? product : V::add_i(sums[t][r], product);
     }
   }
-  if constexpr (j + 1 < Words::kSubBlocks) add_sub_blocks<Words, T, R, j + 1>(scaled, scales, words, q);
+  if constexpr ((kColumn + Words::kSubColumns) % 32 != 0) add_sub_blocks<Words, T, R, j + 1>(sums, scales, words, act);
+}
+
+template <class Words, int T, int R, int block>
+TKT_INLINE void add_blocks(V::F (&scaled)[T][R], const typename Words::Scales (&scales)[R],
+                           const uint8_t* const (&words)[R], const ActivationQ8* const (&act)[T]) {
+  V::I sums[T][R];
+  add_sub_blocks<Words, T, R, block * 32 / Words::kSubColumns>(sums, scales, words, act);
+  TKT_UNROLL for (int t = 0; t < T; ++t) {
+    const V::F d = V::set_f(act[t][block].d);
+    TKT_UNROLL for (int r = 0; r < R; ++r) scaled[t][r] = V::fma(V::to_float(sums[t][r]), d, scaled[t][r]);
+  }
+  if constexpr (block < 7) add_blocks<Words, T, R, block + 1>(scaled, scales, words, act);
+}
+
+template <class Scales, int T, int j>
+TKT_INLINE void add_minima(V::F (&minima)[T], const Scales& scales, const ActivationQ8* const (&act)[T]) {
+  const V::F min = scales.template min<j>();
+  TKT_UNROLL for (int t = 0; t < T; ++t) minima[t] = V::fma(min, V::set_f(act[t][j].d_sum), minima[t]);
+  if constexpr (j < 7) add_minima<Scales, T, j + 1>(minima, scales, act);
 }
 
 template <class Words, int T, int R>
-static inline void dot_tile_q8k(const DotArgs& args, int token) {
+static inline void dot_tile_k(const DotArgs& args, int token) {
+  using Scales = typename Words::Scales;
   V::F acc[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     TKT_UNROLL for (int r = 0; r < R; ++r) acc[t][r] = V::zero_f();
   }
-  const ActivationQ8K* act[T];
-  TKT_UNROLL for (int t = 0; t < T; ++t) {
-    act[t] = reinterpret_cast<const ActivationQ8K*>(args.activations[token + t]);
-  }
   const int64_t separate_scales = args.blocks * Words::kWords * 64;
   for (int64_t b = 0; b < args.blocks; ++b) {
     const uint8_t* words[R];
-    TKT_UNROLL for (int r = 0; r < R; ++r) words[r] = args.panels[r] + b * Words::kWords * 64;
-    typename Words::Scales scales[R];
-    TKT_UNROLL for (int r = 0; r < R; ++r) scales[r].read(words[r], args.panels[r] + separate_scales + b * 32);
-    const int8_t* q[T];
-    TKT_UNROLL for (int t = 0; t < T; ++t) q[t] = act[t][b].q;
-    V::I scaled[T][R];
-    add_sub_blocks<Words, T, R, 0>(scaled, scales, words, q);
+    Scales scales[R];
     TKT_UNROLL for (int r = 0; r < R; ++r) {
-      V::I minima[T];
-      TKT_UNROLL for (int t = 0; t < T; ++t) minima[t] = V::set_i(0);
-      TKT_UNROLL for (int p = 0; p < Words::kPairs; ++p) {
-        const V::I pair = scales[r].pair(p);
-        TKT_UNROLL for (int t = 0; t < T; ++t) {
-          minima[t] = V::madd16(minima[t], pair, V::broadcast_i(Words::sums(act[t][b]) + 2 * p));
-        }
+      words[r] = args.panels[r] + b * Words::kWords * 64;
+      scales[r].read(words[r], args.panels[r] + separate_scales + b * 32);
+    }
+    const ActivationQ8* act[T];
+    TKT_UNROLL for (int t = 0; t < T; ++t) {
+      act[t] = reinterpret_cast<const ActivationQ8*>(args.activations[token + t]) + b * 8;
+    }
+    V::F scaled[T][R];
+    TKT_UNROLL for (int t = 0; t < T; ++t) {
+      TKT_UNROLL for (int r = 0; r < R; ++r) scaled[t][r] = V::zero_f();
+    }
+    add_blocks<Words, T, R, 0>(scaled, scales, words, act);
+    TKT_UNROLL for (int r = 0; r < R; ++r) {
+      TKT_UNROLL for (int t = 0; t < T; ++t) acc[t][r] = V::fma(scales[r].d, scaled[t][r], acc[t][r]);
+      // A pass of its own: beside the products, the sums of minima would cost registers that the products need.
+      if constexpr (Scales::kHasMinima) {
+        V::F minima[T];
+        TKT_UNROLL for (int t = 0; t < T; ++t) minima[t] = V::zero_f();
+        add_minima<Scales, T, 0>(minima, scales[r], act);
+        TKT_UNROLL for (int t = 0; t < T; ++t) acc[t][r] = V::fnma(scales[r].dmin, minima[t], acc[t][r]);
       }
-      TKT_UNROLL for (int t = 0; t < T; ++t) acc[t][r] = scales[r].finish(scaled[t][r], minima[t], act[t][b].d, acc[t][r]);
     }
   }
   TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -330,11 +362,11 @@ static inline void dot_tile_float(const DotArgs& args, int token) {
 TKT_DEFINE_DOT(dot_f32, dot_tile_float, F32Words)
 TKT_DEFINE_DOT(dot_f16, dot_tile_float, F16Words)
 TKT_DEFINE_DOT(dot_bf16, dot_tile_float, BF16Words)
-TKT_DEFINE_DOT(dot_q4_0, dot_tile_q8x32, Q4_0Words)
-TKT_DEFINE_DOT(dot_q5_0, dot_tile_q8x32, Q5_0Words)
-TKT_DEFINE_DOT(dot_q8_0, dot_tile_q8x32, Q8_0Words)
-TKT_DEFINE_DOT(dot_q4_k, dot_tile_q8k, Q4_KWords)
-TKT_DEFINE_DOT(dot_q5_k, dot_tile_q8k, Q5_KWords)
-TKT_DEFINE_DOT(dot_q6_k, dot_tile_q8k, Q6_KWords)
+TKT_DEFINE_DOT(dot_q4_0, dot_tile_32, Q4_0Words)
+TKT_DEFINE_DOT(dot_q5_0, dot_tile_32, Q5_0Words)
+TKT_DEFINE_DOT(dot_q8_0, dot_tile_32, Q8_0Words)
+TKT_DEFINE_DOT(dot_q4_k, dot_tile_k, Q4_KWords)
+TKT_DEFINE_DOT(dot_q5_k, dot_tile_k, Q5_KWords)
+TKT_DEFINE_DOT(dot_q6_k, dot_tile_k, Q6_KWords)
 
 #undef TKT_DEFINE_DOT

@@ -25,19 +25,23 @@ int sum_of(const int8_t* values, int n) {
   return sum;
 }
 
-float add_q8k(const DecodedBlock& w, const ActivationQ8K& a, float acc) {
+float add_k_quant(const DecodedBlock& w, const ActivationQ8* a, float acc) {
   const int columns = 256 / w.sub_blocks;
-  int scaled = 0;
-  int minima = 0;
-  for (int j = 0; j < w.sub_blocks; ++j) {
-    scaled += w.scale[j] * sum_of_products(w.q + j * columns, a.q + j * columns, columns);
-    minima += w.min[j] * sum_of(a.q + j * columns, columns);
+  float scaled = 0.0f;
+  float minima = 0.0f;
+  for (int block = 0; block < 8; ++block) {
+    int product = 0;
+    for (int column = block * 32; column < (block + 1) * 32; column += columns) {
+      product += w.scale[column / columns] * sum_of_products(w.q + column, a[block].q + column % 32, columns);
+    }
+    scaled = std::fma(static_cast<float>(product), a[block].d, scaled);
+    if (w.sub_blocks == 8) minima = std::fma(static_cast<float>(w.min[block]), a[block].d_sum, minima);
   }
-  acc = std::fma(w.d * a.d, static_cast<float>(scaled), acc);
-  return std::fma(-(w.dmin * a.d), static_cast<float>(minima), acc);
+  acc = std::fma(w.d, scaled, acc);
+  return w.sub_blocks == 8 ? std::fma(-w.dmin, minima, acc) : acc;
 }
 
-float add_q8x32(const DecodedBlock& w, const ActivationQ8x32& a, float acc) {
+float add_32(const DecodedBlock& w, const ActivationQ8& a, float acc) {
   return std::fma(w.d * a.d, static_cast<float>(sum_of_products(w.q, a.q, 32)), acc);
 }
 
@@ -47,17 +51,13 @@ float dot_row(WeightType type, const uint8_t* panel, int64_t blocks, int lane, c
   for (int64_t b = 0; b < blocks; ++b) {
     uint8_t block[sizeof(BlockQ6_K)];
     read_block(info, panel, blocks, b, lane, block);
-    switch (info.activation) {
-      case ActivationFormat::kF32:
-        acc = std::fma(decode_float(type, block), reinterpret_cast<const float*>(activations)[b], acc);
-        break;
-      case ActivationFormat::kQ8K:
-        acc = add_q8k(decode_block(type, block), reinterpret_cast<const ActivationQ8K*>(activations)[b], acc);
-        break;
-      case ActivationFormat::kQ8x32:
-        acc = add_q8x32(decode_block(type, block), reinterpret_cast<const ActivationQ8x32*>(activations)[b], acc);
-        break;
+    if (info.activation == ActivationFormat::kF32) {
+      acc = std::fma(decode_float(type, block), reinterpret_cast<const float*>(activations)[b], acc);
+      continue;
     }
+    const ActivationQ8* a = reinterpret_cast<const ActivationQ8*>(activations) + b * info.block_elements / 32;
+    const DecodedBlock w = decode_block(type, block);
+    acc = info.block_elements == 256 ? add_k_quant(w, a, acc) : add_32(w, *a, acc);
   }
   return acc;
 }
@@ -97,26 +97,15 @@ float quantize(const float* x, int n, int8_t* q) {
   return amax / 127.0f;
 }
 
-void quantize_q8k(const float* x, int64_t cols, uint8_t* row) {
-  constexpr int kOrder[4] = {0, 2, 1, 3};
-  ActivationQ8K* blocks = reinterpret_cast<ActivationQ8K*>(row);
-  for (int64_t b = 0; b < cols / 256; ++b) {
-    ActivationQ8K& block = blocks[b];
-    block.d = quantize(x + b * 256, 256, block.q);
-    for (int j = 0; j < 16; ++j) {
-      block.sums16[j] = static_cast<int16_t>(sum_of(block.q + (j / 4 * 4 + kOrder[j % 4]) * 16, 16));
-    }
-    for (int j = 0; j < 8; ++j) {
-      block.sums32[j] = static_cast<int16_t>(sum_of(block.q + (j / 4 * 4 + kOrder[j % 4]) * 32, 32));
-    }
-  }
-}
-
-void quantize_q8x32(const float* x, int64_t cols, uint8_t* row) {
-  ActivationQ8x32* blocks = reinterpret_cast<ActivationQ8x32*>(row);
+void quantize_q8(const float* x, int64_t cols, uint8_t* row) {
+  ActivationQ8* blocks = reinterpret_cast<ActivationQ8*>(row);
   for (int64_t b = 0; b < cols / 32; ++b) {
-    blocks[b].d = quantize(x + b * 32, 32, blocks[b].q);
-    blocks[b].sum = sum_of(blocks[b].q, 32);
+    ActivationQ8& block = blocks[b];
+    block.d = quantize(x + b * 32, 32, block.q);
+    block.neg_sum16[0] = -sum_of(block.q, 16);
+    block.neg_sum16[1] = -sum_of(block.q + 16, 16);
+    block.neg_sum = block.neg_sum16[0] + block.neg_sum16[1];
+    block.d_sum = block.d * static_cast<float>(-block.neg_sum);
   }
 }
 
@@ -195,8 +184,7 @@ extern const KernelTable kTable = {
     {dot<WeightType::kF32>, dot<WeightType::kF16>, dot<WeightType::kBF16>, dot<WeightType::kQ4_0>,
      dot<WeightType::kQ5_0>, dot<WeightType::kQ8_0>, dot<WeightType::kQ4_K>, dot<WeightType::kQ5_K>,
      dot<WeightType::kQ6_K>},
-    quantize_q8k,
-    quantize_q8x32,
+    quantize_q8,
     rms_norm,
     swiglu,
     exp_minus,

@@ -29,54 +29,30 @@ static inline void store_tail(float* out, V::F value, int64_t n) {
 static inline float largest_lane(V::F x) {
   alignas(64) float lane[16];
   V::store(lane, x);
-  float largest = lane[0];
-  for (int i = 1; i < 16; ++i) largest = lane[i] > largest ? lane[i] : largest;
-  return largest;
-}
-
-template <int N>
-static inline float quantize_block(const float* x, int8_t* q) {
-  V::F amax = V::zero_f();
-  TKT_UNROLL for (int i = 0; i < N; i += 16) amax = V::max(amax, V::abs(V::load(x + i)));
-  const float largest = largest_lane(amax);
-  if (!(largest >= kSmallestAmax)) {
-    for (int i = 0; i < N; ++i) q[i] = 0;
-    return 0.0f;
+  for (int width = 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
   }
-  const V::F inverse = V::set_f(127.0f / largest);
-  TKT_UNROLL for (int i = 0; i < N; i += 16) V::store_i8(q + i, V::to_int(V::mul(V::load(x + i), inverse)));
-  return largest / 127.0f;
+  return lane[0];
 }
 
-static void quantize_q8k(const float* x, int64_t cols, uint8_t* row) {
-  ActivationQ8K* blocks = reinterpret_cast<ActivationQ8K*>(row);
-  for (int64_t b = 0; b < cols / 256; ++b) {
-    ActivationQ8K& block = blocks[b];
-    block.d = quantize_block<256>(x + b * 256, block.q);
-    int sums[16];
-    for (int j = 0; j < 16; ++j) {
-      int sum = 0;
-      for (int i = 0; i < 16; ++i) sum += block.q[j * 16 + i];
-      sums[j] = sum;
-    }
-    for (int j = 0; j < 16; ++j) {
-      const int source = (j & ~3) | ((j & 1) << 1) | ((j & 2) >> 1);  // 0,2,1,3
-      block.sums16[j] = static_cast<int16_t>(sums[source]);
-    }
-    for (int j = 0; j < 8; ++j) {
-      const int source = (j & ~3) | ((j & 1) << 1) | ((j & 2) >> 1);
-      block.sums32[j] = static_cast<int16_t>(sums[2 * source] + sums[2 * source + 1]);
-    }
-  }
-}
-
-static void quantize_q8x32(const float* x, int64_t cols, uint8_t* row) {
-  ActivationQ8x32* blocks = reinterpret_cast<ActivationQ8x32*>(row);
+static void quantize_q8(const float* x, int64_t cols, uint8_t* row) {
+  ActivationQ8* blocks = reinterpret_cast<ActivationQ8*>(row);
   for (int64_t b = 0; b < cols / 32; ++b) {
-    blocks[b].d = quantize_block<32>(x + b * 32, blocks[b].q);
-    int sum = 0;
-    for (int i = 0; i < 32; ++i) sum += blocks[b].q[i];
-    blocks[b].sum = sum;
+    ActivationQ8& block = blocks[b];
+    const V::F low = V::load(x + b * 32);
+    const V::F high = V::load(x + b * 32 + 16);
+    const float largest = largest_lane(V::max(V::abs(low), V::abs(high)));
+    const bool is_zero = !(largest >= kSmallestAmax);
+    const V::F inverse = V::set_f(is_zero ? 0.0f : 127.0f / largest);
+    const V::I low_q = V::to_int(V::mul(low, inverse));
+    const V::I high_q = V::to_int(V::mul(high, inverse));
+    V::store_i8(block.q, low_q);
+    V::store_i8(block.q + 16, high_q);
+    block.d = is_zero ? 0.0f : largest / 127.0f;
+    block.neg_sum16[0] = -V::sum_of_lanes(low_q);
+    block.neg_sum16[1] = -V::sum_of_lanes(high_q);
+    block.neg_sum = block.neg_sum16[0] + block.neg_sum16[1];
+    block.d_sum = block.d * static_cast<float>(-block.neg_sum);
   }
 }
 

@@ -25,6 +25,7 @@ from transformers_kt.modules.base import (
     pack_matrices,
     require_kernel,
 )
+from transformers_kt.modules.latent_cache import grow_in_place
 from transformers_kt.modules.rotary import as_rope_table
 
 _NORMS = ("q_a_layernorm.weight", "kv_a_layernorm.weight")
@@ -129,6 +130,7 @@ class KtMlaAttention(KtModule):
         handle = self._attention.number
         latents, ropes = ops.mla_project_keys(x, table, handle, self._dims["latent_dim"], self._dims["rope_dim"])
         if past_key_values is not None:
+            grow_in_place(past_key_values, self.layer_idx)
             cached = past_key_values.update(latents.unsqueeze(1), ropes.unsqueeze(1), self.layer_idx)
             latents, ropes = (as_float32(states).squeeze(1) for states in cached)
         visible = visible_keys(attention_mask, batch, tokens, latents.shape[1], self._name)
@@ -139,13 +141,18 @@ class KtMlaAttention(KtModule):
 def visible_keys(mask: torch.Tensor | None, batch: int, tokens: int, keys: int, name: str) -> torch.Tensor:
     """Any attention mask as int32 ranges (batch, tokens, 2) or bool (batch, tokens, keys); None is causal.
 
-    Raises InputError for a mask that weighs keys instead of hiding them.
+    Raises InputError for a mask that weighs keys instead of hiding them, or differs between heads.
     """
     if mask is None:
         ends = torch.arange(keys - tokens + 1, keys + 1, dtype=torch.int32)
         return torch.stack((torch.zeros_like(ends), ends), dim=-1).expand(batch, tokens, 2)
     if mask.dtype == torch.int32:
-        return mask
+        return mask[:, 0]
+    if mask.shape[1] != 1:
+        raise InputError(
+            f"{name}: the attention mask has shape {tuple(mask.shape)}; this attention takes one mask for all heads, "
+            "(batch, 1, queries, keys). Load with attn_implementation='eager' for masks that differ between heads"
+        )
     mask = mask[:, 0, :, :keys]
     if mask.dtype != torch.bool:
         hidden = mask <= torch.finfo(mask.dtype).min / 2
@@ -170,8 +177,9 @@ def ranges_mask(
 ) -> torch.Tensor:
     """The mask function of this attention for transformers' mask registry.
 
-    Returns int32 (batch, q_length, 2): the keys [start, end) each query sees. Padding in the middle of a sequence,
-    packed sequences and custom mask functions give a bool (batch, 1, q_length, kv_length) instead.
+    Returns int32 (batch, 1, q_length, 2): the keys [start, end) each query sees. Padding in the middle of a sequence,
+    packed sequences and custom mask functions give a bool (batch, 1, q_length, kv_length) instead. Both have four
+    dimensions: ``generate`` makes masks for static caches ahead, and the forward pass takes only 4D ones as made.
     """
     ends = torch.arange(1, q_length + 1, dtype=torch.int32) + (q_offset - kv_offset)
     ends = ends.to(torch.int32).expand(batch_size, q_length)
@@ -186,7 +194,7 @@ def ranges_mask(
         starts = torch.where(counts > 0, first, last).to(torch.int32)[:, None].expand(batch_size, q_length)
         ends = torch.minimum(ends, last.to(torch.int32)[:, None])
     if plain:
-        return torch.stack((starts, ends), dim=-1)
+        return torch.stack((starts, ends), dim=-1).unsqueeze(1)
     kwargs["allow_is_causal_skip"] = False
     mask: torch.Tensor = sdpa_mask(
         batch_size=batch_size,

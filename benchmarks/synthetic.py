@@ -1,0 +1,207 @@
+"""Writes GGUF files with the dimensions of real DeepSeek models and random weights, for benchmarks.
+
+    python benchmarks/synthetic.py v2-lite q4_k_m v2-lite-q4_k_m.gguf
+    python benchmarks/synthetic.py v3 q4_k_m one-layer.gguf --layers 4 --experts 64
+
+Types are those llama.cpp's quantizer chooses for the real files (its fallbacks included), scales are set so that
+activations keep their size through the layers and the router spreads its tokens: speed does not depend on the values,
+but a file of NaN or of one favourite expert would measure something else. The tokenizer is a stub: token i is "<i>".
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import tqdm
+from gguf import GGMLQuantizationType as Type
+from transformers import DeepseekV2Config, DeepseekV3Config
+
+from transformers_kt.gguf.names import TensorSlot, tensor_slots
+
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 40.0,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+
+MODELS: dict[str, Any] = {
+    "v2-lite": lambda: DeepseekV2Config(
+        vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=27,
+        num_attention_heads=16, n_routed_experts=64, num_experts_per_tok=6, n_shared_experts=2, q_lora_rank=None,
+        first_k_dense_replace=1, topk_method="greedy", n_group=1, topk_group=1, max_position_embeddings=163840,
+        rope_parameters={**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+    ),
+    "v2": lambda: DeepseekV2Config(
+        vocab_size=102400, hidden_size=5120, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=60,
+        num_attention_heads=128, n_routed_experts=160, num_experts_per_tok=6, n_shared_experts=2, q_lora_rank=1536,
+        first_k_dense_replace=1, topk_method="group_limited_greedy", n_group=8, topk_group=3,
+        routed_scaling_factor=16.0, max_position_embeddings=163840,
+        rope_parameters={**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+    ),
+    "v3": lambda: DeepseekV3Config(
+        max_position_embeddings=163840, num_mtp_layers=0,
+        rope_parameters={**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+    ),
+}  # fmt: skip
+
+QUANTIZATIONS = ("q4_k_m", "q8_0")
+
+# A constant 6-bit scale and minimum of 32 for all sub-blocks, in the packed form of Q4_K and Q5_K.
+_SIX_BIT_SCALES = np.array([160] * 8 + [0] * 4, dtype=np.uint8)
+
+# Standard deviation of a matrix as a multiple of 1 / sqrt(columns), which keeps the size of what comes in.
+_GAINS = {"output": 3.0, "ffn_gate_inp": 2.0, "attn_output": 0.5, "ffn_down": 0.5, "token_embd": 0.0}
+
+
+def random_blocks(ggml_type: Type, blocks: int, deviation: float, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """`blocks` blocks of weights round 0 with about the standard deviation asked for."""
+    _elements, nbytes = gguf.GGML_QUANT_SIZES[ggml_type]
+    # Random bytes are drawn once and shifted: drawing 10 GB would take longer than writing them.
+    pool = rng.integers(0, 256, min(blocks * nbytes, 1 << 24) + 4096, dtype=np.uint8)
+    data = np.resize(pool[int(rng.integers(0, 4096)) :], blocks * nbytes).reshape(blocks, nbytes)
+
+    def set_half(offset: int, value: float) -> None:
+        data[:, offset : offset + 2] = np.array([value], dtype=np.float16).view(np.uint8)
+
+    if ggml_type in (Type.Q4_K, Type.Q5_K):
+        levels = 16 if ggml_type == Type.Q4_K else 32
+        d = deviation / 32 / (levels / math.sqrt(12))
+        set_half(0, d)
+        set_half(2, d * (levels - 1) / 2)
+        data[:, 4:16] = _SIX_BIT_SCALES
+    elif ggml_type == Type.Q6_K:
+        data[:, 192:208] = 32
+        set_half(208, deviation / 32 / (64 / math.sqrt(12)))
+    else:
+        levels = {Type.Q4_0: 16, Type.Q5_0: 32, Type.Q8_0: 256}[ggml_type]
+        set_half(0, deviation / (levels / math.sqrt(12)))
+    return data
+
+
+def type_of(slot: TensorSlot, quantization: str, layers: int) -> Type:
+    """What llama.cpp's quantizer makes of this tensor."""
+    base = slot.gguf_name.split(".")[-2]
+    if len(slot.shape) == 1 or base == "ffn_gate_inp":
+        return Type.F32
+    chosen = Type.Q8_0
+    if quantization == "q4_k_m":
+        layer = int(slot.gguf_name.split(".")[1]) if slot.gguf_name.startswith("blk.") else 0
+        # llama.cpp's use_more_bits: the first and last eighth of the layers, and every third between.
+        more_bits = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+        better = base == "output" or (base.startswith("ffn_down") and more_bits)
+        chosen = Type.Q6_K if better else Type.Q4_K
+    if slot.shape[-1] % 256 and chosen != Type.Q8_0:
+        return {Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}[chosen]
+    return chosen
+
+
+def write(model: str, quantization: str, path: Path, layers: int | None, experts: int | None) -> None:
+    """Writes the file; `layers` and `experts` shrink the model without changing the shape of what is left."""
+    config = MODELS[model]()
+    if layers is not None:
+        config.num_hidden_layers = layers
+    if experts is not None:
+        config.n_routed_experts = experts
+    names = {f"blk.{i}.attn_{half}_b.weight" for i in range(config.num_hidden_layers) for half in "kv"}
+    slots = tensor_slots(config, names | {"output.weight"})
+    rng = np.random.default_rng(0)
+
+    writer = gguf.GGUFWriter(path, "deepseek2", use_temp_file=False)
+    _write_metadata(writer, config, model)
+    types = {slot.gguf_name: type_of(slot, quantization, config.num_hidden_layers) for slot in slots}
+    slots = list({slot.gguf_name: slot for slot in slots}.values())
+    for slot in slots:
+        ggml_type = types[slot.gguf_name]
+        elements, nbytes = gguf.GGML_QUANT_SIZES[ggml_type]
+        size = math.prod(slot.shape) // elements * nbytes
+        is_float = ggml_type == Type.F32
+        shape = slot.shape if is_float else (*slot.shape[:-1], slot.shape[-1] // elements * nbytes)
+        dtype = np.dtype(np.float32 if is_float else np.uint8)
+        writer.add_tensor_info(slot.gguf_name, shape, dtype, size, raw_dtype=None if is_float else ggml_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for slot in tqdm.tqdm(slots, desc=path.name, unit="tensor"):
+        base = slot.gguf_name.split(".")[-2]
+        if len(slot.shape) == 1:
+            values = np.ones(slot.shape, np.float32)
+            writer.write_tensor_data(values if base != "exp_probs_b" else 0.1 * rng.standard_normal(slot.shape))
+            continue
+        gain = next((gain for name, gain in _GAINS.items() if base.startswith(name)), 1.0)
+        deviation = gain / math.sqrt(slot.shape[-1]) if gain else 1.0
+        if types[slot.gguf_name] == Type.F32:
+            writer.write_tensor_data((deviation * rng.standard_normal(slot.shape)).astype(np.float32))
+            continue
+        blocks = math.prod(slot.shape) // gguf.GGML_QUANT_SIZES[types[slot.gguf_name]][0]
+        writer.write_tensor_data(random_blocks(types[slot.gguf_name], blocks, deviation, rng))
+    writer.close()
+
+
+def _write_metadata(writer: gguf.GGUFWriter, config: Any, name: str) -> None:
+    is_v3 = config.model_type == "deepseek_v3"
+    writer.add_name(f"{name} dimensions, random weights")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_leading_dense_block_count(config.first_k_dense_replace)
+    if config.q_lora_rank is not None:
+        writer.add_q_lora_rank(config.q_lora_rank)
+    writer.add_kv_lora_rank(config.kv_lora_rank)
+    writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
+    writer.add_value_length(config.kv_lora_rank)
+    writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
+    writer.add_value_length_mla(config.v_head_dim)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_expert_count(config.n_routed_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_expert_weights_scale(config.routed_scaling_factor)
+    writer.add_expert_weights_norm(bool(config.norm_topk_prob))
+    gating = gguf.ExpertGatingFuncType.SIGMOID if is_v3 else gguf.ExpertGatingFuncType.SOFTMAX
+    writer.add_expert_gating_func(gating)
+    if (config.n_group or 1) > 1:
+        writer.add_expert_group_count(config.n_group)
+        writer.add_expert_group_used_count(config.topk_group)
+    rope = config.rope_parameters
+    writer.add_rope_dimension_count(config.qk_rope_head_dim)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("deepseek-v3" if is_v3 else "deepseek-llm")
+    writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
+    writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("quantization", choices=QUANTIZATIONS)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--layers", type=int, help="default: as many as the model has")
+    parser.add_argument("--experts", type=int, help="default: as many as the model has")
+    args = parser.parse_args()
+    write(args.model, args.quantization, args.path, args.layers, args.experts)
+
+
+if __name__ == "__main__":
+    main()
