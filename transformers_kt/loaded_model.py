@@ -124,7 +124,9 @@ class KtModelMixin:
             raise InputError(_too_long(input_ids_length, positions))
         # Embeddings come in place of ids, which then count from zero.
         given = inputs_tensor.shape[1] if model_input_name == "inputs_embeds" and input_ids_length == 0 else 0
-        most = max(positions - given, input_ids_length + 1)
+        # Prompt lookup guesses this many tokens past the end of the text, whatever the maximum.
+        guessed = generation_config.prompt_lookup_num_tokens or 0
+        most = max(positions - given - guessed, input_ids_length + 1)
         if generation_config.max_length > most:
             if not self._warned_of_length:
                 self._warned_of_length = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -21,7 +21,6 @@ from torch import nn
 
 from transformers_kt.errors import UnsupportedModelError, UnsupportedTypeError
 from transformers_kt.placement import format_bytes
-from transformers_kt.rules import TORCH
 
 if TYPE_CHECKING:
     from transformers_kt.gguf.names import TensorSlot
@@ -159,31 +158,22 @@ def memory_needed(assignments: Iterable[Assignment], operations: Operations) -> 
     )
 
 
-def apply_plan(model: nn.Module, assignments: Iterable[Assignment], operations: Operations) -> list[Assignment]:
+def apply_plan(model: nn.Module, assignments: Iterable[Assignment], operations: Operations) -> None:
     """Put the operations that ``assignments`` name into the skeleton ``model``, without weights.
 
-    The result is what was done: a single linear layer whose tensor is stored in another form than the operation reads
-    (kv_b in two halves, one of them transposed) stays stock. Raises `UnsupportedModelError` where a larger module has
-    such a tensor.
+    Raises `UnsupportedModelError` if an operation cannot stand for its module, or has no use for one of its tensors.
     """
-    done = []
     for assignment in assignments:
         entry = assignment.entry
-        if entry.op in operations:
-            stock = model.get_submodule(entry.module)
-            operation = operations[entry.op].from_module(stock, model.config, entry.module)
-            unused = assignment.tensors.keys() - operation.roles()
-            if not unused:
-                model.set_submodule(entry.module, operation)
-            elif next(stock.children(), None) is None:
-                assignment = replace(assignment, entry=replace(entry, op=TORCH))
-            else:
-                raise UnsupportedModelError(
-                    f"{entry.op} at {entry.module} has no use for {', '.join(sorted(unused))}; keep that module with a "
-                    "rule (op: torch)"
-                )
-        done.append(assignment)
-    return done
+        if entry.op not in operations:
+            continue
+        operation = operations[entry.op].from_module(model.get_submodule(entry.module), model.config, entry.module)
+        if unused := assignment.tensors.keys() - operation.roles():
+            raise UnsupportedModelError(
+                f"{entry.op} at {entry.module} has no use for {', '.join(sorted(unused))}; keep that module with a "
+                "rule (op: torch)"
+            )
+        model.set_submodule(entry.module, operation)
 
 
 def check_types(model: nn.Module, assignments: Iterable[Assignment], operations: Operations) -> None:
@@ -353,10 +343,10 @@ def _grouped_rows(rows: Iterable[ReportRow]) -> list[tuple[str, list[ReportRow]]
     for row in rows:
         key = (_ALL_LAYERS.sub("*", row.module), row.operation, row.device, row.types)
         groups.setdefault(key, []).append(row)
-    return [(common_name([row.module for row in group]), group) for group in groups.values()]
+    return [(_common_name([row.module for row in group]), group) for group in groups.values()]
 
 
-def common_name(modules: Sequence[str]) -> str:
+def _common_name(modules: Sequence[str]) -> str:
     """One name for the same module of several layers: model.layers.{3-60}.mlp."""
     if len(modules) == 1:
         return modules[0]

@@ -39,12 +39,12 @@ def _object(handle: int) -> Any:
 
 
 def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    if tensor.requires_grad:
+    if tensor.requires_grad and torch.is_grad_enabled():
         raise UnsupportedOperationError(
             "a gradient was asked for, but GGUF-backed modules compute forward passes only: "
             "call under torch.no_grad() or detach the input"
         )
-    return tensor.contiguous().numpy()
+    return tensor.detach().contiguous().numpy()
 
 
 def _define(schema: str, fake: Callable[..., Any], kernel: Callable[..., Any]) -> Any:
@@ -53,6 +53,10 @@ def _define(schema: str, fake: Callable[..., Any], kernel: Callable[..., Any]) -
     _library.impl(name, kernel, "CPU")
     torch.library.register_fake(f"kt::{name}", fake, lib=_library)
     return getattr(torch.ops.kt, name).default
+
+
+def _fake_like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)  # whatever the layout of x, as the kernels do
 
 
 def _rows(tensor: torch.Tensor) -> npt.NDArray[Any]:
@@ -153,7 +157,7 @@ linear = _define(
 """``x`` float32 (..., cols) times the registered ``PackedMatrix`` (rows, cols) -> float32 (..., rows)."""
 
 rms_norm = _define(
-    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, weight, eps: torch.empty_like(x), _rms_norm
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, weight, eps: _fake_like(x), _rms_norm
 )
 """``x`` float32 (..., n), ``weight`` float32 (n,) -> float32 (..., n)."""
 
@@ -164,19 +168,19 @@ embedding = _define(
 )
 """``ids`` integers of any shape -> float32 (*ids.shape, hidden); IndexError for an id outside the vocabulary."""
 
-mlp = _define("mlp(Tensor x, int handle) -> Tensor", lambda x, handle: torch.empty_like(x), _mlp)
+mlp = _define("mlp(Tensor x, int handle) -> Tensor", lambda x, handle: _fake_like(x), _mlp)
 """``x`` float32 (..., hidden) through the registered ``Experts`` of count 1."""
 
 routed_experts = _define(
     "routed_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, int handle) -> Tensor",
-    lambda x, top_k_index, top_k_weights, handle: torch.empty_like(x),
+    lambda x, top_k_index, top_k_weights, handle: _fake_like(x),
     _routed_experts,
 )
 """``x`` float32 (tokens, hidden), indices int (tokens, top_k), weights float (tokens, top_k) -> (tokens, hidden)."""
 
 moe = _define(
     "moe(Tensor x, int handle, int experts) -> (Tensor, Tensor)",
-    lambda x, handle, experts: (torch.empty_like(x), x.new_empty((x.numel() // x.shape[-1], experts))),
+    lambda x, handle, experts: (_fake_like(x), x.new_empty((x.numel() // x.shape[-1], experts))),
     _moe,
 )
 """``x`` float32 (..., hidden) -> (same shape, router logits (tokens, experts)) through the registered ``MoeBlock``."""
@@ -200,7 +204,7 @@ mla_project_keys = _define(
 
 mla_attend = _define(
     "mla_attend(Tensor x, Tensor rope_table, Tensor latents, Tensor ropes, Tensor visible, int handle) -> Tensor",
-    lambda x, rope_table, latents, ropes, visible, handle: torch.empty_like(x),
+    lambda x, rope_table, latents, ropes, visible, handle: _fake_like(x),
     _mla_attend,
 )
 """``x`` float32 (batch, tokens, hidden) over latents (batch, keys, latent_dim) and ropes (batch, keys, rope_dim).

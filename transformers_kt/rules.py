@@ -49,8 +49,8 @@ _MATCH_KEYS = ("name", "class")
 _REPLACE_KEYS = ("op",)
 _YAML_SUFFIXES = (".yaml", ".yml")
 _MOST_YAML_BYTES = 1 << 20  # 733 lines, the longest file that KTransformers shipped, are 30 KB
-# Installed as package data, or beside the package in a checkout.
-_BUNDLED_FOLDERS = (Path(__file__).parent / "assets" / "rules", Path(__file__).parent.parent / "rules")
+_INSTALLED_RULES = Path(__file__).parent / "rules"
+_BUNDLED_RULES = _INSTALLED_RULES if _INSTALLED_RULES.is_dir() else Path(__file__).parent.parent / "rules"  # a checkout
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +128,7 @@ def load_rules(kt_rules: KtRules, operations: Operations) -> RuleList:
 
 def bundled_rules() -> dict[str, Path]:
     """Name to file of the rules that come with the package."""
-    found: dict[str, Path] = {}
-    for folder in _BUNDLED_FOLDERS:
-        for path in sorted(folder.glob("*.yaml")):
-            found.setdefault(path.stem, path)
-    return found
+    return {path.stem: path for path in sorted(_BUNDLED_RULES.glob("*.yaml"))}
 
 
 def make_plan(

@@ -19,7 +19,10 @@ struct V {
   struct I {
     __m256i low, high;
   };
-  static constexpr int kTileTokens = 2;  // 16 registers: 2 x 2 x 2 accumulators are half of them
+  // 16 registers: 4 tokens x 1 panel of two registers are half of them; two panels would halve the tokens that share
+  // an unpacked weight.
+  static constexpr int kTileTokens = 4;
+  static constexpr int kTilePanels = 1;
   static constexpr int kScoreKeys = 4;
   static constexpr int kSumDims = 4;
 
@@ -116,25 +119,24 @@ struct V {
     return {_mm256_srai_epi32(a.low, N), _mm256_srai_epi32(a.high, N)};
   }
 
-  // vpmaddubsw saturates past 32,767. Up to 6-bit weights stay below (2 * 63 * 127 = 16,002); full bytes go through
-  // 16-bit products.
-  template <bool kFullByte>
-  TKT_INLINE __m256i dot4_8(__m256i acc, __m256i weights, __m256i activations) {
-    if constexpr (kFullByte) {
-      const __m256i even_w = _mm256_and_si256(weights, _mm256_set1_epi16(0xff));
-      const __m256i odd_w = _mm256_srli_epi16(weights, 8);
-      const __m256i even_a = _mm256_srai_epi16(_mm256_slli_epi16(activations, 8), 8);
-      const __m256i odd_a = _mm256_srai_epi16(activations, 8);
-      acc = _mm256_add_epi32(acc, _mm256_madd_epi16(even_w, even_a));
-      return _mm256_add_epi32(acc, _mm256_madd_epi16(odd_w, odd_a));
-    }
-    const __m256i pairs = _mm256_maddubs_epi16(weights, activations);
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  static constexpr bool kAddsIn16Bits = true;
+  TKT_INLINE I pair_products(I w, I a) {
+    return {_mm256_maddubs_epi16(w.low, a.low), _mm256_maddubs_epi16(w.high, a.high)};
   }
-  template <bool kFullByte>
-  TKT_INLINE I dot4(I acc, I weights, I activations) {
-    return {dot4_8<kFullByte>(acc.low, weights.low, activations.low),
-            dot4_8<kFullByte>(acc.high, weights.high, activations.high)};
+  TKT_INLINE I add_pairs(I a, I b) { return {_mm256_add_epi16(a.low, b.low), _mm256_add_epi16(a.high, b.high)}; }
+  TKT_INLINE I widen_pairs(I a) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {_mm256_madd_epi16(a.low, ones), _mm256_madd_epi16(a.high, ones)};
+  }
+  // Weights up to 255, whose pair products would saturate in 16 bits: even and odd bytes as 16-bit products.
+  TKT_INLINE __m256i dot4_wide_8(__m256i acc, __m256i w, __m256i a) {
+    const __m256i even_w = _mm256_and_si256(w, _mm256_set1_epi16(0xff));
+    const __m256i even_a = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8);
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(even_w, even_a));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(a, 8)));
+  }
+  TKT_INLINE I dot4_wide(I acc, I w, I a) {
+    return {dot4_wide_8(acc.low, w.low, a.low), dot4_wide_8(acc.high, w.high, a.high)};
   }
 };
 

@@ -14,20 +14,16 @@ namespace {
 #include "avx512_primitives-inl.h"
 
 struct V : Avx512Primitives {
-  // vpmaddubsw adds byte products pairwise in 16 bits. Up to 6-bit weights: 2 * 63 * 127 = 16,002, no saturation. Full
-  // bytes (0..255) would saturate: their even and odd bytes go through 16-bit products instead.
-  template <bool kFullByte>
-  TKT_INLINE I dot4(I acc, I weights, I activations) {
-    if constexpr (kFullByte) {
-      const I even_w = _mm512_and_si512(weights, _mm512_set1_epi16(0xff));
-      const I odd_w = _mm512_srli_epi16(weights, 8);
-      const I even_a = _mm512_srai_epi16(_mm512_slli_epi16(activations, 8), 8);
-      const I odd_a = _mm512_srai_epi16(activations, 8);
-      acc = _mm512_add_epi32(acc, _mm512_madd_epi16(even_w, even_a));
-      return _mm512_add_epi32(acc, _mm512_madd_epi16(odd_w, odd_a));
-    }
-    const I pairs = _mm512_maddubs_epi16(weights, activations);
-    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+  static constexpr bool kAddsIn16Bits = true;
+  TKT_INLINE I pair_products(I w, I a) { return _mm512_maddubs_epi16(w, a); }
+  TKT_INLINE I add_pairs(I a, I b) { return _mm512_add_epi16(a, b); }
+  TKT_INLINE I widen_pairs(I a) { return _mm512_madd_epi16(a, _mm512_set1_epi16(1)); }
+  // Weights up to 255, whose pair products would saturate in 16 bits: even and odd bytes as 16-bit products.
+  TKT_INLINE I dot4_wide(I acc, I w, I a) {
+    const I even_w = _mm512_and_si512(w, _mm512_set1_epi16(0xff));
+    const I even_a = _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8);
+    acc = _mm512_add_epi32(acc, _mm512_madd_epi16(even_w, even_a));
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(a, 8)));
   }
 };
 

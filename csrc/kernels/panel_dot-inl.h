@@ -19,10 +19,27 @@ TKT_INLINE void prefetch_ahead(const uint8_t* const (&words)[R]) {
   }
 }
 
+// dot += the products of one group of 4 columns. Without VNNI, byte products are first added in 16 bits, for as many
+// groups as cannot overflow: kNarrowGroups * 2 * (largest weight) * 127 <= 32,767; 0 where not even one group can.
+template <int kNarrowGroups, int group, int kGroups, class Isa = V>
+TKT_INLINE void accumulate(typename Isa::I& dot, typename Isa::I& narrow, typename Isa::I w, typename Isa::I a) {
+  if constexpr (!Isa::kAddsIn16Bits) {
+    dot = Isa::dot4(dot, w, a);
+  } else if constexpr (kNarrowGroups == 0) {
+    dot = Isa::dot4_wide(dot, w, a);
+  } else {
+    const typename Isa::I pairs = Isa::pair_products(w, a);
+    narrow = group % kNarrowGroups == 0 ? pairs : Isa::add_pairs(narrow, pairs);
+    constexpr bool kFull = group % kNarrowGroups == kNarrowGroups - 1;
+    if constexpr (kFull || group == kGroups - 1) dot = Isa::add_i(dot, Isa::widen_pairs(narrow));
+  }
+}
+
 // ---- 32-wide types: weight bytes are unsigned (q + offset), the offset is taken back through the block's sum. -------
 
 struct Q4_0Words {
   static constexpr int kWords = 4;
+  static constexpr int kNarrowGroups = 8;  // 8 * 2 * 15 * 127 = 30,480
   static constexpr int kOffsetLog2 = 3;
   template <int group>
   static V::I weights(const uint8_t* words) {
@@ -33,6 +50,7 @@ struct Q4_0Words {
 
 struct Q5_0Words {
   static constexpr int kWords = 5;
+  static constexpr int kNarrowGroups = 4;  // 4 * 2 * 31 * 127 = 31,496
   static constexpr int kOffsetLog2 = 4;
   template <int group>
   static V::I weights(const uint8_t* words) {
@@ -48,6 +66,7 @@ struct Q5_0Words {
 
 struct Q8_0Words {
   static constexpr int kWords = 8;
+  static constexpr int kNarrowGroups = 0;  // 2 * 255 * 127 = 64,770
   static constexpr int kOffsetLog2 = 7;
   template <int group>
   static V::I weights(const uint8_t* words) {
@@ -56,17 +75,18 @@ struct Q8_0Words {
 };
 
 template <class Words, int T, int R, int group>
-TKT_INLINE void add_groups_32(V::I (&dot)[T][R], const uint8_t* const (&words)[R], const int8_t* const (&q)[T]) {
+TKT_INLINE void add_groups_32(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uint8_t* const (&words)[R],
+                              const int8_t* const (&q)[T]) {
   V::I w[R];
   prefetch_ahead<Words::kWords, 8, group>(words);
   TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = Words::template weights<group>(words[r]);
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     const V::I a = V::broadcast_i(q[t] + 4 * group);
     TKT_UNROLL for (int r = 0; r < R; ++r) {
-      dot[t][r] = V::template dot4<Words::kOffsetLog2 == 7>(dot[t][r], w[r], a);
+      accumulate<Words::kNarrowGroups, group, 8>(dot[t][r], narrow[t][r], w[r], a);
     }
   }
-  if constexpr (group < 7) add_groups_32<Words, T, R, group + 1>(dot, words, q);
+  if constexpr (group < 7) add_groups_32<Words, T, R, group + 1>(dot, narrow, words, q);
 }
 
 template <class Words, int T, int R>
@@ -90,7 +110,8 @@ static inline void dot_tile_32(const DotArgs& args, int token) {
     TKT_UNROLL for (int r = 0; r < R; ++r) words[r] = args.panels[r] + b * Words::kWords * 64;
     const int8_t* q[T];
     TKT_UNROLL for (int t = 0; t < T; ++t) q[t] = act[t][b].q;
-    add_groups_32<Words, T, R, 0>(dot, words, q);
+    V::I narrow[T][R];
+    add_groups_32<Words, T, R, 0>(dot, narrow, words, q);
     TKT_UNROLL for (int r = 0; r < R; ++r) {
       const V::F d = V::load_f16(args.panels[r] + scales_offset + b * 32);
       TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -146,6 +167,7 @@ struct SixBitScales {
 
 struct Q4_KWords {
   static constexpr int kWords = 36;
+  static constexpr int kNarrowGroups = 8;
   static constexpr int kSubColumns = 32;
   static constexpr int kOffsetLog2 = -1;  // quants are unsigned
   using Scales = SixBitScales;
@@ -158,6 +180,7 @@ struct Q4_KWords {
 
 struct Q5_KWords {
   static constexpr int kWords = 44;
+  static constexpr int kNarrowGroups = 4;
   static constexpr int kSubColumns = 32;
   static constexpr int kOffsetLog2 = -1;  // quants are unsigned
   using Scales = SixBitScales;
@@ -172,6 +195,7 @@ struct Q5_KWords {
 
 struct Q6_KWords {
   static constexpr int kWords = 52;
+  static constexpr int kNarrowGroups = 2;  // 2 * 2 * 63 * 127 = 32,004
   static constexpr int kSubColumns = 16;
   static constexpr int kOffsetLog2 = 5;
   struct Scales {
@@ -202,16 +226,20 @@ struct Q6_KWords {
 
 // Groups of 4 columns of sub-block j.
 template <class Words, int T, int R, int j, int group>
-TKT_INLINE void add_groups_k(V::I (&dot)[T][R], const uint8_t* const (&words)[R], const ActivationQ8* const (&act)[T]) {
+TKT_INLINE void add_groups_k(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uint8_t* const (&words)[R],
+                             const ActivationQ8* const (&act)[T]) {
+  constexpr int kGroups = Words::kSubColumns / 4;
   constexpr int kColumn = j * Words::kSubColumns + 4 * group;
   V::I w[R];
   prefetch_ahead<Words::kWords, 64, kColumn / 4>(words);
   TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = Words::template weights<j, group>(words[r]);
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     const V::I a = V::broadcast_i(act[t][kColumn / 32].q + kColumn % 32);
-    TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = V::template dot4<false>(dot[t][r], w[r], a);
+    TKT_UNROLL for (int r = 0; r < R; ++r) {
+      accumulate<Words::kNarrowGroups, group, kGroups>(dot[t][r], narrow[t][r], w[r], a);
+    }
   }
-  if constexpr (4 * (group + 1) < Words::kSubColumns) add_groups_k<Words, T, R, j, group + 1>(dot, words, act);
+  if constexpr (group + 1 < kGroups) add_groups_k<Words, T, R, j, group + 1>(dot, narrow, words, act);
 }
 
 // sums += scale of j * dot of j, up to the end of an activation block. Bounds: a sub-block of 32 gives at most
@@ -229,7 +257,8 @@ TKT_INLINE void add_sub_blocks(V::I (&sums)[T][R], const typename Words::Scales 
     }
     TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = start;
   }
-  add_groups_k<Words, T, R, j, 0>(dot, words, act);
+  V::I narrow[T][R];
+  add_groups_k<Words, T, R, j, 0>(dot, narrow, words, act);
   TKT_UNROLL for (int r = 0; r < R; ++r) {
     const V::I scale = scales[r].template scale<j>();
     TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -337,6 +366,10 @@ static inline void dot_tile_float(const DotArgs& args, int token) {
 
 // ---- Tiling over tokens -------------------------------------------------------------------------------------------
 
+static inline DotArgs one_panel(const DotArgs& args, int panel) {
+  return {{args.panels[panel], nullptr}, 1, args.blocks, args.activations, args.tokens, args.out + panel * 16};
+}
+
 #define TKT_DEFINE_DOT(function, tile, words)                                               \
   template <int T, int R>                                                                   \
   static inline int function##_tiles(const DotArgs& args, int token) {                      \
@@ -352,10 +385,13 @@ static inline void dot_tile_float(const DotArgs& args, int token) {
     function##_tiles<1, R>(args, token);                                                    \
   }                                                                                         \
   static void function(const DotArgs& args) {                                               \
-    if (args.panel_count == 2) {                                                            \
+    if (args.panel_count == 1) {                                                            \
+      function##_panels<1>(args);                                                           \
+    } else if (V::kTilePanels == 2 || args.tokens == 1) {                                   \
       function##_panels<2>(args);                                                           \
     } else {                                                                                \
-      function##_panels<1>(args);                                                           \
+      function##_panels<1>(one_panel(args, 0));                                             \
+      function##_panels<1>(one_panel(args, 1));                                             \
     }                                                                                       \
   }
 

@@ -210,7 +210,8 @@ def _names_on_hub(repo: str, hub: HubOptions) -> list[str]:
     """All file names in the repository; those in the cache where the hub cannot be asked."""
     if not hub.get("local_files_only"):
         try:
-            return list_repo_files(repo, revision=hub.get("revision"), token=hub.get("token"))
+            names: list[str] = list_repo_files(repo, revision=hub.get("revision"), token=hub.get("token"))
+            return names
         except GatedRepoError as error:
             raise CheckpointNotFoundError(
                 f"hub repository {repo} is gated: accept its terms on the hub and log in (`hf auth login`)"

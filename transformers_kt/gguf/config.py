@@ -134,9 +134,7 @@ def config_from_gguf(
 
 def generation_config_from_gguf(source: Checkpoint | GgufFile | Mapping[str, Any]) -> GenerationConfig:
     """The token ids that start, end and pad generation. Every id that ends a turn is an end."""
-    return GenerationConfig(  # type: ignore[no-untyped-call]
-        **_token_ids(_Facts(source))
-    )
+    return GenerationConfig(**_token_ids(_Facts(source)))
 
 
 class _Facts:

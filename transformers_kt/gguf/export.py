@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 
-import gguf
 from transformers_kt.errors import UnsupportedModelError
 from transformers_kt.gguf.names import TensorSlot, tensor_slots
 

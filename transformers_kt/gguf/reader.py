@@ -369,7 +369,7 @@ def _stored_bytes(header: _Cursor, ggml_type: GgmlType, shape: tuple[int, ...]) 
             f"has rows of {shape[-1]} elements in {ggml_type.name}; multiples of its block of {block_elements} "
             "are accepted"
         )
-    nbytes = elements // block_elements * block_bytes
+    nbytes: int = elements // block_elements * block_bytes
     if nbytes > header.size:
         header.refuse(f"has shape {shape} in {ggml_type.name}, {nbytes} bytes in a file of {header.size}")
     return nbytes

@@ -84,14 +84,11 @@ def tokenizer_from_gguf(
         **vocabulary.named_tokens(),
         "add_bos_token": vocabulary.flag("add_bos_token"),
         "add_eos_token": vocabulary.flag("add_eos_token"),
-        "clean_up_tokenization_spaces": False,
         "padding_side": "left",  # as in DeepSeek's folders; generation needs it
         **vocabulary.extras(),
         **kwargs,
     }
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=vocabulary.backend(), **options
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=vocabulary.backend(), **options)
 
 
 class _Vocabulary:
@@ -131,8 +128,8 @@ class _Vocabulary:
         )
         return tokenizer
 
-    def named_tokens(self) -> dict[str, AddedToken]:
-        """bos_token and so on, as objects: from a bare string transformers makes a token that is normalized."""
+    def named_tokens(self) -> dict[str, str]:
+        """bos_token and so on, as text."""
         named = {}
         for role, key in _NAMED_TOKENS.items():
             number = self.metadata.get(f"tokenizer.ggml.{key}_token_id", -1)
@@ -142,7 +139,7 @@ class _Vocabulary:
                     f"{len(self.tokens)} is accepted"
                 )
             if number not in NO_TOKEN:
-                named[role] = AddedToken(self.tokens[number], special=True, normalized=False)
+                named[role] = self.tokens[number]
         return named
 
     def flag(self, key: str) -> bool:

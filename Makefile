@@ -1,0 +1,61 @@
+# Everything lives in .venv; nothing outside this folder is changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Which torch pip installs. PyPI's build for Linux brings 3 GB of CUDA along; PyTorch's own index has one for CPUs. pip
+# prefers that (2.13.0+cpu sorts after 2.13.0) where it can reach the index, and does without where it cannot. What torch
+# itself needs comes with the package.
+TORCH_INSTALL ?= torch==2.13.0 --no-deps --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 15
+
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/kernels/*.h csrc/kernels/*.cpp)
+
+.DELETE_ON_ERROR:
+.PHONY: help demo chat test lint bench clean
+
+help:
+	@echo "make demo    set up .venv, then watch the bundled model think and answer"
+	@echo "make chat    talk to it"
+	@echo "make test    run the tests"
+	@echo "make lint    check formatting, style and types"
+	@echo "make bench   measure speed"
+	@echo "make clean   remove .venv and all build products"
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/chat.py --prompt_file examples/question.txt
+
+chat: $(VENV)/.installed
+	@$(BIN)/python examples/chat.py
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/bench_kernels.py
+	$(BIN)/python benchmarks/bench_generate.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.torch:
+	@tools/check-tools.sh $(PYTHON)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(TORCH_INSTALL)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml CMakeLists.txt $(CXX_FILES)
+	tools/install.sh $(VENV)
+	@touch $@
+
+# The package is there already: pip adds what the extra names.
+$(VENV)/.installed-%: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet 'transformers-kt-experts[$*]'
+	@touch $@

@@ -1,0 +1,355 @@
+"""Filling a model: the report, the progress bar, what is checked before memory is taken, what failures leave."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import fakes
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import Example, make_example, make_stock, make_tokenizer
+from gguf import GGMLQuantizationType as GgmlType
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from transformers_kt import loading, placement
+from transformers_kt.errors import KtError, OutOfMemoryError, UnsupportedModelError, UnsupportedTypeError
+from transformers_kt.gguf.checkpoint import Checkpoint
+from transformers_kt.gguf.export import export_gguf
+from transformers_kt.gguf.reader import TensorInfo
+from transformers_kt.loading import KtReport, ReportRow
+from transformers_kt.placement import MemoryLimit
+from transformers_kt.rules import PlanEntry
+
+KEEP_ALL = [{"match": {"name": ""}, "replace": {"op": "torch"}}]
+FINE = [{"match": {"class": "torch.nn.Linear"}, "replace": {"op": "linear_cpu"}}]
+
+
+def load(example: Example, kt_rules: Any = "auto", **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(example.folder, kt_rules=kt_rules, **options)
+
+
+# --- The report ---
+
+
+def test_the_report_has_every_module_of_the_plan_with_operation_device_types_and_bytes(v3: Example) -> None:
+    report = load(v3).kt_report
+    found = {row.module: row for row in report.rows}
+    assert found["lm_head"] == ReportRow("lm_head", "linear_cpu", "cpu", ("F32",), 320 * 64 * 4)
+    assert found["model.layers.1.mlp"].operation == "moe_cpu"
+    assert next(iter(found)) == "model.embed_tokens"
+    assert report.nbytes == sum(row.nbytes for row in report.rows)
+    assert (report.title, report.rules) == ("tiny-v3", "auto")
+
+
+def test_the_report_names_every_type_inside_a_module(v3_f16: Example) -> None:
+    found = {row.module: row.types for row in load(v3_f16).kt_report.rows}
+    assert found["model.layers.1.mlp"] == ("F16", "F32")
+    assert found["lm_head"] == ("F16",)
+
+
+def test_the_report_counts_what_stock_modules_hold_in_float32(v3_f16: Example) -> None:
+    found = {row.module: row for row in load(v3_f16, KEEP_ALL).kt_report.rows}
+    assert found["lm_head"] == ReportRow("lm_head", "torch", "cpu", ("F16",), 320 * 64 * 4)
+
+
+def test_the_report_is_fit_for_json(v3: Example) -> None:
+    report = load(v3).kt_report
+    stated = json.loads(json.dumps(report.to_dict()))
+    assert stated["nbytes"] == report.nbytes
+    assert stated["rows"][-1]["module"] == "lm_head"
+    assert stated["rows"][-1]["types"] == ["F32"]
+
+
+def test_the_table_puts_equal_layers_on_one_line() -> None:
+    rows = [ReportRow(f"model.layers.{n}.mlp", "mlp_cpu", "cpu", ("Q4_K",), 500_000) for n in (0, 2, 3, 4)]
+    rows.append(ReportRow("model.layers.1.mlp", "mlp_cpu", "cpu", ("Q6_K",), 700_000))
+    text = str(KtReport("tiny", "auto", tuple(rows)))
+    (line,) = (line for line in text.splitlines() if "Q4_K" in line)
+    assert line.split() == ["model.layers.{0,2-4}.mlp", "mlp_cpu", "cpu", "Q4_K", "2.00", "MB"]
+    assert "model.layers.1.mlp" in text
+    assert "2.70 MB" in text.splitlines()[-1]
+
+
+def test_the_footprint_of_the_model_is_that_of_the_report(v3: Example) -> None:
+    model = load(v3)
+    assert model.get_memory_footprint() == model.kt_report.nbytes > 800_000
+
+
+# --- Progress ---
+
+
+def test_a_bar_shows_title_and_size(v3: Example, capfd: pytest.CaptureFixture[str]) -> None:
+    load(v3)
+    assert "Loading tiny-v3 (908 kB): 100%" in capfd.readouterr().err
+
+
+def test_the_bar_is_off_where_those_of_transformers_are(v3: Example, capfd: pytest.CaptureFixture[str]) -> None:
+    transformers.logging.disable_progress_bar()
+    try:
+        load(v3)
+    finally:
+        transformers.logging.enable_progress_bar()
+    assert capfd.readouterr().err == ""
+
+
+class Recorder:
+    """A checkpoint that notes what is read and given up, and a progress bar."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.events: list[tuple[str, str]] = []
+        self.read = 0
+
+    def data(self, name: str) -> Any:
+        self.events.append(("read", name))
+        return self.checkpoint.data(name)
+
+    def drop_pages(self, name: str) -> None:
+        self.events.append(("drop", name))
+
+    def update(self, n: int) -> None:
+        self.read += n
+
+
+@pytest.mark.parametrize("kt_rules", ["auto", KEEP_ALL, FINE])
+def test_every_tensor_is_read_once_given_up_afterwards_and_counted(
+    v3: Example, kt_rules: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorders: list[Recorder] = []
+    fill = loading.fill
+
+    def recorded(model: Any, assignments: Any, operations: Any, source: Any, progress: Any) -> Any:
+        recorders.append(Recorder(source))
+        return fill(model, assignments, operations, recorders[0], recorders[0])
+
+    monkeypatch.setattr(loading, "fill", recorded)
+    load(v3, kt_rules)
+    (recorder,) = recorders
+    tensors = recorder.checkpoint.tensors
+    assert Counter(name for what, name in recorder.events if what == "read") == Counter(tensors.keys())
+    last = {name: what for what, name in recorder.events}
+    assert set(last.values()) == {"drop"}
+    assert recorder.read == recorder.checkpoint.nbytes
+
+
+def test_the_pages_of_a_tensor_are_given_up_when_the_next_is_asked_for() -> None:
+    events: list[str] = []
+
+    class Source:
+        def data(self, name: str) -> Any:
+            events.append(f"read {name}")
+
+        def drop_pages(self, name: str) -> None:
+            events.append(f"drop {name}")
+
+        def update(self, n: int) -> None:
+            pass
+
+    reader = loading._Reader(Source(), Source())
+    for name in ("gate", "up"):
+        reader(TensorInfo(name, GgmlType.F32, (1,), 0, 4, Path()))
+    reader.release()
+    assert events == ["read gate", "drop gate", "read up", "drop gate", "drop up"]
+
+
+# --- Stock modules ---
+
+
+@pytest.mark.parametrize("example", ["v2", "v3"])
+def test_kept_modules_hold_the_dequantized_tensors(example: str, request: pytest.FixtureRequest) -> None:
+    found = load(request.getfixturevalue(example), KEEP_ALL).state_dict()
+    expected = request.getfixturevalue(example).stock.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(values, expected[name]) for name, values in found.items())
+
+
+def test_kept_modules_hold_float16_tensors_in_float32(v3_f16: Example) -> None:
+    found = load(v3_f16, KEEP_ALL).state_dict()
+    for name, values in v3_f16.stock.state_dict().items():
+        is_matrix = values.ndim > 1 and not name.endswith("mlp.gate.weight")
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name], values.half().float() if is_matrix else values), name
+
+
+@pytest.mark.parametrize(
+    "ggml_type", [GgmlType.Q8_0, GgmlType.Q4_0, GgmlType.BF16, GgmlType.Q4_K, GgmlType.Q6_K, GgmlType.IQ4_NL]
+)
+def test_dequantizing_in_pieces_gives_what_it_gives_at_once(
+    ggml_type: GgmlType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_DEQUANTIZED_AT_ONCE", 3 * 256)
+    elements, nbytes = gguf.GGML_QUANT_SIZES[ggml_type]
+    stored = np.random.default_rng(1).integers(0, 60, (2 * 5, 256 // elements * nbytes), dtype=np.uint8)
+    stored.flags.writeable = False
+    info = TensorInfo("t", ggml_type, (2, 5, 256), 0, stored.nbytes, Path("x.gguf"))
+    found = loading._dequantized(info, lambda _: stored.reshape(-1))
+    expected = gguf.dequantize(stored, ggml_type).reshape(2, 5, 256)
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+def test_a_correction_bias_that_the_file_leaves_out_is_zero() -> None:
+    config = make_stock("v3").config
+    with torch.device("meta"):
+        router = fakes.v3.DeepseekV3TopkRouter(config)
+    info = TensorInfo("w", GgmlType.F32, (8, 64), 0, 8 * 64 * 4, Path("x.gguf"))
+    nbytes = loading._load_stock(router, {"weight": info}, lambda _: np.ones(8 * 64 * 4, dtype=np.uint8))
+    assert torch.equal(router.e_score_correction_bias, torch.zeros(8))
+    assert nbytes == (8 * 64 + 8) * 4
+
+
+@pytest.mark.parametrize("kt_rules", ["auto", KEEP_ALL])
+def test_embeddings_that_double_as_the_output_fill_both(kt_rules: Any, tmp_path: Path) -> None:
+    stock = make_stock("v3")
+    stock.config.tie_word_embeddings = True
+    stock.lm_head.weight = stock.model.embed_tokens.weight
+    path = tmp_path / "tied.gguf"
+    export_gguf(stock, make_tokenizer(), path, name="tied", pre_tokenizer="gpt-2")
+    example = Example(stock, path.parent, path.parent, path)
+    stock.config.save_pretrained(tmp_path)
+    for options in ({"gguf_path": path}, {}):  # config from the folder, which says tied, and from the file
+        model = AutoModelForCausalLM.from_pretrained(tmp_path if options else path, kt_rules=kt_rules, **options)
+        with torch.no_grad():
+            assert torch.equal(model(example.prompt).logits, stock(example.prompt).logits)
+
+
+# --- Checks before memory is taken ---
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operations whose load() was called."""
+    called: list[str] = []
+    original = fakes.FakeOperation.load
+
+    def noted(self: Any, *args: Any) -> int:
+        called.append(self.path)
+        return original(self, *args)
+
+    monkeypatch.setattr(fakes.FakeOperation, "load", noted)
+    return called
+
+
+def test_weights_that_do_not_fit_are_refused_with_numbers_before_any_is_read(
+    v3: Example, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "free_memory", lambda: MemoryLimit(500_000, "a test"))
+    with pytest.raises(OutOfMemoryError) as caught:
+        load(v3)
+    message = str(caught.value)
+    for part in ("tiny-v3", "908 kB", "500 kB", "a test", "408 kB too little"):
+        assert part in message
+    assert loads == []
+
+
+def test_what_stays_stock_is_counted_as_float32(v3_f16: Example, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "free_memory", lambda: MemoryLimit(600_000, "a test"))
+    load(v3_f16)  # 456 kB of blocks
+    with pytest.raises(OutOfMemoryError, match="908 kB"):
+        load(v3_f16, KEEP_ALL)
+
+
+def test_a_type_without_kernel_is_refused_with_file_and_tensor_before_any_is_read(
+    v3_f16: Example, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fakes, "TYPE_WITHOUT_KERNEL", GgmlType.F16)
+    with pytest.raises(UnsupportedTypeError) as caught:
+        load(v3_f16)
+    for part in (".gguf", "token_embd.weight", "embedding_cpu", "accepted"):
+        assert part in str(caught.value)
+    assert loads == []
+
+
+def test_a_type_that_cannot_be_dequantized_is_refused_with_file_tensor_and_module() -> None:
+    info = TensorInfo("blk.0.x", GgmlType.Q8_K, (1, 256), 0, 292, Path("model.gguf"))
+    assignment = loading.Assignment(PlanEntry("model.x", "torch", "cpu", None), {"weight": info})
+    with pytest.raises(UnsupportedTypeError) as caught:
+        loading.check_types(nn.Module(), [assignment], {})
+    for part in ("model.gguf", "blk.0.x", "weight of model.x", "Q8_K", "cannot dequantize"):
+        assert part in str(caught.value)
+
+
+def test_a_tensor_that_an_operation_cannot_use_is_refused_with_both_names(
+    v3: Example, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fakes.FakeMoe, "roles", lambda self: {"gate.weight"})
+    with pytest.raises(UnsupportedModelError, match=r"moe_cpu at model\.layers\.1\.mlp has no use for experts\.down"):
+        load(v3)
+    assert loads == []
+
+
+# --- Failures ---
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError, ValueError])
+@pytest.mark.parametrize("kt_rules", ["auto", KEEP_ALL])
+def test_a_failure_while_loading_leaves_nothing_behind_even_if_its_traceback_is_kept(
+    v3: Example, failure: type[BaseException], kt_rules: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[Any]] = []
+    original = loading._dequantized
+
+    def fail_late(info: TensorInfo, data: Any) -> torch.Tensor:
+        if info.name == "output.weight":
+            raise failure
+        values = original(info, data)
+        alive.append(weakref.ref(values))
+        return values
+
+    monkeypatch.setattr(loading, "_dequantized", fail_late)
+    with pytest.raises(failure) as caught:
+        load(v3, kt_rules)
+    assert caught.tb is not None  # as a notebook keeps it
+    assert len(alive) > 20
+    assert not any(reference() is not None for reference in alive)
+
+
+def test_a_model_can_be_loaded_after_a_failure(v3: Example, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(fakes.FakeNorm, "load", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            load(v3)
+    with torch.no_grad():
+        assert torch.equal(load(v3)(v3.prompt).logits, v3.stock(v3.prompt).logits)
+
+
+def test_a_loaded_model_keeps_no_hold_of_the_file(v3: Example, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[weakref.ref[Checkpoint]] = []
+    original = Checkpoint.__init__
+
+    def noted(self: Checkpoint, *args: Any) -> None:
+        original(self, *args)
+        opened.append(weakref.ref(self))
+
+    monkeypatch.setattr(Checkpoint, "__init__", noted)
+    model = load(v3)
+    assert len(opened) == 1
+    assert opened[0]() is None
+    assert model.kt_report.nbytes
+
+
+def test_a_deleted_model_gives_its_weights_back(v3: Example) -> None:
+    model = load(v3)
+    weight = weakref.ref(model.lm_head.stock.weight)
+    del model
+    import gc
+
+    gc.collect()
+    assert weight() is None
+
+
+def test_every_refusal_is_one_of_our_classes() -> None:
+    assert all(issubclass(cls, KtError) for cls in (OutOfMemoryError, UnsupportedTypeError, UnsupportedModelError))
+
+
+def test_a_file_of_the_older_layout_loads_as_well(tmp_path: Path) -> None:
+    example = make_example("v3", tmp_path, split_kv_b=False)
+    with torch.no_grad():
+        assert torch.equal(load(example)(example.prompt).logits, example.stock(example.prompt).logits)

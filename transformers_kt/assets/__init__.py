@@ -1,0 +1,14 @@
+"""Files that come with the package: the bundled model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def bundled_model() -> Path:
+    """The folder of tiny-r1: ``from_pretrained(bundled_model(), kt_rules="auto")``.
+
+    It has DeepSeek-V3's architecture and answers in DeepSeek-R1's format, but knows nothing except sums of two numbers
+    of up to three digits. The folder holds config, tokenizer and a Q4_K_M GGUF.
+    """
+    return Path(__file__).parent / "tiny-r1"
