@@ -22,4 +22,6 @@ if [ ! -e "$include/Python.h" ]; then
   export SKBUILD_CMAKE_DEFINE="Python_INCLUDE_DIR=$headers/${include##*/}"
 fi
 
-"$venv/bin/python" -m pip install --editable .
+# Without isolation, which compiles every file anew each time.
+"$venv/bin/python" -m pip install --quiet scikit-build-core pybind11 cmake ninja
+"$venv/bin/python" -m pip install --no-build-isolation --check-build-dependencies --editable .

@@ -6,11 +6,15 @@ nothing else happens.
 
 from __future__ import annotations
 
-from transformers_kt import integration
-from transformers_kt._C import set_thread_count, thread_count
-from transformers_kt.errors import KtError
-from transformers_kt.integration import KtConfig
-from transformers_kt.loading import KtReport
+from transformers_kt._environment import check_environment
+
+check_environment()
+
+from transformers_kt import integration  # noqa: E402  (what it imports is what was checked)
+from transformers_kt._C import set_thread_count, thread_count  # noqa: E402
+from transformers_kt.errors import KtError  # noqa: E402
+from transformers_kt.integration import KtConfig  # noqa: E402
+from transformers_kt.loading import KtReport  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -498,7 +498,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         loading.apply_plan(model, job.assignments, job.operations)
         job.lost_outputs = tuple(key for key, count in _recorded_modules(model).items() if count < recorded[key])
         loading.check_types(model, job.assignments, job.operations)
-        needed = loading.memory_needed(job.assignments, job.operations)
+        needed = loading.memory_needed(model, job.assignments, job.operations)
         placement.require_memory(needed, job.title, placement.free_memory())
         for module in model.modules():
             if isinstance(module, PreTrainedModel):

@@ -148,10 +148,10 @@ def assign_tensors(
     return [Assignment(entry, of_entry[entry.module]) for entry in plan.entries]
 
 
-def memory_needed(assignments: Iterable[Assignment], operations: Operations) -> int:
-    """Bytes that the weights will hold: packed ones keep the size of their blocks, stock modules hold float32."""
+def memory_needed(model: nn.Module, assignments: Iterable[Assignment], operations: Operations) -> int:
+    """Bytes that the weights will take: what each operation says, float32 in stock modules. Plan applied."""
     return sum(
-        assignment.stored_bytes
+        _operation_at(model, assignment.entry.module).memory_needed(assignment.tensors)
         if assignment.entry.op in operations
         else sum(4 * int(np.prod(info.shape)) for info in assignment.tensors.values())
         for assignment in assignments

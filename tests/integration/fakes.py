@@ -59,6 +59,9 @@ class FakeOperation(nn.Module):
                     f"which {self.op} has no kernel; accepted: every other"
                 )
 
+    def memory_needed(self, tensors: Mapping[str, TensorInfo]) -> int:
+        return sum(info.nbytes for info in tensors.values())
+
     def load(self, tensors: Mapping[str, TensorInfo], data: Callable[[TensorInfo], npt.NDArray[np.uint8]]) -> int:
         by_module: dict[str, dict[str, TensorInfo]] = {"": {}}
         for key, info in tensors.items():
@@ -66,7 +69,7 @@ class FakeOperation(nn.Module):
             by_module.setdefault(module, {})[role] = info
         for module, own in by_module.items():
             loading._load_stock(self.stock.get_submodule(module), own, data)
-        return sum(info.nbytes for info in tensors.values())
+        return self.memory_needed(tensors)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1

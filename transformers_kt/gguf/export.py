@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import gguf
 import numpy as np
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import DeepseekV2Config, DeepseekV3Config, PreTrainedModel, PreTrainedTokenizerFast
 
-    DeepseekConfig = DeepseekV2Config | DeepseekV3Config
+    DeepseekConfig: TypeAlias = DeepseekV2Config | DeepseekV3Config
 
 _ARCHITECTURE = "deepseek2"
 _FILE_TYPES = {

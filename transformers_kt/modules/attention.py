@@ -77,6 +77,13 @@ class KtMlaAttention(KtModule):
             if role not in _NORMS:
                 require_kernel(tensor)
 
+    def memory_needed(self, tensors: Mapping[str, TensorInfo]) -> int:
+        needed = super().memory_needed(tensors)
+        if "kv_b_proj.weight" in tensors:
+            # The key half becomes float, see _pack_kv_b; its share of the blocks is left out for simplicity's sake.
+            needed += 4 * self._dims["heads"] * self._dims["nope_dim"] * self._dims["latent_dim"]
+        return needed
+
     def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
         packed = {role: pack_matrices(tensors[role], data) for role in _MATRICES if role in tensors}
         norms = {role: float_values(tensors[role], data(tensors[role])) for role in _NORMS if role in tensors}
@@ -105,7 +112,7 @@ class KtMlaAttention(KtModule):
         # Absorbing needs the key half transposed, against the direction of its blocks. float16 holds the dequantized
         # values of a quantized file to 2^-12 of their size; requantizing to 8 bits would lose sixteen times that.
         keys = float_values(tensor, blocks).reshape(heads, nope + value, latent)[:, :nope]
-        is_wide = tensor.ggml_type in (GgmlType.F32, GgmlType.BF16)
+        is_wide = tensor.ggml_type in (GgmlType.F32, GgmlType.BF16)  # of what float16 does not hold
         k_b = pack_floats(keys.transpose(0, 2, 1), GgmlType.F32 if is_wide else GgmlType.F16)
         v_b = _C.PackedMatrix(int(tensor.ggml_type), heads, value, latent)
         rows = blocks.reshape(heads, nope + value, -1)

@@ -50,6 +50,10 @@ class KtModule(nn.Module):
             if len(tensor.shape) > 1:
                 require_kernel(tensor)
 
+    def memory_needed(self, tensors: Mapping[str, TensorInfo]) -> int:
+        """Bytes that `load` will take, before it does. Default: what the tensors take in the file."""
+        return sum(tensor.nbytes for tensor in tensors.values())
+
     def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
         """Packs the weights; returns the bytes of memory they take."""
         raise NotImplementedError
