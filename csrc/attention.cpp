@@ -220,7 +220,8 @@ void MlaAttention::contexts(const float* queries, int64_t first_token, int64_t t
       transpose_queries(c, queries + t * c.heads * width, head, query);
       clear_state(state, c.latent_dim);
       for (int64_t first = 0; first < count; first += kAttentionSplitKeys) {
-        attend_keys(table, c, query, keys, first, std::min<int64_t>(kAttentionSplitKeys, count - first), scratch, split);
+        attend_keys(table, c, query, keys, first, std::min<int64_t>(kAttentionSplitKeys, count - first), scratch,
+                    split);
         merge(table, c, split, state);
       }
       write_context(c, state, head, count > 0, contexts + t * c.heads * c.latent_dim);
@@ -276,8 +277,8 @@ void MlaAttention::output(const float* contexts, int64_t tokens, float* out) con
   for (int64_t h = 0; h < c.heads; ++h) {
     const uint8_t** head_rows = rows.data() + h * tokens;
     for (int64_t t = 0; t < tokens; ++t) head_rows[t] = quantized.row(t * c.heads + h);
-    tasks.push_back({weights_.v_b.get(), h, head_rows, tokens, values.floats() + h * c.value_dim,
-                     c.heads * c.value_dim});
+    tasks.push_back(
+        {weights_.v_b.get(), h, head_rows, tokens, values.floats() + h * c.value_dim, c.heads * c.value_dim});
   }
   run_linears(tasks);
   linear(*weights_.o, 0, values.floats(), tokens, out);

@@ -13,23 +13,23 @@ namespace tkt {
 struct AttentionConfig {
   int64_t hidden;
   int64_t heads;
-  int64_t nope_dim;      // qk_nope_head_dim
-  int64_t rope_dim;      // qk_rope_head_dim
-  int64_t latent_dim;    // kv_lora_rank
-  int64_t value_dim;     // v_head_dim
+  int64_t nope_dim;    // qk_nope_head_dim
+  int64_t rope_dim;    // qk_rope_head_dim
+  int64_t latent_dim;  // kv_lora_rank
+  int64_t value_dim;   // v_head_dim
   float softmax_scale;
-  float norm_eps;        // of q_a_layernorm and kv_a_layernorm
+  float norm_eps;  // of q_a_layernorm and kv_a_layernorm
 };
 
 struct AttentionWeights {
-  std::shared_ptr<PackedMatrix> q_a;             // q_lora x hidden; null where queries are not compressed
-  std::vector<float> q_a_norm;                   // q_lora
-  std::shared_ptr<PackedMatrix> q;               // heads * (nope + rope) x (q_lora or hidden)
-  std::shared_ptr<PackedMatrix> kv_a;            // latent + rope x hidden
-  std::vector<float> kv_a_norm;                  // latent
-  std::shared_ptr<PackedMatrix> k_b;             // per head: latent x nope
-  std::shared_ptr<PackedMatrix> v_b;             // per head: value x latent
-  std::shared_ptr<PackedMatrix> o;               // hidden x heads * value
+  std::shared_ptr<PackedMatrix> q_a;   // q_lora x hidden; null where queries are not compressed
+  std::vector<float> q_a_norm;         // q_lora
+  std::shared_ptr<PackedMatrix> q;     // heads * (nope + rope) x (q_lora or hidden)
+  std::shared_ptr<PackedMatrix> kv_a;  // latent + rope x hidden
+  std::vector<float> kv_a_norm;        // latent
+  std::shared_ptr<PackedMatrix> k_b;   // per head: latent x nope
+  std::shared_ptr<PackedMatrix> v_b;   // per head: value x latent
+  std::shared_ptr<PackedMatrix> o;     // hidden x heads * value
 };
 
 // Cached keys of a batch. Row of key i of sequence s: latents + s * latent_batch_stride + i * latent_stride.
@@ -40,14 +40,14 @@ struct LatentCache {
   const float* ropes;
   int64_t rope_batch_stride;
   int64_t rope_stride;
-  int64_t length;        // keys per sequence
+  int64_t length;  // keys per sequence
 };
 
 // Which keys each query sees: either ranges [start, end), or a mask; the order of summation starts at the first visible
 // key, so padding on the left changes nothing.
 struct Visibility {
-  const int32_t* ranges;   // [batch][tokens][2], or null
-  const uint8_t* mask;     // [batch][tokens][length], non-zero: visible; used where ranges is null
+  const int32_t* ranges;  // [batch][tokens][2], or null
+  const uint8_t* mask;    // [batch][tokens][length], non-zero: visible; used where ranges is null
 };
 
 class MlaAttention {

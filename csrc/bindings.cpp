@@ -197,14 +197,13 @@ void moe_op(const MoeBlock& moe, const Floats& x, Floats& out, Floats& logits) {
 }
 
 std::shared_ptr<MlaAttention> make_attention(int64_t hidden, int64_t heads, int64_t nope_dim, int64_t rope_dim,
-                                             int64_t latent_dim, int64_t value_dim, float softmax_scale,
-                                             float norm_eps, std::shared_ptr<PackedMatrix> q_a,
-                                             const std::optional<Floats>& q_a_norm, std::shared_ptr<PackedMatrix> q,
-                                             std::shared_ptr<PackedMatrix> kv_a, const Floats& kv_a_norm,
-                                             std::shared_ptr<PackedMatrix> k_b, std::shared_ptr<PackedMatrix> v_b,
-                                             std::shared_ptr<PackedMatrix> o) {
-  AttentionWeights weights{std::move(q_a), to_vector(q_a_norm), std::move(q),   std::move(kv_a), to_vector(kv_a_norm),
-                           std::move(k_b), std::move(v_b),      std::move(o)};
+                                             int64_t latent_dim, int64_t value_dim, float softmax_scale, float norm_eps,
+                                             std::shared_ptr<PackedMatrix> q_a, const std::optional<Floats>& q_a_norm,
+                                             std::shared_ptr<PackedMatrix> q, std::shared_ptr<PackedMatrix> kv_a,
+                                             const Floats& kv_a_norm, std::shared_ptr<PackedMatrix> k_b,
+                                             std::shared_ptr<PackedMatrix> v_b, std::shared_ptr<PackedMatrix> o) {
+  AttentionWeights weights{std::move(q_a),       to_vector(q_a_norm), std::move(q),   std::move(kv_a),
+                           to_vector(kv_a_norm), std::move(k_b),      std::move(v_b), std::move(o)};
   const AttentionConfig config{hidden, heads, nope_dim, rope_dim, latent_dim, value_dim, softmax_scale, norm_eps};
   return std::make_shared<MlaAttention>(config, std::move(weights));
 }

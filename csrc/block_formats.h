@@ -102,14 +102,14 @@ constexpr int kWeightTypes = 9;
 
 struct WeightTypeInfo {
   WeightType type;
-  const char* name;         // as ggml spells it
-  int ggml_type;            // number in a GGUF tensor table
-  int block_elements;       // columns per block
-  int block_bytes;          // bytes per block of one row
-  int unit_offset;          // where the units start in a block
-  int unit_bytes;           // 2 or 4
-  int unit_count;           // per block
-  int scale_offset;         // where the separate f16 scale stands in a block; -1: there is none
+  const char* name;    // as ggml spells it
+  int ggml_type;       // number in a GGUF tensor table
+  int block_elements;  // columns per block
+  int block_bytes;     // bytes per block of one row
+  int unit_offset;     // where the units start in a block
+  int unit_bytes;      // 2 or 4
+  int unit_count;      // per block
+  int scale_offset;    // where the separate f16 scale stands in a block; -1: there is none
   ActivationFormat activation;
 };
 

@@ -22,9 +22,9 @@ constexpr int64_t kTileTokens = 64;
 struct ExpertRun {
   const ExpertWeights* experts;
   int64_t index;
-  std::vector<int64_t> tokens;   // ascending
-  std::vector<float> weights;    // empty: all 1
-  int64_t first_row;             // of this run in the intermediate results
+  std::vector<int64_t> tokens;  // ascending
+  std::vector<float> weights;   // empty: all 1
+  int64_t first_row;            // of this run in the intermediate results
 };
 
 std::vector<ExpertRun> routed_runs(const ExpertWeights& routed, const int32_t* indices, const float* weights,
@@ -205,8 +205,7 @@ void run_chunk(std::vector<ExpertRun>& runs, const float* x, int64_t tokens, flo
     activations[r].quantize_row(row - runs[r].first_row);
   });
   const int64_t hidden = runs.front().experts->hidden();
-  parallel_for((hidden + 31) / 32,
-               [&](int64_t pair) { down(table, runs, activations, pair, hidden, tokens, out); });
+  parallel_for((hidden + 31) / 32, [&](int64_t pair) { down(table, runs, activations, pair, hidden, tokens, out); });
 }
 
 // Indices of the n largest of `count` values, by repeated selection: n and count are small.

@@ -38,10 +38,10 @@ enum class GroupScore { kMax, kTop2Sum };  // DeepSeek-V2; DeepSeek-V3
 struct RouterConfig {
   Scoring scoring;
   GroupScore group_score;
-  int64_t groups;        // 1: no group limit
+  int64_t groups;  // 1: no group limit
   int64_t top_groups;
   int64_t top_k;
-  bool normalize;        // weights of the chosen experts sum to 1 before `scale`
+  bool normalize;  // weights of the chosen experts sum to 1 before `scale`
   float scale;
 };
 

@@ -15,31 +15,31 @@ constexpr int kAttentionSplitKeys = 128;
 
 // Dot products of 16 or 32 weight rows with `tokens` activation rows.
 struct DotArgs {
-  const uint8_t* panels[2];             // packed panels; [1] is used where panel_count == 2
-  int panel_count;                      // 1 or 2
-  int64_t blocks;                       // per row
-  const uint8_t* const* activations;    // [tokens] rows in the type's ActivationFormat
+  const uint8_t* panels[2];           // packed panels; [1] is used where panel_count == 2
+  int panel_count;                    // 1 or 2
+  int64_t blocks;                     // per row
+  const uint8_t* const* activations;  // [tokens] rows in the type's ActivationFormat
   int tokens;
-  float* out;                           // [tokens][32]: panel 0 in 0..15, panel 1 in 16..31
+  float* out;  // [tokens][32]: panel 0 in 0..15, panel 1 in 16..31
 };
 
 // One split of MLA attention for up to 16 query heads of one token (lane = head).
 struct AttentionSplitArgs {
-  const float* query;                   // [latent_dim + rope_dim][16], already times the softmax scale
-  const float* const* latents;          // [keys] rows of latent_dim floats
-  const float* const* ropes;            // [keys] rows of rope_dim floats
-  int keys;                             // 1..kAttentionSplitKeys
+  const float* query;           // [latent_dim + rope_dim][16], already times the softmax scale
+  const float* const* latents;  // [keys] rows of latent_dim floats
+  const float* const* ropes;    // [keys] rows of rope_dim floats
+  int keys;                     // 1..kAttentionSplitKeys
   int latent_dim;
   int rope_dim;
-  float* weights;                       // scratch [kAttentionSplitKeys][16]
-  float* max;                           // out [16]: largest score
-  float* sum;                           // out [16]: sum of exp(score - max)
-  float* context;                       // out [latent_dim][16]: sum of exp(score - max) * latent
+  float* weights;  // scratch [kAttentionSplitKeys][16]
+  float* max;      // out [16]: largest score
+  float* sum;      // out [16]: sum of exp(score - max)
+  float* context;  // out [latent_dim][16]: sum of exp(score - max) * latent
 };
 
 struct KernelTable {
-  const char* name;                     // "scalar", "avx2", "avx512", "avx512_vnni"
-  uint32_t required_features;           // CpuFeature bits
+  const char* name;            // "scalar", "avx2", "avx512", "avx512_vnni"
+  uint32_t required_features;  // CpuFeature bits
 
   // Integer products are exact; a_j is the activation block of 32 that sub-block j meets, d_j its scale.
   // K-quants, per block: S = 0; for each j: S = fma(float(P_j), d_j, S), where P_j is sc[j] * dot(q_j, a_j), for Q6_K the

@@ -54,9 +54,8 @@ Activations::Activations(Deferred, ActivationFormat format, const float* x, int6
       rows_(static_cast<size_t>(rows)) {
   const int64_t bytes = activation_row_bytes(format, cols);
   for (int64_t i = 0; i < rows; ++i) {
-    rows_[static_cast<size_t>(i)] = format == ActivationFormat::kF32
-                                        ? reinterpret_cast<const uint8_t*>(x + i * stride)
-                                        : buffer_.bytes() + i * bytes;
+    rows_[static_cast<size_t>(i)] = format == ActivationFormat::kF32 ? reinterpret_cast<const uint8_t*>(x + i * stride)
+                                                                     : buffer_.bytes() + i * bytes;
   }
 }
 

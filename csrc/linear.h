@@ -40,7 +40,7 @@ struct LinearTask {
   const uint8_t* const* activations;  // [tokens], in w's format
   int64_t tokens;
   float* out;
-  int64_t out_stride;                 // floats between tokens
+  int64_t out_stride;  // floats between tokens
 };
 
 // All tasks in one parallel loop.

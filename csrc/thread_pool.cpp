@@ -65,7 +65,9 @@ class ThreadPool {
     next_.store(0);
     state_.fetch_add(3);  // the next number, open
     if (sleeping_.load() > 0) {
-      { std::lock_guard<std::mutex> lock(mutex_); }  // a thread is past its check or inside its wait, never between
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+      }  // a thread is past its check or inside its wait, never between
       wake_.notify_all();
     }
     take_tasks();
@@ -112,7 +114,9 @@ class ThreadPool {
         take_tasks();
       }
       if (active_.fetch_sub(1) == 1) {
-        { std::lock_guard<std::mutex> lock(mutex_); }  // the caller is past its check or inside its wait
+        {
+          std::lock_guard<std::mutex> lock(mutex_);
+        }  // the caller is past its check or inside its wait
         done_.notify_one();
       }
     }

@@ -46,8 +46,7 @@ std::string read_line(const std::string& path) {
 std::vector<std::vector<int>> physical_cores(const std::vector<int>& allowed_cpus, const std::string& sysfs_cpu_root) {
   std::map<std::string, std::vector<int>> cores;  // keyed by the sibling list: equal for siblings, unique per core
   for (const int cpu : allowed_cpus) {
-    std::string siblings =
-        read_line(sysfs_cpu_root + "/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
+    std::string siblings = read_line(sysfs_cpu_root + "/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
     if (siblings.empty()) siblings = "cpu" + std::to_string(cpu);
     cores[siblings].push_back(cpu);
   }

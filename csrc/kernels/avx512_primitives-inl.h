@@ -25,9 +25,7 @@ struct Avx512Primitives {
   TKT_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   TKT_INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }
   TKT_INLINE F bits_to_float(I a) { return _mm512_castsi512_ps(a); }
-  TKT_INLINE F load_f16(const void* p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
-  }
+  TKT_INLINE F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
   TKT_INLINE F load_bf16(const void* p) {
     const __m256i bits = _mm256_loadu_si256(static_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));

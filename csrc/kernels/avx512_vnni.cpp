@@ -16,9 +16,7 @@ namespace {
 struct V : Avx512Primitives {
   static constexpr bool kAddsIn16Bits = false;
   // acc + sum over 4 bytes of unsigned weight * signed activation, exact in 32 bits.
-  TKT_INLINE I dot4(I acc, I weights, I activations) {
-    return _mm512_dpbusd_epi32(acc, weights, activations);
-  }
+  TKT_INLINE I dot4(I acc, I weights, I activations) { return _mm512_dpbusd_epi32(acc, weights, activations); }
 };
 
 #include "panel_dot-inl.h"

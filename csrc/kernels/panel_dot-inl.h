@@ -15,7 +15,7 @@ TKT_INLINE void prefetch_ahead(const uint8_t* const (&words)[R]) {
   constexpr int64_t kAhead = 4096;
   constexpr int line = step * kLines / kSteps;
   if constexpr (step == 0 || line != (step - 1) * kLines / kSteps) {
-    TKT_UNROLL for (int r = 0; r < R; ++r) V::prefetch(words[r] + line * 64 + kAhead);
+  TKT_UNROLL for (int r = 0; r < R; ++r) V::prefetch(words[r] + line * 64 + kAhead);
   }
 }
 
