@@ -167,6 +167,7 @@ struct SixBitScales {
 
 struct Q4_KWords {
   static constexpr int kWords = 36;
+  static constexpr bool kHasSeparateScales = false;
   static constexpr int kNarrowGroups = 8;
   static constexpr int kSubColumns = 32;
   static constexpr int kOffsetLog2 = -1;  // quants are unsigned
@@ -180,6 +181,7 @@ struct Q4_KWords {
 
 struct Q5_KWords {
   static constexpr int kWords = 44;
+  static constexpr bool kHasSeparateScales = false;
   static constexpr int kNarrowGroups = 4;
   static constexpr int kSubColumns = 32;
   static constexpr int kOffsetLog2 = -1;  // quants are unsigned
@@ -195,6 +197,7 @@ struct Q5_KWords {
 
 struct Q6_KWords {
   static constexpr int kWords = 52;
+  static constexpr bool kHasSeparateScales = true;
   static constexpr int kNarrowGroups = 2;  // 2 * 2 * 63 * 127 = 32,004
   static constexpr int kSubColumns = 16;
   static constexpr int kOffsetLog2 = 5;
@@ -296,6 +299,12 @@ static inline void dot_tile_k(const DotArgs& args, int token) {
     TKT_UNROLL for (int r = 0; r < R; ++r) acc[t][r] = V::zero_f();
   }
   const int64_t separate_scales = args.blocks * Words::kWords * 64;
+  // A second, short stream, whose every line is needed at the start of a block: fetched before the first.
+  if constexpr (Words::kHasSeparateScales) {
+    for (int64_t b = 0; b < args.blocks; b += 2) {
+      TKT_UNROLL for (int r = 0; r < R; ++r) V::prefetch(args.panels[r] + separate_scales + b * 32);
+    }
+  }
   for (int64_t b = 0; b < args.blocks; ++b) {
     const uint8_t* words[R];
     Scales scales[R];
@@ -370,39 +379,42 @@ static inline DotArgs one_panel(const DotArgs& args, int panel) {
   return {{args.panels[panel], nullptr}, 1, args.blocks, args.activations, args.tokens, args.out + panel * 16};
 }
 
-#define TKT_DEFINE_DOT(function, tile, words)                                               \
-  template <int T, int R>                                                                   \
-  static inline int function##_tiles(const DotArgs& args, int token) {                      \
-    for (; token + T <= args.tokens; token += T) tile<words, T, R>(args, token);            \
-    return token;                                                                           \
-  }                                                                                         \
-  template <int R>                                                                          \
-  static inline void function##_panels(const DotArgs& args) {                               \
-    int token = 0;                                                                          \
-    token = function##_tiles<V::kTileTokens, R>(args, token);                               \
-    if constexpr (V::kTileTokens > 4) token = function##_tiles<4, R>(args, token);          \
-    if constexpr (V::kTileTokens > 2) token = function##_tiles<2, R>(args, token);          \
-    function##_tiles<1, R>(args, token);                                                    \
-  }                                                                                         \
-  static void function(const DotArgs& args) {                                               \
-    if (args.panel_count == 1) {                                                            \
-      function##_panels<1>(args);                                                           \
-    } else if (V::kTilePanels == 2 || args.tokens == 1) {                                   \
-      function##_panels<2>(args);                                                           \
-    } else {                                                                                \
-      function##_panels<1>(one_panel(args, 0));                                             \
-      function##_panels<1>(one_panel(args, 1));                                             \
-    }                                                                                       \
+// One token is bound by memory, and memory likes one stream: quantized panels are then read one after the other (Q4_K on
+// one core of Zen 5: 30 GB/s instead of 23). Floats keep two, because a single chain of fma reaches 26 GB/s of F16.
+#define TKT_DEFINE_DOT(function, tile, words, panels_for_one_token)                \
+  template <int T, int R>                                                          \
+  static inline int function##_tiles(const DotArgs& args, int token) {             \
+    for (; token + T <= args.tokens; token += T) tile<words, T, R>(args, token);   \
+    return token;                                                                  \
+  }                                                                                \
+  template <int R>                                                                 \
+  static inline void function##_panels(const DotArgs& args) {                      \
+    int token = 0;                                                                 \
+    token = function##_tiles<V::kTileTokens, R>(args, token);                      \
+    if constexpr (V::kTileTokens > 4) token = function##_tiles<4, R>(args, token); \
+    if constexpr (V::kTileTokens > 2) token = function##_tiles<2, R>(args, token); \
+    function##_tiles<1, R>(args, token);                                           \
+  }                                                                                \
+  static void function(const DotArgs& args) {                                      \
+    const int at_once = args.tokens == 1 ? panels_for_one_token : V::kTilePanels;  \
+    if (args.panel_count == 1) {                                                   \
+      function##_panels<1>(args);                                                  \
+    } else if (at_once == 2) {                                                     \
+      function##_panels<2>(args);                                                  \
+    } else {                                                                       \
+      function##_panels<1>(one_panel(args, 0));                                    \
+      function##_panels<1>(one_panel(args, 1));                                    \
+    }                                                                              \
   }
 
-TKT_DEFINE_DOT(dot_f32, dot_tile_float, F32Words)
-TKT_DEFINE_DOT(dot_f16, dot_tile_float, F16Words)
-TKT_DEFINE_DOT(dot_bf16, dot_tile_float, BF16Words)
-TKT_DEFINE_DOT(dot_q4_0, dot_tile_32, Q4_0Words)
-TKT_DEFINE_DOT(dot_q5_0, dot_tile_32, Q5_0Words)
-TKT_DEFINE_DOT(dot_q8_0, dot_tile_32, Q8_0Words)
-TKT_DEFINE_DOT(dot_q4_k, dot_tile_k, Q4_KWords)
-TKT_DEFINE_DOT(dot_q5_k, dot_tile_k, Q5_KWords)
-TKT_DEFINE_DOT(dot_q6_k, dot_tile_k, Q6_KWords)
+TKT_DEFINE_DOT(dot_f32, dot_tile_float, F32Words, 2)
+TKT_DEFINE_DOT(dot_f16, dot_tile_float, F16Words, 2)
+TKT_DEFINE_DOT(dot_bf16, dot_tile_float, BF16Words, 2)
+TKT_DEFINE_DOT(dot_q4_0, dot_tile_32, Q4_0Words, 1)
+TKT_DEFINE_DOT(dot_q5_0, dot_tile_32, Q5_0Words, 1)
+TKT_DEFINE_DOT(dot_q8_0, dot_tile_32, Q8_0Words, 1)
+TKT_DEFINE_DOT(dot_q4_k, dot_tile_k, Q4_KWords, 1)
+TKT_DEFINE_DOT(dot_q5_k, dot_tile_k, Q5_KWords, 1)
+TKT_DEFINE_DOT(dot_q6_k, dot_tile_k, Q6_KWords, 1)
 
 #undef TKT_DEFINE_DOT
