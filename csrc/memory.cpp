@@ -41,6 +41,9 @@ WeightMemory::WeightMemory(size_t bytes) {
 
 WeightMemory::~WeightMemory() { munmap(mapping_, mapped_bytes_); }
 
+void lock_free_buffers() { free_mutex.lock(); }
+void unlock_free_buffers() { free_mutex.unlock(); }
+
 ScratchBuffer::ScratchBuffer(size_t bytes) {
   capacity_ = rounded_up(bytes > 0 ? bytes : 1, 4096);
   {

@@ -42,4 +42,8 @@ class ScratchBuffer {
   size_t capacity_;
 };
 
+// Held across fork(): a child must not inherit the free list in the middle of a change by a thread it does not have.
+void lock_free_buffers();
+void unlock_free_buffers();
+
 }  // namespace tkt

@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "memory.h"
 #include "topology.h"
 
 #if defined(__x86_64__)
@@ -146,13 +147,21 @@ int requested_or_default() {
 }
 
 // A forked child has the pool's memory but none of its threads: it leaks the object (joining would hang) and starts
-// its own. The lock is held across fork() so that it is never copied in a half-way state.
-void before_fork() { pool_mutex.lock(); }
-void after_fork_parent() { pool_mutex.unlock(); }
-void after_fork_child() {
-  pool = nullptr;
+// its own. Both locks are held across fork() so that none is copied in a half-way state, in the order in which a loop
+// takes them.
+void before_fork() {
+  pool_mutex.lock();
+  lock_free_buffers();
+}
+void after_fork_parent() {
+  unlock_free_buffers();
   pool_mutex.unlock();
 }
+void after_fork_child() {
+  pool = nullptr;
+  after_fork_parent();
+}
+[[maybe_unused]] const int fork_handlers = pthread_atfork(before_fork, after_fork_parent, after_fork_child);
 
 }  // namespace
 
@@ -169,8 +178,6 @@ void set_thread_count(int n) {
 
 void parallel_for(int64_t tasks, const std::function<void(int64_t)>& body) {
   std::lock_guard<std::mutex> lock(pool_mutex);
-  static const int registered = pthread_atfork(before_fork, after_fork_parent, after_fork_child);
-  (void)registered;
   if (pool == nullptr || pool_threads != requested_or_default()) {
     delete pool;
     pool = nullptr;

@@ -20,7 +20,7 @@ CSRC = ROOT / "csrc"
 
 # Lowest first: a file imports only from layers below its own, and from its own folder. "__init__" is the package itself.
 PYTHON_LAYERS = (
-    ("errors", "assets", "_C"),
+    ("errors", "assets", "_C", "_environment"),
     ("gguf",),
     ("ops",),
     ("modules",),
