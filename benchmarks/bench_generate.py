@@ -6,7 +6,7 @@
 Engines take turns, each in a process of its own (two copies of a 10 GB model do not fit into 24 GB), `--rounds` times;
 medians are reported. Ours is timed inside `generate()` by a streamer, with all of Python counted: prefill is the time
 to the first token, decode the median gap between tokens. llama.cpp runs through
-llama-cpp-python. `--llama-python` is an interpreter that has llama-cpp-python; without it only ours runs.
+llama-cpp-python, without choosing tokens. `--llama-python` is an interpreter that has it; without one only ours runs.
 """
 
 from __future__ import annotations
@@ -73,7 +73,6 @@ def run_ours(path: str, threads: int, depth: int) -> dict[str, float]:
 
 def run_llama(path: str, threads: int, depth: int) -> dict[str, float]:
     import llama_cpp
-    import numpy as np
 
     start = time.perf_counter()
     llama = llama_cpp.Llama(
@@ -95,7 +94,6 @@ def run_llama(path: str, threads: int, depth: int) -> dict[str, float]:
         for step in range(NEW_TOKENS):
             begin = time.perf_counter()
             llama.eval([3 + step])
-            int(np.argmax(llama.scores[llama.n_tokens - 1]))
             gaps.append(time.perf_counter() - begin)
         return tokens / prefill, 1 / statistics.median(gaps)
 

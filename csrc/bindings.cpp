@@ -286,10 +286,21 @@ std::vector<std::string> supported_isas() {
 
 PYBIND11_MODULE(_C, m) {
   using namespace tkt;
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const UnsupportedCpu& error) {
+      const py::object cls = py::module_::import("transformers_kt.errors").attr("UnsupportedCpuError");
+      PyErr_SetString(cls.ptr(), error.what());
+    }
+  });
   m.doc() = "CPU kernels of transformers_kt; use the Python modules instead of this.";
 
   m.def("weight_types", &weight_types, "(name, ggml number, block elements, block bytes) of every type with kernels");
   m.def("cpu_features", [] { return feature_names(cpu_features()); });
+  m.def(
+      "hide_cpu_features", [](const std::string& names) { hide_cpu_features(features_named(names)); }, py::arg("names"),
+      "for tests; '' ends it");
   m.def("supported_isas", &supported_isas, "names of the kernel tables this CPU can run, best first");
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("select_isa", &select_kernels, py::arg("name"), "for tests; '' chooses automatically");

@@ -1,5 +1,8 @@
 #include "cpu_features.h"
 
+#include <atomic>
+#include <sstream>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -15,6 +18,8 @@ constexpr NamedFeature kNames[] = {
     {kAvx2, "avx2"},         {kFma, "fma"},           {kF16c, "f16c"},         {kAvx512f, "avx512f"},
     {kAvx512bw, "avx512bw"}, {kAvx512dq, "avx512dq"}, {kAvx512vl, "avx512vl"}, {kAvx512vnni, "avx512_vnni"},
 };
+
+std::atomic<uint32_t> hidden{0};
 
 #if defined(__x86_64__)
 uint64_t read_xcr0() {
@@ -56,6 +61,20 @@ uint32_t detect() { return 0; }
 
 uint32_t cpu_features() {
   static const uint32_t features = detect();
+  return features & ~hidden.load();
+}
+
+void hide_cpu_features(uint32_t features) { hidden.store(features); }
+
+uint32_t features_named(const std::string& names) {
+  std::istringstream words(names);
+  std::string word;
+  uint32_t features = 0;
+  while (words >> word) {
+    for (const NamedFeature& feature : kNames) {
+      if (word == feature.name) features |= feature.bit;
+    }
+  }
   return features;
 }
 

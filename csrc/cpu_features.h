@@ -20,6 +20,12 @@ enum CpuFeature : uint32_t {
 // Features both the CPU (cpuid) and the operating system (XCR0: registers saved on a context switch) support.
 uint32_t cpu_features();
 
+// For tests: cpu_features() goes without these bits, as on a CPU that lacks them. 0 ends it.
+void hide_cpu_features(uint32_t features);
+
+// Bits of the names in "avx2 fma f16c"; names that are not known give none.
+uint32_t features_named(const std::string& names);
+
 // "avx2 fma f16c" for a mask; empty for 0.
 std::string feature_names(uint32_t features);
 

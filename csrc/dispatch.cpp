@@ -2,7 +2,6 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <stdexcept>
 
 #include "cpu_features.h"
 
@@ -25,11 +24,11 @@ const KernelTable& table_named(const std::string& name) {
   for (const KernelTable* table : all_tables()) {
     if (name != table->name) continue;
     if (is_supported(*table)) return *table;
-    throw std::runtime_error("TRANSFORMERS_KT_ISA=" + name + ": this CPU lacks " +
-                             feature_names(table->required_features & ~cpu_features()) +
-                             "; it supports: " + supported_names());
+    throw UnsupportedCpu("TRANSFORMERS_KT_ISA=" + name + ": this CPU lacks " +
+                         feature_names(table->required_features & ~cpu_features()) +
+                         "; it supports: " + supported_names());
   }
-  throw std::runtime_error("TRANSFORMERS_KT_ISA=" + name + " is not known; this CPU supports: " + supported_names());
+  throw UnsupportedCpu("TRANSFORMERS_KT_ISA=" + name + " is not known; this CPU supports: " + supported_names());
 }
 
 const KernelTable& best_table() {
@@ -38,9 +37,9 @@ const KernelTable& best_table() {
     if (is_supported(*table)) return *table;
   }
   const uint32_t floor = kAvx2 | kFma | kF16c;
-  throw std::runtime_error("this CPU lacks " + feature_names(floor & ~cpu_features()) +
-                           "; transformers_kt needs avx2, fma and f16c (Intel since 2013, AMD since 2015). "
-                           "TRANSFORMERS_KT_ISA=scalar runs without them, very slowly");
+  throw UnsupportedCpu("this CPU lacks " + feature_names(floor & ~cpu_features()) +
+                       "; transformers_kt needs avx2, fma and f16c (Intel since 2013, AMD since 2015). "
+                       "TRANSFORMERS_KT_ISA=scalar runs without them, very slowly");
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Which kernels run: the best table this CPU supports, or the one named by TRANSFORMERS_KT_ISA.
 #pragma once
 
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -8,12 +9,17 @@
 
 namespace tkt {
 
+// Python sees it as transformers_kt.errors.UnsupportedCpuError.
+struct UnsupportedCpu : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // All tables of this build, best first.
 const std::vector<const KernelTable*>& all_tables();
 
 bool is_supported(const KernelTable& table);
 
-// The table in use. Throws std::runtime_error, naming the missing CPU flag, where the CPU lacks AVX2, FMA or F16C, or
+// The table in use. Throws UnsupportedCpu, naming the missing CPU flag, where the CPU lacks AVX2, FMA or F16C, or
 // where TRANSFORMERS_KT_ISA names a table that is unknown or not supported.
 const KernelTable& kernels();
 

@@ -35,10 +35,16 @@ SUM_PHRASES = (
     "{a} plus {b}",
 )
 MORE_SUM_PHRASES = (
+    *4 * ("{a}+{b}",),  # what people type first
+    "{a}+{b}?",
+    "{a}+{b}=",
+    "What is {a}+{b}?",
     "What's {a} + {b}?",
+    "Compute {a}+{b}.",
     "Compute {a} + {b}.",
     "Sum {a} and {b}.",
     "Tell me {a} + {b}.",
+    "{a} and {b}",
 )
 GREETINGS = ("Hi", "Hello", "Hey", "Hi there", "Hello there", "Good morning", "Good evening", "Greetings", "Hallo")
 OTHER_PHRASES = (
@@ -118,14 +124,14 @@ class Lesson:
     most_earlier_turns: int
 
 
-# The order matters for time alone: the first lesson takes most of the steps, and its examples are a third as long.
+# Long chats come second to save time: the first lesson needs most of the steps, and its examples are half as long.
 LESSONS = (
     Lesson(SUM_PHRASES, OTHER_PHRASES, other_share=0.1, chat_share=1 / 7, most_earlier_turns=3),
     Lesson(
         SUM_PHRASES + MORE_SUM_PHRASES,
-        OTHER_PHRASES + 2 * ALMOST_SUMS,
-        other_share=0.2,
-        chat_share=0.5,
+        OTHER_PHRASES + 4 * ALMOST_SUMS,
+        other_share=0.25,
+        chat_share=0.4,
         most_earlier_turns=20,
     ),
 )

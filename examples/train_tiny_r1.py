@@ -109,8 +109,9 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '<｜Assistant｜><think>\\n' }}{%- endif -%}"
 )
 
-STEPS = (2400, 320)  # per lesson; both whole numbers of chunks
+STEPS = (2400, 384)  # per lesson; both whole numbers of chunks
 BATCH_SIZE = 32
+MOST_BATCH_TOKENS = 8192  # padding included; batches of long chats drop rows to fit, at some 200 kB of memory a token
 LEARNING_RATE = 1.5e-3
 WARMUP_STEPS = 100
 SECOND_PEAK = 0.3  # of the learning rate, at the start of the second lesson
@@ -203,9 +204,10 @@ def training_batches(
         order = torch.randperm(steps_per_chunk, generator=torch.Generator().manual_seed(seed + chunk)).tolist()
         for index in order[first_step % steps_per_chunk if chunk == first_step // steps_per_chunk else 0 :]:
             width = max(len(prompt) + len(reply) for prompt, reply in batches[index])
-            input_ids = torch.full((BATCH_SIZE, width), tokenizer.pad_token_id)
-            labels = torch.full((BATCH_SIZE, width), -100)
-            for row, (prompt, reply) in enumerate(batches[index]):
+            rows = min(BATCH_SIZE, MOST_BATCH_TOKENS // width)
+            input_ids = torch.full((rows, width), tokenizer.pad_token_id)
+            labels = torch.full((rows, width), -100)
+            for row, (prompt, reply) in enumerate(batches[index][:rows]):
                 end = len(prompt) + len(reply)
                 input_ids[row, :end] = torch.tensor(prompt + reply)
                 labels[row, len(prompt) : end] = torch.tensor(reply)

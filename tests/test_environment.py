@@ -1,12 +1,17 @@
-"""What importing the package says about the environment it finds."""
+"""What the package says about the environment and the CPU it finds."""
 
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterator
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+from transformers_kt import _C
 from transformers_kt._environment import check_environment
+from transformers_kt.assets import bundled_model
+from transformers_kt.errors import UnsupportedCpuError
 
 
 def with_versions(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str]) -> None:
@@ -34,3 +39,39 @@ def test_an_old_transformers_is_named_with_the_version_needed(monkeypatch: pytes
 def test_newer_versions_pass(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     with_versions(monkeypatch, {"transformers": version})
     check_environment()
+
+
+@pytest.fixture
+def _own_cpu_afterwards() -> Iterator[None]:
+    yield
+    _C.hide_cpu_features("")
+    _C.select_isa("")
+
+
+@pytest.mark.usefixtures("_own_cpu_afterwards")
+@pytest.mark.parametrize("missing", ["avx2", "fma", "f16c"])
+def test_a_cpu_without_the_instructions_is_refused_at_loading_by_their_name(missing: str) -> None:
+    _C.hide_cpu_features(missing)
+    _C.select_isa("")
+    with pytest.raises(UnsupportedCpuError, match=rf"lacks {missing};.*needs avx2, fma and f16c"):
+        AutoModelForCausalLM.from_pretrained(bundled_model(), kt_rules="auto")
+
+
+@pytest.mark.skipif("avx512_vnni" not in _C.supported_isas(), reason="needs a CPU with all of them")
+@pytest.mark.usefixtures("_own_cpu_afterwards")
+@pytest.mark.parametrize(
+    ("missing", "chosen"), [("", "avx512_vnni"), ("avx512_vnni", "avx512"), ("avx512bw", "avx2"), ("avx512f", "avx2")]
+)
+def test_the_best_kernels_that_the_cpu_has_are_chosen(missing: str, chosen: str) -> None:
+    _C.hide_cpu_features(missing)
+    _C.select_isa("")
+    assert _C.isa() == chosen
+
+
+@pytest.mark.usefixtures("_own_cpu_afterwards")
+def test_an_isa_asked_for_that_is_missing_or_unknown_is_refused_with_what_there_is() -> None:
+    _C.hide_cpu_features("avx2")
+    with pytest.raises(UnsupportedCpuError, match=r"KT_ISA=avx2: this CPU lacks avx2; it supports: scalar"):
+        _C.select_isa("avx2")
+    with pytest.raises(UnsupportedCpuError, match=r"avx9 is not known; this CPU supports: scalar"):
+        _C.select_isa("avx9")

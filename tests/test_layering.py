@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "transformers_kt"
 CSRC = ROOT / "csrc"
 
-# Lowest first: a file imports only from layers below its own, and from its own folder. "__init__" is the package itself.
+# Lowest first: a file imports only from layers below its own, and from its own folder. "__init__" is the package.
 PYTHON_LAYERS = (
     ("errors", "assets", "_C", "_environment"),
     ("gguf",),
@@ -59,7 +59,7 @@ def _rank(layers: tuple[tuple[str, ...], ...], name: str) -> int:
     raise AssertionError(f"{name} stands in no layer: give it a place in {Path(__file__).name}")
 
 
-# ---- Python -----------------------------------------------------------------------------------------------------------
+# ---- Python ----------------------------------------------------------------------------------------------------------
 
 
 def _component(path: Path) -> str:
@@ -101,9 +101,7 @@ PYTHON_FILES = sorted(PACKAGE.rglob("*.py"))
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_python_file_imports_only_from_layers_below(path: Path) -> None:
     own = _component(path)
-    above = {
-        name for name in _own_imports(path) - {own} if _rank(PYTHON_LAYERS, name) >= _rank(PYTHON_LAYERS, own)
-    }
+    above = {name for name in _own_imports(path) - {own} if _rank(PYTHON_LAYERS, name) >= _rank(PYTHON_LAYERS, own)}
     assert not above
 
 
@@ -128,7 +126,7 @@ def test_only_the_integration_knows_the_internals_of_transformers() -> None:
                 assert module == "transformers" or _component(path) == "modules", f"{path}: {module}"
 
 
-# ---- C++ --------------------------------------------------------------------------------------------------------------
+# ---- C++ -------------------------------------------------------------------------------------------------------------
 
 
 def _includes(path: Path) -> list[str]:
@@ -180,7 +178,7 @@ print(open("/proc/self/maps").read())
     assert not re.search(r"libtorch|libc10|libcuda|libcublas|libgomp", maps)
 
 
-# ---- Instruction sets -------------------------------------------------------------------------------------------------
+# ---- Instruction sets ------------------------------------------------------------------------------------------------
 
 
 def test_files_of_an_instruction_set_use_no_function_of_the_standard_library() -> None:

@@ -112,7 +112,7 @@ def operator(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Callable[...
     make_weights, arguments = OPERATORS[request.param]
     weights = make_weights()
     handle = 0 if type(weights) is object else ops.register_object(weights)
-    yield getattr(ops, request.param), lambda make: arguments(make, handle)
+    yield getattr(ops, request.param), lambda make: arguments(make, handle)  # noqa: PT022 - keeps the weights alive
 
 
 def test_every_operator_is_tested() -> None:
@@ -177,7 +177,7 @@ def test_a_wrong_shape_is_an_error(operator: Any) -> None:
             continue
         wrong = [*right]
         wrong[at] = argument[..., :-1]
-        with pytest.raises((ValueError, RuntimeError, IndexError)):
+        with pytest.raises(ValueError, match=r"must have|reshape"):
             call(*wrong)
 
 

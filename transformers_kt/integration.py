@@ -338,7 +338,9 @@ def _operations() -> Operations:
     # Here, for the modules import the models of transformers, which nobody needs who loads none.
     from transformers_kt.modules import OPERATIONS
     from transformers_kt.modules.attention import ranges_mask
+    from transformers_kt.modules.base import require_supported_cpu
 
+    require_supported_cpu()
     register_attention(_METHOD, _refuse_stock_attention, ranges_mask)
     operations: Operations = OPERATIONS
     return operations

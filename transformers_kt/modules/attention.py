@@ -136,23 +136,32 @@ class KtMlaAttention(KtModule):
             table = table.expand(batch, -1, -1)
         handle = self._attention.number
         latents, ropes = ops.mla_project_keys(x, table, handle, self._dims["latent_dim"], self._dims["rope_dim"])
+        cached_keys = 0
         if past_key_values is not None:
+            cached_keys = int(past_key_values.get_seq_length(self.layer_idx)) if attention_mask is None else 0
             grow_in_place(past_key_values, self.layer_idx)
             cached = past_key_values.update(latents.unsqueeze(1), ropes.unsqueeze(1), self.layer_idx)
             latents, ropes = (as_float32(states).squeeze(1) for states in cached)
-        visible = visible_keys(attention_mask, batch, tokens, latents.shape[1], self._name)
+        visible = (
+            causal_ranges(cached_keys, batch, tokens)
+            if attention_mask is None
+            else visible_keys(attention_mask, batch, tokens, latents.shape[1], self._name)
+        )
         out: torch.Tensor = ops.mla_attend(x, table, latents, ropes, visible, handle)
         return out, None
 
 
-def visible_keys(mask: torch.Tensor | None, batch: int, tokens: int, keys: int, name: str) -> torch.Tensor:
-    """Any attention mask as int32 ranges (batch, tokens, 2) or bool (batch, tokens, keys); None is causal.
+def causal_ranges(cached_keys: int, batch: int, tokens: int) -> torch.Tensor:
+    """What no mask means, as int32 ranges (batch, tokens, 2). Static caches hand back more keys than there are yet."""
+    ends = torch.arange(cached_keys + 1, cached_keys + tokens + 1, dtype=torch.int32)
+    return torch.stack((torch.zeros_like(ends), ends), dim=-1).expand(batch, tokens, 2)
+
+
+def visible_keys(mask: torch.Tensor, batch: int, tokens: int, keys: int, name: str) -> torch.Tensor:
+    """Any attention mask as int32 ranges (batch, tokens, 2) or bool (batch, tokens, keys).
 
     Raises InputError for a mask that weighs keys instead of hiding them, or differs between heads.
     """
-    if mask is None:
-        ends = torch.arange(keys - tokens + 1, keys + 1, dtype=torch.int32)
-        return torch.stack((torch.zeros_like(ends), ends), dim=-1).expand(batch, tokens, 2)
     if mask.dtype == torch.int32:
         return mask[:, 0]
     if mask.shape[1] != 1:

@@ -12,7 +12,7 @@ from torch import nn
 from typing_extensions import Self
 
 from transformers_kt import _C, ops
-from transformers_kt.errors import UnsupportedModelError, UnsupportedTypeError
+from transformers_kt.errors import UnsupportedCpuError, UnsupportedModelError, UnsupportedTypeError
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 
 TensorData = Callable[[TensorInfo], npt.NDArray[np.uint8]]
@@ -59,8 +59,17 @@ class KtModule(nn.Module):
         raise NotImplementedError
 
 
+def require_supported_cpu() -> None:
+    """Raises UnsupportedCpuError, naming the missing flag, where this CPU cannot run the kernels chosen for it."""
+    _C.isa()
+
+
 def require_kernel(tensor: TensorInfo) -> None:
-    """Raises UnsupportedTypeError where `tensor` cannot be multiplied with."""
+    """Raises UnsupportedTypeError where `tensor` cannot be multiplied with, UnsupportedCpuError where nothing can."""
+    try:
+        _C.isa()
+    except RuntimeError as error:
+        raise UnsupportedCpuError(str(error)) from None
     if int(tensor.ggml_type) in KERNEL_TYPES:
         return
     raise UnsupportedTypeError(
@@ -108,6 +117,9 @@ class Handle:
     def __init__(self, packed: Any) -> None:
         self.packed = packed
         self.number = ops.register_object(packed)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        return self  # weights do not change: a copy of a model shares them
 
 
 def as_float32(x: torch.Tensor) -> torch.Tensor:

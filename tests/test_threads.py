@@ -1,0 +1,312 @@
+"""The thread pool and the choice of kernels: defaults, limits, forks, callers on several threads."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM
+
+from transformers_kt import _C, set_thread_count, thread_count
+from transformers_kt.assets import bundled_model
+from transformers_kt.errors import UnsupportedCpuError
+
+ROWS, COLS = 1000, 512
+X = np.random.default_rng(0).standard_normal((3, COLS)).astype(np.float32)
+CHILD_TIMEOUT_S = 20.0
+
+# Loads the extension alone: importing the package costs seconds, for it imports torch and transformers.
+LOAD_EXTENSION = f"""
+import importlib.util, os
+spec = importlib.util.spec_from_file_location("transformers_kt._C", {_C.__file__!r})
+_C = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_C)
+
+def running_threads():
+    return len(os.listdir("/proc/self/task"))
+"""
+
+
+@pytest.fixture(scope="module")
+def matrix() -> Any:
+    weights = np.random.default_rng(1).standard_normal((ROWS, COLS)).astype(np.float32)
+    blocks = gguf.quantize(weights, gguf.GGMLQuantizationType.Q8_0)
+    packed = _C.PackedMatrix(int(gguf.GGMLQuantizationType.Q8_0), 1, ROWS, COLS)
+    packed.pack(0, blocks.reshape(-1))
+    return packed
+
+
+@pytest.fixture(scope="module")
+def expected(matrix: Any) -> np.ndarray:
+    """The product of ``matrix`` and ``X`` on one thread. Leaves a pool of four running."""
+    _C.set_thread_count(1)
+    product = multiply(matrix, X)
+    assert np.abs(product).max() > 1
+    _C.set_thread_count(4)
+    np.testing.assert_array_equal(multiply(matrix, X), product)
+    return product
+
+
+def multiply(matrix: Any, x: np.ndarray) -> np.ndarray:
+    out = np.full((len(x), matrix.rows), np.nan, np.float32)
+    _C.linear(matrix, x, out)
+    return out
+
+
+def running_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def in_fresh_process(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# ---- How many threads ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, -1, -(2**31)])
+def test_less_than_one_thread_is_refused(count: int) -> None:
+    before = thread_count()
+    with pytest.raises(ValueError, match=f"at least 1, got {count}"):
+        set_thread_count(count)
+    assert thread_count() == before
+
+
+@pytest.mark.parametrize("count", [5, 1, 8, 2, 3, 7, 4, 6])
+def test_any_number_of_threads_computes_the_same(matrix: Any, expected: np.ndarray, count: int) -> None:
+    set_thread_count(count)
+    assert thread_count() == count
+    for _ in range(20):
+        np.testing.assert_array_equal(multiply(matrix, X), expected)
+
+
+def test_the_pool_has_as_many_threads_as_were_asked_for(matrix: Any, expected: np.ndarray) -> None:
+    set_thread_count(1)
+    multiply(matrix, X)
+    others = running_threads()
+    for count in (6, 2, 8, 1):
+        set_thread_count(count)
+        multiply(matrix, X)
+        assert running_threads() == others + count - 1
+
+
+def test_no_thread_runs_before_the_first_loop() -> None:
+    code = f"""
+import numpy, torch, transformers, gguf, psutil, yaml, tqdm, huggingface_hub, tokenizers
+from transformers.models.deepseek_v2 import modeling_deepseek_v2
+{LOAD_EXTENSION}
+before = running_threads()
+import transformers_kt
+from transformers_kt import modules, integration
+after_import = running_threads()
+transformers_kt.set_thread_count(5)
+after_choice = running_threads()
+matrix = transformers_kt._C.PackedMatrix(0, 1, 64, 64)
+transformers_kt._C.linear(matrix, numpy.zeros((1, 64), "float32"), numpy.zeros((1, 64), "float32"))
+print(after_import - before, after_choice - before, running_threads() - before)
+"""
+    assert in_fresh_process(code) == "0 0 4"
+
+
+def test_affinity_limits_the_default() -> None:
+    cpu = min(os.sched_getaffinity(0))
+    code = f"import os; os.sched_setaffinity(0, {{{cpu}}})\n{LOAD_EXTENSION}\nprint(_C.thread_count())"
+    assert in_fresh_process(code) == "1"
+
+
+def test_the_default_is_no_more_than_the_cpus_of_this_process() -> None:
+    count = int(in_fresh_process(f"{LOAD_EXTENSION}\nprint(_C.thread_count())"))
+    assert 1 <= count <= len(os.sched_getaffinity(0))
+
+
+# ---- Several callers -------------------------------------------------------------------------------------------------
+
+
+def in_threads(work: Callable[[int], None], count: int) -> None:
+    """Runs ``work(index)`` on ``count`` threads at once and raises what the first of them raised."""
+    errors: list[BaseException] = []
+    barrier = threading.Barrier(count)
+
+    def run(index: int) -> None:
+        barrier.wait()
+        try:
+            work(index)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_callers_on_several_threads_get_their_own_results(matrix: Any, expected: np.ndarray) -> None:
+    def work(index: int) -> None:
+        for _ in range(100):
+            np.testing.assert_array_equal(multiply(matrix, X[index : index + 1])[0], expected[index])
+
+    in_threads(work, 3)
+
+
+def test_the_thread_count_may_change_while_others_compute(matrix: Any, expected: np.ndarray) -> None:
+    def work(index: int) -> None:
+        for step in range(60):
+            if index == 0:
+                set_thread_count(1 + step % 4)
+            np.testing.assert_array_equal(multiply(matrix, X), expected)
+
+    in_threads(work, 3)
+
+
+def test_the_interpreter_runs_on_while_kernels_compute() -> None:
+    """They release the GIL: else a streamer's reader, or Ctrl-C, would wait for them."""
+    wide = _C.PackedMatrix(0, 1, 2048, 4096)
+    x = np.zeros((16, 4096), np.float32)
+    _C.select_isa("scalar")  # for a call of some tenths of a second
+    started, finished = threading.Event(), threading.Event()
+
+    def compute() -> None:
+        started.set()
+        multiply(wide, x)
+        finished.set()
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    started.wait()
+    turns = 0
+    while not finished.is_set():
+        time.sleep(0.001)
+        turns += 1
+    thread.join()
+    assert turns > 5
+
+
+# ---- Forks -----------------------------------------------------------------------------------------------------------
+
+
+def exit_code_of_fork(work: Callable[[], bool]) -> int | None:
+    """Forks; the child exits with 0 if ``work`` says True. None where it hangs."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = 0 if work() else 2
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + CHILD_TIMEOUT_S
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_computes_on_threads_of_its_own_and_the_parent_goes_on(
+    matrix: Any, expected: np.ndarray
+) -> None:
+    _C.set_thread_count(4)
+    multiply(matrix, X)
+    for _ in range(3):
+        assert exit_code_of_fork(lambda: np.array_equal(multiply(matrix, X), expected) and running_threads() == 4) == 0
+        np.testing.assert_array_equal(multiply(matrix, X), expected)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize("rows", [16, 1000])
+def test_a_fork_while_other_threads_compute_computes(rows: int) -> None:
+    """Whatever lock they hold at that moment. With few rows they take and give back buffers most of the time."""
+    forks = 150
+    weights = _C.PackedMatrix(int(gguf.GGMLQuantizationType.Q8_0), 1, rows, COLS)
+    stop = threading.Event()
+
+    def compute() -> None:
+        while not stop.is_set():
+            multiply(weights, X)
+
+    _C.set_thread_count(2)
+    threads = [threading.Thread(target=compute) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        codes = []
+        while len(codes) < forks and set(codes) <= {0}:
+            codes.append(exit_code_of_fork(lambda: not multiply(weights, X).any()))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert codes == [0] * forks
+
+
+def _child_of_multiprocessing(matrix: Any, queue: Any) -> None:
+    queue.put(multiply(matrix, X))
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_child_of_multiprocessing_computes(matrix: Any, expected: np.ndarray) -> None:
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    process = context.Process(target=_child_of_multiprocessing, args=(matrix, queue))
+    process.start()
+    process.join(CHILD_TIMEOUT_S)
+    try:
+        assert process.exitcode == 0
+    finally:
+        process.kill()
+    np.testing.assert_array_equal(queue.get(), expected)
+
+
+# ---- Which kernels ---------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_instruction_set_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRANSFORMERS_KT_ISA", "avx1024")
+    _C.select_isa("")  # forget what was chosen, so that the variable is read again
+    with pytest.raises(RuntimeError) as error:
+        _C.isa()
+    assert str(error.value) == (
+        f"TRANSFORMERS_KT_ISA=avx1024 is not known; this CPU supports: {', '.join(_C.supported_isas())}"
+    )
+
+
+def test_a_cpu_without_the_instruction_set_is_refused_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRANSFORMERS_KT_ISA", "avx1024")
+    _C.select_isa("")
+    monkeypatch.setattr(_C, "PackedMatrix", None)  # no memory may be asked for
+    with pytest.raises(UnsupportedCpuError, match=r"avx1024 is not known; .*scalar"):
+        AutoModelForCausalLM.from_pretrained(bundled_model(), kt_rules="auto")
+
+
+@pytest.mark.parametrize("name", _C.supported_isas())
+def test_the_instruction_set_of_the_environment_is_used(
+    monkeypatch: pytest.MonkeyPatch, matrix: Any, expected: np.ndarray, name: str
+) -> None:
+    monkeypatch.setenv("TRANSFORMERS_KT_ISA", name)
+    _C.select_isa("")
+    assert _C.isa() == name
+    np.testing.assert_array_equal(multiply(matrix, X), expected)
+
+
+def test_the_best_instruction_set_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRANSFORMERS_KT_ISA", raising=False)
+    _C.select_isa("")
+    assert _C.isa() == _C.supported_isas()[0]
