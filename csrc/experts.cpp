@@ -109,6 +109,13 @@ class PieceIndex {
   int64_t total_ = 0;
 };
 
+// Asks for the start of a panel that is read next: the kernels look ahead within a panel, but each begins somewhere else.
+void prefetch_panel(const PackedMatrix& w, int64_t index, int64_t panel) {
+  constexpr int kHeadBytes = 2048;
+  const uint8_t* head = w.panel(index, panel);
+  for (int offset = 0; offset < kHeadBytes; offset += 64) __builtin_prefetch(head + offset);
+}
+
 void dot_pair(const KernelTable& table, const PackedMatrix& a, const PackedMatrix& b, int64_t index, int64_t panel,
               const uint8_t* const* rows_a, const uint8_t* const* rows_b, int tokens, float* tile) {
   if (a.info().type == b.info().type) {
@@ -133,6 +140,7 @@ void gate_and_up(const KernelTable& table, const InputFormats& inputs, const Pie
     gate_rows[t] = inputs.of(experts.gate()).row(token);
     up_rows[t] = inputs.of(experts.up()).row(token);
   }
+  prefetch_panel(experts.up(), piece.run->index, piece.panel);
   dot_pair(table, experts.gate(), experts.up(), piece.run->index, piece.panel, gate_rows, up_rows, piece.tokens, tile);
   const int64_t column = piece.panel * kPanelRows;
   const int64_t rows = std::min<int64_t>(kPanelRows, experts.intermediate() - column);
@@ -159,6 +167,7 @@ void down(const KernelTable& table, const std::vector<ExpertRun>& runs, const st
     for (int p = 0; p < args.panel_count; ++p) args.panels[p] = w.panel(run.index, pair * 2 + p);
     args.blocks = w.blocks();
     args.out = tile;
+    if (r + 1 < runs.size()) prefetch_panel(runs[r + 1].experts->down(), runs[r + 1].index, pair * 2);
     const int64_t run_tokens = static_cast<int64_t>(run.tokens.size());
     for (int64_t first = 0; first < run_tokens; first += kTileTokens) {
       args.tokens = static_cast<int>(std::min(kTileTokens, run_tokens - first));
