@@ -39,7 +39,8 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench_kernels.py
-	$(BIN)/python benchmarks/bench_generate.py
+	$(BIN)/python benchmarks/synthetic.py v2-lite q4_k_m build/bench-4-layers.gguf --layers 4
+	$(BIN)/python benchmarks/bench_generate.py build/bench-4-layers.gguf --rounds 1
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,7 +12,7 @@ from torch import nn
 from typing_extensions import Self
 
 from transformers_kt import _C, ops
-from transformers_kt.errors import UnsupportedCpuError, UnsupportedModelError, UnsupportedTypeError
+from transformers_kt.errors import UnsupportedModelError, UnsupportedTypeError
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 
 TensorData = Callable[[TensorInfo], npt.NDArray[np.uint8]]
@@ -65,11 +65,7 @@ def require_supported_cpu() -> None:
 
 
 def require_kernel(tensor: TensorInfo) -> None:
-    """Raises UnsupportedTypeError where `tensor` cannot be multiplied with, UnsupportedCpuError where nothing can."""
-    try:
-        _C.isa()
-    except RuntimeError as error:
-        raise UnsupportedCpuError(str(error)) from None
+    """Raises UnsupportedTypeError where `tensor` cannot be multiplied with."""
     if int(tensor.ggml_type) in KERNEL_TYPES:
         return
     raise UnsupportedTypeError(
