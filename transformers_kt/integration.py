@@ -84,6 +84,8 @@ _REFUSED_OPTIONS = {
     "tp_size": "one process computes the whole model",
 }
 
+_AUTOMATIC_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
 _WRAPPED = "_wrapped_by_transformers_kt"
 
 logger = logging.getLogger(__name__)
@@ -354,11 +356,13 @@ def _refuse_stock_attention(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def _require_cpu(device_map: Any) -> None:
+    if isinstance(device_map, str) and device_map in _AUTOMATIC_DEVICE_MAPS:
+        return  # it leaves the choice to us, and most scripts say it
     wanted = device_map.values() if isinstance(device_map, Mapping) else [device_map]
     if any(device is not None and str(device) != "cpu" for device in wanted):
         raise UnsupportedOperationError(
             f"device_map={device_map!r} cannot be honoured: weights of a GGUF are placed on the CPU in this version. "
-            'Leave device_map out or pass "cpu"'
+            'Leave device_map out, or pass "auto" or "cpu"'
         )
 
 

@@ -401,14 +401,14 @@ def test_a_head_that_no_gguf_holds_is_refused_by_its_weight(v3: Example) -> None
 # --- Options ---
 
 
-@pytest.mark.parametrize("device_map", [None, "cpu", torch.device("cpu"), {"": "cpu"}])
-def test_device_map_may_say_cpu(v3: Example, device_map: Any) -> None:
+@pytest.mark.parametrize("device_map", [None, "cpu", torch.device("cpu"), {"": "cpu"}, "auto", "balanced"])
+def test_device_map_may_say_cpu_or_leave_the_choice(v3: Example, device_map: Any) -> None:
     assert_equals_stock(AutoModelForCausalLM.from_pretrained(v3.folder, kt_rules="auto", device_map=device_map), v3)
 
 
-@pytest.mark.parametrize("device_map", ["auto", "cuda:0", 0, {"": "cpu", "lm_head": "cuda:0"}])
+@pytest.mark.parametrize("device_map", ["cuda", "cuda:0", 0, {"": "cpu", "lm_head": "cuda:0"}])
 def test_any_other_device_map_is_refused_with_what_is_accepted(v3: Example, device_map: Any) -> None:
-    with pytest.raises(errors.UnsupportedOperationError, match='Leave device_map out or pass "cpu"'):
+    with pytest.raises(errors.UnsupportedOperationError, match='Leave device_map out, or pass "auto" or "cpu"'):
         AutoModelForCausalLM.from_pretrained(v3.folder, kt_rules="auto", device_map=device_map)
 
 
