@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,16 @@ def random_tokens(count: int) -> list[int]:
     return tokens
 
 
+def measured(timed: Callable[[int], tuple[float, float]], depth: int) -> dict[str, float]:
+    """`timed(tokens)` gives tokens per second of a prompt so long, and of decoding after it."""
+    timed(8)
+    result = {"decode_0": timed(1)[1], f"prefill_{PREFILL_TOKENS}": timed(PREFILL_TOKENS)[0]}
+    if depth:
+        result[f"prefill_{depth}"], result[f"decode_{depth}"] = timed(depth)
+    result["peak_rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return result
+
+
 def run_ours(path: str, threads: int, depth: int) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
@@ -43,7 +54,7 @@ def run_ours(path: str, threads: int, depth: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(None, gguf_path=path)
-    result = {"load_s": time.perf_counter() - start}
+    load_s = time.perf_counter() - start
 
     class Clock:
         def __init__(self) -> None:
@@ -62,13 +73,7 @@ def run_ours(path: str, threads: int, depth: int) -> dict[str, float]:
         gaps = [after - before for before, after in zip(clock.times[1:], clock.times[2:], strict=False)]
         return tokens / (clock.times[1] - clock.times[0]), 1 / statistics.median(gaps)
 
-    timed(8)
-    result["decode_0"] = timed(1)[1]
-    result[f"prefill_{PREFILL_TOKENS}"] = timed(PREFILL_TOKENS)[0]
-    if depth:
-        result[f"prefill_{depth}"], result[f"decode_{depth}"] = timed(depth)
-    result["peak_rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    return result
+    return {"load_s": load_s, **measured(timed, depth)}
 
 
 def run_llama(path: str, threads: int, depth: int) -> dict[str, float]:
@@ -83,7 +88,7 @@ def run_llama(path: str, threads: int, depth: int) -> dict[str, float]:
         n_threads_batch=threads,
         verbose=False,
     )
-    result = {"load_s": time.perf_counter() - start}
+    load_s = time.perf_counter() - start
 
     def timed(tokens: int) -> tuple[float, float]:
         llama.reset()
@@ -97,13 +102,7 @@ def run_llama(path: str, threads: int, depth: int) -> dict[str, float]:
             gaps.append(time.perf_counter() - begin)
         return tokens / prefill, 1 / statistics.median(gaps)
 
-    timed(8)
-    result["decode_0"] = timed(1)[1]
-    result[f"prefill_{PREFILL_TOKENS}"] = timed(PREFILL_TOKENS)[0]
-    if depth:
-        result[f"prefill_{depth}"], result[f"decode_{depth}"] = timed(depth)
-    result["peak_rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    return result
+    return {"load_s": load_s, **measured(timed, depth)}
 
 
 ENGINES = {"ours": run_ours, "llama.cpp": run_llama}

@@ -22,6 +22,7 @@ import tqdm
 from gguf import GGMLQuantizationType as Type
 from transformers import DeepseekV2Config, DeepseekV3Config
 
+from transformers_kt.gguf.export import write_hyperparameters
 from transformers_kt.gguf.names import TensorSlot, tensor_slots
 
 _YARN = {
@@ -37,7 +38,7 @@ MODELS: dict[str, Any] = {
     "v2-lite": lambda: DeepseekV2Config(
         vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=27,
         num_attention_heads=16, n_routed_experts=64, num_experts_per_tok=6, n_shared_experts=2, q_lora_rank=None,
-        first_k_dense_replace=1, topk_method="greedy", n_group=1, topk_group=1, max_position_embeddings=163840,
+        first_k_dense_replace=1, topk_method="greedy", max_position_embeddings=163840,
         rope_parameters={**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
     ),
     "v2": lambda: DeepseekV2Config(
@@ -147,44 +148,10 @@ def write(model: str, quantization: str, path: Path, layers: int | None, experts
 
 
 def _write_metadata(writer: gguf.GGUFWriter, config: Any, name: str) -> None:
-    is_v3 = config.model_type == "deepseek_v3"
     writer.add_name(f"{name} dimensions, random weights")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_leading_dense_block_count(config.first_k_dense_replace)
-    if config.q_lora_rank is not None:
-        writer.add_q_lora_rank(config.q_lora_rank)
-    writer.add_kv_lora_rank(config.kv_lora_rank)
-    writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
-    writer.add_value_length(config.kv_lora_rank)
-    writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
-    writer.add_value_length_mla(config.v_head_dim)
-    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    writer.add_expert_count(config.n_routed_experts)
-    writer.add_expert_used_count(config.num_experts_per_tok)
-    writer.add_expert_shared_count(config.n_shared_experts)
-    writer.add_expert_weights_scale(config.routed_scaling_factor)
-    writer.add_expert_weights_norm(bool(config.norm_topk_prob))
-    gating = gguf.ExpertGatingFuncType.SIGMOID if is_v3 else gguf.ExpertGatingFuncType.SOFTMAX
-    writer.add_expert_gating_func(gating)
-    if (config.n_group or 1) > 1:
-        writer.add_expert_group_count(config.n_group)
-        writer.add_expert_group_used_count(config.topk_group)
-    rope = config.rope_parameters
-    writer.add_rope_dimension_count(config.qk_rope_head_dim)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-    writer.add_rope_scaling_factor(rope["factor"])
-    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
+    write_hyperparameters(writer, config, split_kv_b=True)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("deepseek-v3" if is_v3 else "deepseek-llm")
+    writer.add_tokenizer_pre("deepseek-v3" if config.model_type == "deepseek_v3" else "deepseek-llm")
     writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
     writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
     writer.add_token_merges(["a b"])

@@ -72,7 +72,7 @@ def export_gguf(
     try:
         writer.add_name(name)
         writer.add_file_type(_FILE_TYPES[weight_type])
-        _write_hyperparameters(writer, config, split_kv_b)
+        write_hyperparameters(writer, config, split_kv_b)
         _write_tokenizer(writer, tokenizer, config.vocab_size, pre_tokenizer)
         for tensor_name, values in _tensors(model, config, split_kv_b):
             is_matrix = not tensor_name.endswith(_ALWAYS_F32)
@@ -85,7 +85,11 @@ def export_gguf(
         writer.close()
 
 
-def _write_hyperparameters(writer: gguf.GGUFWriter, config: DeepseekConfig, split_kv_b: bool) -> None:
+def write_hyperparameters(writer: gguf.GGUFWriter, config: DeepseekConfig, split_kv_b: bool) -> None:
+    """Write the metadata that describe ``config``, in the layout that ``split_kv_b`` names; none of the tokenizer.
+
+    Raises `UnsupportedModelError` for a rope type other than "default" and "yarn".
+    """
     heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
     value_dim = config.v_head_dim or 0
     writer.add_block_count(config.num_hidden_layers)
