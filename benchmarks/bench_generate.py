@@ -1,146 +1,213 @@
-"""Prefill, decode, load and memory of whole models: ours against llama.cpp on the same file.
+"""Prefill, decode, load and memory of whole models: ours against llama.cpp and stock transformers on the same file.
 
     python benchmarks/synthetic.py v2-lite q4_k_m v2-lite.gguf
-    python benchmarks/bench_generate.py v2-lite.gguf --llama-python /path/to/venv/bin/python --json result.json
+    python benchmarks/bench_generate.py v2-lite.gguf --llama-python venv/bin/python --json out.json --plot out.png
 
-Engines take turns, each in a process of its own (two copies of a 10 GB model do not fit into 24 GB), `--rounds` times;
-medians are reported. Ours is timed inside `generate()` by a streamer, with all of Python counted: prefill is the time
-to the first token, decode the median gap between tokens. llama.cpp runs through
-llama-cpp-python, without choosing tokens. `--llama-python` is an interpreter that has it; without one only ours runs.
+Engines take turns, each in a process of its own (two copies of a 10 GB model do not fit into 24 GB), `--rounds` times.
+A round's figure is the median of its samples; medians over rounds are shown, and how far the rounds lie apart. Before
+each process the file is read once, so that every load is one with a warm page cache; how much of the file the cache
+really held is shown.
+
+Ours and stock are timed inside `generate()` by a streamer: prefill is the time to the first token, decode the gap
+between two tokens. "python_ms_per_token" is that gap less the time inside compiled calls. llama.cpp does not choose
+tokens. "rss_before_load_gb" is what the engine's libraries take by themselves. `--llama-python` is an interpreter that
+has llama-cpp-python; "llama.cpp-fa" is the same with flash attention. For AVX2, give an interpreter with a
+llama-cpp-python built for it, and `--isa avx2`.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
-import resource
-import statistics
+import mmap
+import os
+import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PREFILL_TOKENS = 512
-NEW_TOKENS = 24
+import engines
+import measuring
+import numpy as np
+import psutil
+from measuring import Limits, median
+from rich.console import Console
+from rich.table import Table
+
+from transformers_kt.gguf.checkpoint import Checkpoint, open_checkpoint
+
+ENGINES_SCRIPT = Path(__file__).with_name("engines.py")
+LIMIT_SAMPLES = 5
+STOCK_BYTES_PER_WEIGHT = 4  # while it loads; bfloat16 comes after
 
 
-def random_tokens(count: int) -> list[int]:
-    state, tokens = 1, []
-    for _ in range(count):
-        state = (state * 48271) % 2147483647
-        tokens.append(3 + state % 90000)
-    return tokens
+def bytes_per_token(checkpoint: Checkpoint) -> int:
+    """Weights that one token reads: all but the embeddings, of the routed experts as many as it takes."""
+    metadata = checkpoint.metadata
+    architecture = metadata["general.architecture"]
+    share = metadata[f"{architecture}.expert_used_count"] / metadata[f"{architecture}.expert_count"]
+    total = 0.0
+    for name, tensor in checkpoint.tensors.items():
+        if name != "token_embd.weight" or "output.weight" not in checkpoint.tensors:
+            total += tensor.nbytes * (share if re.search(r"ffn_(gate|up|down)_exps\.", name) else 1.0)
+    return round(total)
 
 
-def measured(timed: Callable[[int], tuple[float, float]], depth: int) -> dict[str, float]:
-    """`timed(tokens)` gives tokens per second of a prompt so long, and of decoding after it."""
-    timed(8)
-    result = {"decode_0": timed(1)[1], f"prefill_{PREFILL_TOKENS}": timed(PREFILL_TOKENS)[0]}
-    if depth:
-        result[f"prefill_{depth}"], result[f"decode_{depth}"] = timed(depth)
-    result["peak_rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    return result
-
-
-def run_ours(path: str, threads: int, depth: int) -> dict[str, float]:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    import transformers_kt
-
-    transformers_kt.set_thread_count(threads)
-    torch.set_num_threads(threads)
-    start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(None, gguf_path=path)
-    load_s = time.perf_counter() - start
-
-    class Clock:
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def put(self, _value: Any) -> None:
-            self.times.append(time.perf_counter())
-
-        def end(self) -> None:
+def warm_page_cache(path: Path) -> float:
+    """Reads the file; returns the share of it that the page cache holds afterwards, NaN where that is not told."""
+    with path.open("rb", buffering=0) as file:
+        while file.read(16 << 20):
             pass
+        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            view = np.frombuffer(mapped, np.uint8)
+            resident = np.zeros(-(-view.nbytes // mmap.PAGESIZE), np.uint8)
+            failed = ctypes.CDLL(None).mincore(
+                *map(ctypes.c_void_p, (view.ctypes.data, view.nbytes, resident.ctypes.data))
+            )
+            del view  # the mapping cannot be closed while it is there
+    return float("nan") if failed else float((resident & 1).mean())
 
-    def timed(tokens: int) -> tuple[float, float]:
-        clock = Clock()
-        ids = torch.tensor([random_tokens(tokens)])
-        model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, streamer=clock, eos_token_id=None)
-        gaps = [after - before for before, after in zip(clock.times[1:], clock.times[2:], strict=False)]
-        return tokens / (clock.times[1] - clock.times[0]), 1 / statistics.median(gaps)
 
-    return {"load_s": load_s, **measured(timed, depth)}
-
-
-def run_llama(path: str, threads: int, depth: int) -> dict[str, float]:
-    import llama_cpp
-
-    start = time.perf_counter()
-    llama = llama_cpp.Llama(
-        path,
-        n_ctx=max(depth, PREFILL_TOKENS) + 64,
-        n_batch=512,
-        n_threads=threads,
-        n_threads_batch=threads,
-        verbose=False,
+def refusal(engine: str, checkpoint: Checkpoint) -> str | None:
+    """Why the engine cannot run this file here."""
+    if engine != "stock":
+        return None
+    weights = sum(int(np.prod(tensor.shape)) for tensor in checkpoint.tensors.values())
+    needed, available = weights * STOCK_BYTES_PER_WEIGHT, psutil.virtual_memory().available
+    if needed < 0.95 * available:
+        return None
+    return (
+        f"stock is skipped: dequantized weights take {needed / 1e9:.1f} GB as float32 while loading "
+        f"({needed / 2e9:.1f} GB as bfloat16 after it), and {available / 1e9:.1f} GB are available"
     )
-    load_s = time.perf_counter() - start
-
-    def timed(tokens: int) -> tuple[float, float]:
-        llama.reset()
-        begin = time.perf_counter()
-        llama.eval(random_tokens(tokens))
-        prefill = time.perf_counter() - begin
-        gaps = []
-        for step in range(NEW_TOKENS):
-            begin = time.perf_counter()
-            llama.eval([3 + step])
-            gaps.append(time.perf_counter() - begin)
-        return tokens / prefill, 1 / statistics.median(gaps)
-
-    return {"load_s": load_s, **measured(timed, depth)}
 
 
-ENGINES = {"ours": run_ours, "llama.cpp": run_llama}
+def run_engine(engine: str, interpreter: str, args: argparse.Namespace) -> dict[str, Any]:
+    settings = {key: getattr(args, key) for key in ("threads", "prefill", "depth", "new_tokens", "repeats")}
+    command = [interpreter, str(ENGINES_SCRIPT), engine, args.gguf, json.dumps(settings)]
+    environment = {**os.environ, **({"TRANSFORMERS_KT_ISA": args.isa} if args.isa else {})}
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, env=environment)
+    if done.returncode != 0:
+        raise SystemExit(f"{engine} failed with status {done.returncode}; its own message stands above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summary(rounds: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """For each figure the median of each round, the median of these, and how far they lie apart."""
+    figures = {}
+    for key in (key for key, value in rounds[0].items() if isinstance(value, list)):
+        per_round = [median(run[key]) for run in rounds]
+        figures[key] = {"median": median(per_round), "spread": measuring.spread(per_round), "rounds": per_round}
+    return figures
+
+
+def print_table(results: dict[str, dict[str, Any]], title: str) -> None:
+    peers = [engine for engine in results if engine != "ours" and "ours" in results]
+    table = Table(title=title)
+    for column in ("", *results, *(f"ours / {engine}" for engine in peers)):
+        table.add_column(column, justify="right", no_wrap=True)
+    for key in dict.fromkeys(key for figures in results.values() for key in figures):
+        cells = []
+        for figures in results.values():
+            figure = figures.get(key)
+            cells.append(f"{figure['median']:.2f} ±{figure['spread'] / 2:.0%}" if figure else "")
+        for engine in peers:
+            both = key in results[engine] and key in results["ours"]
+            cells.append(f"{results['ours'][key]['median'] / results[engine][key]['median']:.2f}" if both else "")
+        table.add_row(key, *cells)
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def plot(path: Path, results: dict[str, dict[str, Any]]) -> None:
+    """A panel for each speed, bars for the engines, marks for the rounds."""
+    first = next(iter(results.values()))
+    speeds = [key for key in first if key.startswith(("prefill", "decode"))]
+    figure, axes = measuring.figure(len(speeds))
+    for axis, key in zip(axes[0], speeds, strict=True):
+        names = [engine for engine in results if key in results[engine]]
+        axis.bar(
+            names, [results[engine][key]["median"] for engine in names], color=[f"C{i}" for i in range(len(names))]
+        )
+        for index, engine in enumerate(names):
+            values = results[engine][key]["rounds"]
+            axis.plot([index] * len(values), values, "k.", alpha=0.6)
+        axis.set(title=key.replace("_", " "), ylabel="tokens / s")
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gguf")
-    parser.add_argument("--llama-python")
+    parser.add_argument(
+        "--engines", nargs="+", choices=engines.ENGINES, help="default: ours, and llama.cpp where given"
+    )
+    parser.add_argument("--llama-python", metavar="INTERPRETER")
+    parser.add_argument("--isa", help="instruction set of ours, as in TRANSFORMERS_KT_ISA")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--depth", type=int, default=4096, help="context for the second decode figure; 0: skip")
+    parser.add_argument("--depth", type=int, nargs="*", default=[4096], help="contexts for further decode figures")
+    parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt")
+    parser.add_argument("--new-tokens", type=int, default=32, help="samples of each decode figure")
+    parser.add_argument("--repeats", type=int, default=3, help="of prefill and empty-context decode in each process")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    if args.engine:
-        print(json.dumps(ENGINES[args.engine](args.gguf, args.threads, args.depth)))
-        return
+    wanted = args.engines or (["ours", "llama.cpp"] if args.llama_python else ["ours"])
+    if any(engine.startswith("llama") for engine in wanted) and not args.llama_python:
+        parser.error("llama.cpp needs --llama-python, an interpreter that has llama-cpp-python")
 
-    interpreters = {"ours": sys.executable} | ({"llama.cpp": args.llama_python} if args.llama_python else {})
-    results: dict[str, list[dict[str, float]]] = {engine: [] for engine in interpreters}
+    checkpoint = open_checkpoint(args.gguf)
+    files = [file.path for file in checkpoint.files]
+    limits = Limits(args.threads)
+    for line in [*limits.missing, *filter(None, (refusal(engine, checkpoint) for engine in wanted))]:
+        print(line)
+    wanted = [engine for engine in wanted if refusal(engine, checkpoint) is None]
+    if not wanted:
+        raise SystemExit("no engine is left")
+    runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in wanted}
+    read: list[float] = []
+    cached: list[float] = []
     for _ in range(args.rounds):
-        for engine, interpreter in interpreters.items():
-            command = [interpreter, __file__, args.gguf, "--engine", engine]
-            command += ["--threads", str(args.threads), "--depth", str(args.depth)]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            results[engine].append(json.loads(output.splitlines()[-1]))
-            print(engine, {key: round(value, 2) for key, value in results[engine][-1].items()}, flush=True)
-    medians = {
-        engine: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        for engine, runs in results.items()
-    }
-    for key in medians["ours"]:
-        figures = "  ".join(f"{engine} {medians[engine][key]:8.2f}" for engine in medians)
-        ratio = f"  ratio {medians['ours'][key] / medians['llama.cpp'][key]:.2f}" if "llama.cpp" in medians else ""
-        print(f"{key:14} {figures}{ratio}")
-    if args.json:
-        args.json.write_text(json.dumps({"runs": results, "medians": medians}, indent=1))
+        for engine in wanted:
+            read += measuring.in_turns({"read": limits.read_gb_per_s}, LIMIT_SAMPLES)["read"]
+            cached.append(min(map(warm_page_cache, files)))
+            interpreter = args.llama_python if engine.startswith("llama") else sys.executable
+            runs[engine].append(run_engine(engine, interpreter, args))
+            shown = {key: round(median(value), 2) for key, value in runs[engine][-1].items() if isinstance(value, list)}
+            print(engine, shown, flush=True)
+
+    results = {engine: summary(rounds) for engine, rounds in runs.items()}
+    per_token = bytes_per_token(checkpoint)
+    print_table(results, f"{Path(args.gguf).name}, {args.threads} threads, {args.rounds} rounds")
+    size = checkpoint.nbytes
+    print(f"file {size / 1e9:.2f} GB, of which the page cache held {min(cached):.0%} to {max(cached):.0%} at loads")
+    bound = median(read) * 1e9 / per_token
+    print(
+        f"read bandwidth {median(read):.1f} GB/s ({min(read):.1f} to {max(read):.1f}); {per_token / 1e9:.3f} GB of "
+        f"weights a token: at most {bound:.1f} tokens/s"
+    )
+    for engine, figures in results.items():
+        of_limit, of_file = figures["decode_0"]["median"] / bound, figures["peak_rss_gb"]["median"] * 1e9 / size
+        print(f"{engine}: decode_0 is {of_limit:.0%} of that; peak resident is {of_file:.2f} of the file")
+    measuring.save(
+        args.json,
+        {
+            "machine": measuring.machine(),
+            "file_bytes": size,
+            "bytes_per_token": per_token,
+            "read_gb_per_s": read,
+            "page_cache_share": cached,
+            "settings": {
+                key: value for key, value in vars(args).items() if key not in ("json", "plot", "llama_python")
+            },
+            "results": results,
+            "runs": runs,
+        },
+    )
+    if args.plot:
+        plot(args.plot, results)
 
 
 if __name__ == "__main__":

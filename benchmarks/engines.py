@@ -1,0 +1,226 @@
+"""One engine, one process: loads a GGUF file, measures, prints one line of JSON. Started by bench_generate.py.
+
+It runs under interpreters that have only their own engine installed, so it imports nothing but the standard library
+before it knows which one is wanted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+WARM_UP_TOKENS = 8
+LLAMA_BATCH = 512  # its default, and the length of the prompt that all engines get
+
+
+@dataclass
+class Run:
+    """One generation: seconds from the prompt to the first token, and from each token to the next."""
+
+    first: float
+    gaps: list[float]
+    compiled: list[float] = field(default_factory=list)  # of each gap: seconds inside transformers_kt._C
+
+
+Generate = Callable[[list[int]], Run]
+
+
+def peak_rss_gb() -> float:
+    # Not getrusage: its maximum survives exec, so it starts from what the benchmark itself has in memory.
+    with open("/proc/self/status") as status:
+        kib = next(line.split()[1] for line in status if line.startswith("VmHWM:"))
+    return int(kib) * 1024 / 1e9
+
+
+def random_tokens(count: int, seed: int = 1) -> list[int]:
+    state, tokens = seed, []
+    for _ in range(count):
+        state = (state * 48271) % 2147483647
+        tokens.append(3 + state % 90000)
+    return tokens
+
+
+def measured(generate: Generate, settings: argparse.Namespace) -> dict[str, list[float]]:
+    """Samples of each figure: tokens per second of prompts, and of decoding after them (one sample for each token)."""
+    generate(random_tokens(WARM_UP_TOKENS))
+    figures: dict[str, list[float]] = {}
+
+    def add(tokens: int, decode: str | None) -> None:
+        run = generate(random_tokens(tokens, seed=1 + len(figures)))
+        if tokens > 1:
+            figures.setdefault(f"prefill_{tokens}", []).append(tokens / run.first)
+        if decode:
+            figures.setdefault(decode, []).extend(1 / gap for gap in run.gaps)
+
+    for _ in range(settings.repeats):
+        add(1, "decode_0")
+        add(settings.prefill, None)
+    for depth in settings.depth:
+        add(depth, f"decode_{depth}")
+    return figures
+
+
+class Clock:
+    """A streamer that notes when tokens arrive; the first `put` is the prompt, before anything is computed."""
+
+    def __init__(self, compiled: Callable[[], float]) -> None:
+        self.times: list[tuple[float, float]] = []
+        self._compiled = compiled
+
+    def put(self, _value: Any) -> None:
+        self.times.append((time.perf_counter(), self._compiled()))
+
+    def end(self) -> None:
+        pass
+
+    def run(self) -> Run:
+        steps = [(after[0] - before[0], after[1] - before[1]) for before, after in pairwise(self.times)]
+        return Run(steps[0][0], [wall for wall, _ in steps[1:]], [compiled for _, compiled in steps[1:]])
+
+
+def generate_of(model: Any, new_tokens: int, compiled: Callable[[], float] = lambda: 0.0) -> Generate:
+    """Ours and stock: `generate()` of transformers, greedy, with all of Python counted."""
+    import torch
+
+    def generate(tokens: list[int]) -> Run:
+        clock = Clock(compiled)
+        ids = torch.tensor([tokens])
+        options = {"max_new_tokens": new_tokens + 1, "do_sample": False, "eos_token_id": None}
+        model.generate(ids, streamer=clock, attention_mask=torch.ones_like(ids), **options)
+        return clock.run()
+
+    return generate
+
+
+@contextmanager
+def timed_calls(module: Any) -> Iterator[Callable[[], float]]:
+    """Gives the seconds spent so far in the functions of a compiled module and the methods of its classes."""
+    spent = 0.0
+
+    def timed(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal spent
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent += time.perf_counter() - start
+
+        return call
+
+    replaced = []
+    for owner in (module, *(value for value in vars(module).values() if isinstance(value, type))):
+        for name, value in list(vars(owner).items()):
+            if not name.startswith("_") and callable(value) and not isinstance(value, type):
+                replaced.append((owner, name, value))
+                setattr(owner, name, timed(value))
+    try:
+        yield lambda: spent
+    finally:
+        for owner, name, value in replaced:
+            setattr(owner, name, value)
+
+
+def run_ours(path: str, settings: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import transformers_kt
+    from transformers_kt import _C
+
+    transformers_kt.set_thread_count(settings.threads)
+    torch.set_num_threads(settings.threads)
+    before = peak_rss_gb()
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(None, gguf_path=path)
+    load_s = time.perf_counter() - start
+    figures = measured(generate_of(model, settings.new_tokens), settings)
+    # Apart from the runs above, so that timing the calls costs none of them anything.
+    with timed_calls(_C) as compiled:
+        run = generate_of(model, settings.new_tokens, compiled)(random_tokens(1))
+    python_ms = [1e3 * (gap - inside) for gap, inside in zip(run.gaps, run.compiled, strict=True)]
+    return {
+        "load_s": [load_s],
+        "rss_before_load_gb": [before],
+        **figures,
+        "python_ms_per_token": python_ms,
+        "isa": _C.isa(),
+    }
+
+
+def run_stock(path: str, settings: argparse.Namespace) -> dict[str, Any]:
+    """transformers' own modules on dequantized weights, in bfloat16 as the original checkpoints are."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import transformers_kt  # noqa: F401  (teaches from_pretrained to read the file)
+
+    torch.set_num_threads(settings.threads)
+    before = peak_rss_gb()
+    start = time.perf_counter()
+    rules = [{"match": {"name": ""}, "replace": {"op": "torch"}}]
+    model = AutoModelForCausalLM.from_pretrained(None, gguf_path=path, kt_rules=rules)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    load_s = time.perf_counter() - start
+    return {
+        "load_s": [load_s],
+        "rss_before_load_gb": [before],
+        **measured(generate_of(model, settings.new_tokens), settings),
+    }
+
+
+def run_llama(path: str, settings: argparse.Namespace, *, flash_attention: bool = False) -> dict[str, Any]:
+    """llama.cpp through llama-cpp-python, with its repacking, without choosing tokens."""
+    import llama_cpp
+
+    before = peak_rss_gb()
+    start = time.perf_counter()
+    llama = llama_cpp.Llama(
+        path,
+        n_ctx=max([*settings.depth, settings.prefill]) + settings.new_tokens + 32,
+        n_batch=LLAMA_BATCH,
+        n_threads=settings.threads,
+        n_threads_batch=settings.threads,
+        flash_attn=flash_attention,
+        verbose=False,
+    )
+    load_s = time.perf_counter() - start
+
+    def timed(tokens: list[int]) -> float:
+        begin = time.perf_counter()
+        llama.eval(tokens)
+        llama_cpp.llama_synchronize(llama._ctx.ctx)
+        return time.perf_counter() - begin
+
+    def generate(tokens: list[int]) -> Run:
+        llama.reset()
+        return Run(timed(tokens), [timed([3 + step]) for step in range(settings.new_tokens)])
+
+    return {"load_s": [load_s], "rss_before_load_gb": [before], **measured(generate, settings)}
+
+
+ENGINES: dict[str, Callable[[str, argparse.Namespace], dict[str, Any]]] = {
+    "ours": run_ours,
+    "llama.cpp": run_llama,
+    "llama.cpp-fa": lambda path, settings: run_llama(path, settings, flash_attention=True),
+    "stock": run_stock,
+}
+
+
+def main() -> None:
+    engine, path, settings = sys.argv[1:]
+    figures = ENGINES[engine](path, argparse.Namespace(**json.loads(settings)))
+    figures["peak_rss_gb"] = [peak_rss_gb()]
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

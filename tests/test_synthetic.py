@@ -1,0 +1,57 @@
+"""The files that benchmarks/synthetic.py writes have the types and sizes of published ones."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Type
+
+from transformers_kt.gguf.reader import GgufFile
+
+
+@pytest.fixture(scope="module")
+def synthetic() -> ModuleType:
+    path = Path(__file__).parent.parent / "benchmarks" / "synthetic.py"
+    spec = importlib.util.spec_from_file_location("synthetic", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# How llama.cpp lists Unsloth's files of DeepSeek-R1 when it loads them, and the sizes that it gives.
+@pytest.mark.parametrize(
+    ("quantization", "counts", "gib"),
+    [
+        ("q4_k_m", {"F32": 361, "Q4_K": 606, "Q6_K": 58}, 376.65),
+        ("ud-q2_k_xl", {"F32": 361, "Q2_K": 171, "Q3_K": 3, "Q4_K": 306, "Q6_K": 184}, 211.03),
+    ],
+)
+def test_sparse_v3_has_the_types_and_the_size_of_the_published_r1_file(
+    synthetic: ModuleType, tmp_path: Path, quantization: str, counts: dict[str, int], gib: float
+) -> None:
+    path = tmp_path / "v3.gguf"
+    synthetic.write("v3", quantization, path, whole_kv_b=True, sparse=True)
+    tensors = GgufFile(path).tensors.values()
+    assert Counter(Type(tensor.ggml_type).name for tensor in tensors) == counts
+    assert sum(tensor.nbytes for tensor in tensors) / 2**30 == pytest.approx(gib, abs=0.005)
+    assert path.stat().st_blocks * 512 < 16 << 20
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q5_0", "Q8_0"])
+def test_random_blocks_have_the_deviation_asked_for(synthetic: ModuleType, name: str) -> None:
+    import numpy as np
+    from gguf import dequantize
+
+    blocks = synthetic.random_blocks(Type[name], 4096, 0.02, np.random.default_rng(0))
+    assert blocks.shape == (4096, GGML_QUANT_SIZES[Type[name]][1])
+    values = dequantize(blocks, Type[name])
+    # Levels are evenly spread only on average, and some types have one more below zero than above.
+    assert abs(values.mean()) < 0.3 * 0.02
+    assert values.std() == pytest.approx(0.02, rel=0.05)
