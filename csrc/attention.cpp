@@ -139,17 +139,21 @@ MlaAttention::MlaAttention(const AttentionConfig& config, AttentionWeights weigh
   }
 }
 
-void MlaAttention::project_keys(const float* x, const float* rope_table, int64_t tokens, float* latents,
-                                float* ropes) const {
+void MlaAttention::project_keys(const float* x, const float* rope_table, int64_t batch, int64_t tokens,
+                                const KeyRows& keys) const {
   const AttentionConfig& c = config_;
   const int64_t width = c.latent_dim + c.rope_dim;
-  const ScratchBuffer compressed(static_cast<size_t>(tokens * width) * sizeof(float));
-  linear(*weights_.kv_a, 0, x, tokens, compressed.floats());
+  const ScratchBuffer compressed(static_cast<size_t>(batch * tokens * width) * sizeof(float));
+  linear(*weights_.kv_a, 0, x, batch * tokens, compressed.floats());
   const KernelTable& table = kernels();
-  parallel_for(tokens, [&](int64_t t) {
-    const float* row = compressed.floats() + t * width;
-    table.rms_norm(row, weights_.kv_a_norm.data(), c.norm_eps, c.latent_dim, latents + t * c.latent_dim);
-    rotate(rope_table + t * c.rope_dim, c.rope_dim, row + c.latent_dim, ropes + t * c.rope_dim);
+  parallel_for(batch * tokens, [&](int64_t row) {
+    const int64_t sequence = row / tokens;
+    const int64_t t = row % tokens;
+    const float* from = compressed.floats() + row * width;
+    table.rms_norm(from, weights_.kv_a_norm.data(), c.norm_eps, c.latent_dim,
+                   keys.latents + sequence * keys.latent_batch_stride + t * keys.latent_stride);
+    rotate(rope_table + row * c.rope_dim, c.rope_dim, from + c.latent_dim,
+           keys.ropes + sequence * keys.rope_batch_stride + t * keys.rope_stride);
   });
 }
 

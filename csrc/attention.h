@@ -43,6 +43,16 @@ struct LatentCache {
   int64_t length;  // keys per sequence
 };
 
+// Where new keys go, likewise: token i of sequence s.
+struct KeyRows {
+  float* latents;
+  int64_t latent_batch_stride;
+  int64_t latent_stride;
+  float* ropes;
+  int64_t rope_batch_stride;
+  int64_t rope_stride;
+};
+
 // Which keys each query sees: either ranges [start, end), or a mask; the order of summation starts at the first visible
 // key, so padding on the left changes nothing.
 struct Visibility {
@@ -57,9 +67,9 @@ class MlaAttention {
 
   const AttentionConfig& config() const { return config_; }
 
-  // What goes into the cache for x[tokens][hidden] at rope_table[tokens][rope_dim]: latents[tokens][latent_dim],
-  // normed, and ropes[tokens][rope_dim], rotated.
-  void project_keys(const float* x, const float* rope_table, int64_t tokens, float* latents, float* ropes) const;
+  // What goes into the cache for x[batch][tokens][hidden] at rope_table[batch][tokens][rope_dim]: latents of latent_dim
+  // values, normed, and keys of rope_dim, rotated.
+  void project_keys(const float* x, const float* rope_table, int64_t batch, int64_t tokens, const KeyRows& keys) const;
 
   // out[batch][tokens][hidden] = attention of x[batch][tokens][hidden] over the cache. A query that sees no key gives
   // the output projection of zero.

@@ -8,10 +8,12 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
 #include "cpu_features.h"
+#include "decoder_layer.h"
 #include "dispatch.h"
 #include "experts.h"
 #include "linear.h"
@@ -19,6 +21,7 @@
 #include "panel_layout.h"
 #include "row_decoder.h"
 #include "thread_pool.h"
+#include "topology.h"
 
 namespace py = pybind11;
 
@@ -208,19 +211,22 @@ std::shared_ptr<MlaAttention> make_attention(int64_t hidden, int64_t heads, int6
   return std::make_shared<MlaAttention>(config, std::move(weights));
 }
 
-void project_keys_op(const MlaAttention& attention, const Floats& x, const Floats& rope_table, Floats& latents,
-                     Floats& ropes) {
-  const AttentionConfig& c = attention.config();
-  const int64_t tokens = rows_of(x, "x", c.hidden);
+// Dense rows for the keys of x, as one long sequence.
+KeyRows key_rows(const AttentionConfig& c, int64_t tokens, const Floats& rope_table, Floats& latents, Floats& ropes) {
   require_shape(rope_table, "rope_table", {tokens, c.rope_dim});
   require_shape(latents, "latents", {tokens, c.latent_dim});
   require_shape(ropes, "ropes", {tokens, c.rope_dim});
+  return {latents.mutable_data(), 0, c.latent_dim, ropes.mutable_data(), 0, c.rope_dim};
+}
+
+void project_keys_op(const MlaAttention& attention, const Floats& x, const Floats& rope_table, Floats& latents,
+                     Floats& ropes) {
+  const int64_t tokens = rows_of(x, "x", attention.config().hidden);
+  const KeyRows keys = key_rows(attention.config(), tokens, rope_table, latents, ropes);
   const float* from = x.data();
   const float* table = rope_table.data();
-  float* to_latents = latents.mutable_data();
-  float* to_ropes = ropes.mutable_data();
   const py::gil_scoped_release release;
-  attention.project_keys(from, table, tokens, to_latents, to_ropes);
+  attention.project_keys(from, table, 1, tokens, keys);
 }
 
 // Floats between rows along `axis`; a cache may be a view into a longer buffer, but its last axis is dense.
@@ -231,10 +237,18 @@ int64_t stride_of(const StridedFloats& array, const char* name, py::ssize_t axis
   return array.strides(axis) / static_cast<py::ssize_t>(sizeof(float));
 }
 
-void attend_op(const MlaAttention& attention, const Floats& x, const Floats& rope_table, const StridedFloats& latents,
-               const StridedFloats& ropes, const std::optional<Int32s>& ranges, const std::optional<Bytes>& mask,
-               Floats& out) {
-  const AttentionConfig& c = attention.config();
+// What attention is given besides its input, checked.
+struct AttentionInputs {
+  int64_t batch;
+  int64_t tokens;
+  LatentCache cache;
+  Visibility visibility;
+};
+
+AttentionInputs attention_inputs(const AttentionConfig& c, const Floats& x, const Floats& rope_table,
+                                 const StridedFloats& latents, const StridedFloats& ropes,
+                                 const std::optional<Int32s>& ranges, const std::optional<Bytes>& mask,
+                                 const Floats& out) {
   if (x.ndim() != 3) throw std::invalid_argument("x must have shape (batch, tokens, hidden), got " + shape_text(x));
   const int64_t batch = x.shape(0);
   const int64_t tokens = x.shape(1);
@@ -248,15 +262,59 @@ void attend_op(const MlaAttention& attention, const Floats& x, const Floats& rop
   if (ranges.has_value() == mask.has_value()) throw std::invalid_argument("give either ranges or a mask");
   if (ranges) require_shape(*ranges, "ranges", {batch, tokens, 2});
   if (mask) require_shape(*mask, "mask", {batch, tokens, length});
-  const LatentCache cache{latents.data(), stride_of(latents, "latents", 0), stride_of(latents, "latents", 1),
-                          ropes.data(),   stride_of(ropes, "ropes", 0),     stride_of(ropes, "ropes", 1),
-                          length};
-  const Visibility visibility{ranges ? ranges->data() : nullptr, mask ? mask->data() : nullptr};
+  return {batch,
+          tokens,
+          {latents.data(), stride_of(latents, "latents", 0), stride_of(latents, "latents", 1), ropes.data(),
+           stride_of(ropes, "ropes", 0), stride_of(ropes, "ropes", 1), length},
+          {ranges ? ranges->data() : nullptr, mask ? mask->data() : nullptr}};
+}
+
+void attend_op(const MlaAttention& attention, const Floats& x, const Floats& rope_table, const StridedFloats& latents,
+               const StridedFloats& ropes, const std::optional<Int32s>& ranges, const std::optional<Bytes>& mask,
+               Floats& out) {
+  const AttentionInputs in = attention_inputs(attention.config(), x, rope_table, latents, ropes, ranges, mask, out);
   const float* from = x.data();
   const float* table = rope_table.data();
   float* to = out.mutable_data();
   const py::gil_scoped_release release;
-  attention.attend(from, table, batch, tokens, cache, visibility, to);
+  attention.attend(from, table, in.batch, in.tokens, in.cache, in.visibility, to);
+}
+
+void layer_project_keys_op(const DecoderLayer& layer, const Floats& x, const Floats& input_norm,
+                           const Floats& rope_table, Floats& latents, Floats& ropes) {
+  const int64_t tokens = rows_of(x, "x", layer.config().hidden);
+  require_shape(input_norm, "input_norm", {layer.config().hidden});
+  const KeyRows keys = key_rows(layer.config(), tokens, rope_table, latents, ropes);
+  const float* from = x.data();
+  const float* norm = input_norm.data();
+  const float* table = rope_table.data();
+  const py::gil_scoped_release release;
+  layer.project_keys(from, norm, table, 1, tokens, keys);
+}
+
+void layer_forward_op(const DecoderLayer& layer, const Floats& x, const Floats& input_norm, const Floats& post_norm,
+                      const Floats& rope_table, StridedFloats& latents, StridedFloats& ropes,
+                      const std::optional<Int32s>& ranges, const std::optional<Bytes>& mask, bool appends,
+                      Floats& out) {
+  const AttentionInputs in = attention_inputs(layer.config(), x, rope_table, latents, ropes, ranges, mask, out);
+  require_shape(input_norm, "input_norm", {layer.config().hidden});
+  require_shape(post_norm, "post_norm", {layer.config().hidden});
+  KeyRows last{};
+  if (appends) {
+    const LatentCache& cache = in.cache;
+    const int64_t first = cache.length - in.tokens;
+    if (first < 0) throw std::invalid_argument("the cache has no room for the keys of x");
+    last = {latents.mutable_data() + first * cache.latent_stride, cache.latent_batch_stride, cache.latent_stride,
+            ropes.mutable_data() + first * cache.rope_stride,     cache.rope_batch_stride,   cache.rope_stride};
+  }
+  const float* from = x.data();
+  const float* before = input_norm.data();
+  const float* after = post_norm.data();
+  const float* table = rope_table.data();
+  float* to = out.mutable_data();
+  const py::gil_scoped_release release;
+  layer.forward(from, before, after, table, in.batch, in.tokens, appends ? &last : nullptr, in.cache, in.visibility,
+                to);
 }
 
 void rope_table_op(const Int64s& positions, const Floats& inv_freq, float scaling, Floats& table) {
@@ -279,6 +337,41 @@ std::vector<std::string> supported_isas() {
     if (is_supported(*table)) names.emplace_back(table->name);
   }
   return names;
+}
+
+void set_thread_count_op(int n) {
+  set_thread_count(n);
+  const int used = thread_count();
+  if (used >= n) return;
+  const std::string message = std::to_string(n) + " threads were asked for, " + std::to_string(used) +
+                              " are used: this process may run on no more CPUs at a time, and threads beyond that "
+                              "would wait for each other";
+  if (PyErr_WarnEx(PyExc_UserWarning, message.c_str(), 1) != 0) throw py::error_already_set();
+}
+
+py::dict topology_op() {
+  const Topology found = topology();
+  py::list nodes;
+  for (const NumaNode& node : found.nodes) nodes.append(py::make_tuple(node.id, node.cores));
+  py::dict result;
+  result["nodes"] = nodes;
+  result["quota"] = found.quota;
+  result["default_threads"] = default_thread_count(found);
+  result["most_threads"] = most_threads(found);
+  return result;
+}
+
+void use_topology_op(const std::optional<std::string>& root, const std::vector<int>& cpus) {
+  if (!root) return use_topology(nullptr);
+  if (cpus.empty()) throw std::invalid_argument("a machine needs a CPU");
+  const Topology other = read_topology(*root, cpus);
+  use_topology(&other);
+}
+
+std::vector<int> nodes_of_threads_op(int n) {
+  const Topology found = topology();
+  if (n < 1 || n > most_threads(found)) throw std::invalid_argument("no machine for " + std::to_string(n) + " threads");
+  return nodes_of_threads(found, n);
 }
 
 }  // namespace
@@ -305,7 +398,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("select_isa", &select_kernels, py::arg("name"), "for tests; '' chooses automatically");
   m.def("thread_count", &thread_count);
-  m.def("set_thread_count", &set_thread_count, py::arg("n"));
+  m.def("set_thread_count", &set_thread_count_op, py::arg("n"));
+  m.def("topology", &topology_op,
+        "nodes: (number, cores: lists of CPUs) that this process may use; quota of CPUs (0: none); thread counts");
+  m.def(
+      "use_topology", &use_topology_op, py::arg("root") = py::none(), py::arg("cpus") = std::vector<int>(),
+      "for tests: the machine whose sys/ and proc/ lie under root, with this affinity; without arguments the real one");
+  m.def("nodes_of_threads", &nodes_of_threads_op, py::arg("n"), "for tests: position in nodes of each of n threads");
 
   py::class_<PackedMatrix, std::shared_ptr<PackedMatrix>>(m, "PackedMatrix")
       .def(py::init(&make_matrix), py::arg("ggml_type"), py::arg("count"), py::arg("rows"), py::arg("cols"))
@@ -315,7 +414,14 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("count", &PackedMatrix::count)
       .def_property_readonly("rows", &PackedMatrix::rows)
       .def_property_readonly("cols", &PackedMatrix::cols)
-      .def_property_readonly("nbytes", &PackedMatrix::nbytes);
+      .def_property_readonly("nbytes", &PackedMatrix::nbytes)
+      .def_property_readonly("panels_of_nodes", [](const PackedMatrix& w) {
+        std::vector<std::pair<int64_t, int64_t>> ranges;
+        for (int node = 0; node < w.nodes(); ++node) {
+          ranges.emplace_back(w.panels_of_node(node).first, w.panels_of_node(node).end);
+        }
+        return ranges;
+      });
 
   m.def("linear", &linear_op, py::arg("w"), py::arg("x").noconvert(), py::arg("out").noconvert());
   m.def("rms_norm", &rms_norm_op, py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("eps"),
@@ -349,4 +455,16 @@ PYBIND11_MODULE(_C, m) {
       .def("attend", &attend_op, py::arg("x").noconvert(), py::arg("rope_table").noconvert(),
            py::arg("latents").noconvert(), py::arg("ropes").noconvert(), py::arg("ranges").noconvert(),
            py::arg("mask").noconvert(), py::arg("out").noconvert());
+
+  py::class_<DecoderLayer, std::shared_ptr<DecoderLayer>>(m, "DecoderLayer")
+      .def(py::init<std::shared_ptr<MlaAttention>, std::shared_ptr<MoeBlock>, std::shared_ptr<ExpertWeights>, float,
+                    float>(),
+           py::kw_only(), py::arg("attention"), py::arg("moe"), py::arg("mlp"), py::arg("input_norm_eps"),
+           py::arg("post_norm_eps"))
+      .def("project_keys", &layer_project_keys_op, py::arg("x").noconvert(), py::arg("input_norm").noconvert(),
+           py::arg("rope_table").noconvert(), py::arg("latents").noconvert(), py::arg("ropes").noconvert())
+      .def("forward", &layer_forward_op, py::arg("x").noconvert(), py::arg("input_norm").noconvert(),
+           py::arg("post_norm").noconvert(), py::arg("rope_table").noconvert(), py::arg("latents").noconvert(),
+           py::arg("ropes").noconvert(), py::arg("ranges").noconvert(), py::arg("mask").noconvert(), py::arg("appends"),
+           py::arg("out").noconvert());
 }

@@ -82,9 +82,9 @@ struct Piece {
 
 class PieceIndex {
  public:
-  void add(const ExpertRun& run, int64_t panels) {
-    const int64_t tiles = (static_cast<int64_t>(run.tokens.size()) + kTileTokens - 1) / kTileTokens;
-    total_ += panels * tiles;
+  void add(const ExpertRun& run, PanelRange panels) {
+    if (panels.count() == 0) return;
+    total_ += panels.count() * tiles_of(run);
     entries_.push_back({&run, panels, total_});
   }
   int64_t total() const { return total_; }
@@ -92,19 +92,24 @@ class PieceIndex {
     const auto entry = std::upper_bound(entries_.begin(), entries_.end(), position,
                                         [](int64_t value, const Entry& e) { return value < e.end; });
     const int64_t tokens = static_cast<int64_t>(entry->run->tokens.size());
-    const int64_t tiles = (tokens + kTileTokens - 1) / kTileTokens;
-    const int64_t offset = position - (entry->end - entry->panels * tiles);
+    const int64_t tiles = tiles_of(*entry->run);
+    const int64_t offset = position - (entry->end - entry->panels.count() * tiles);
     // Tiles of one panel follow each other: the panel is read from memory once.
     const int64_t first = offset % tiles * kTileTokens;
-    return {entry->run, offset / tiles, first, static_cast<int>(std::min(kTileTokens, tokens - first))};
+    return {entry->run, entry->panels.first + offset / tiles, first,
+            static_cast<int>(std::min(kTileTokens, tokens - first))};
   }
 
  private:
   struct Entry {
     const ExpertRun* run;
-    int64_t panels;
+    PanelRange panels;
     int64_t end;
   };
+  static int64_t tiles_of(const ExpertRun& run) {
+    return (static_cast<int64_t>(run.tokens.size()) + kTileTokens - 1) / kTileTokens;
+  }
+
   std::vector<Entry> entries_;
   int64_t total_ = 0;
 };
@@ -187,16 +192,23 @@ void run_chunk(std::vector<ExpertRun>& runs, const float* x, int64_t tokens, flo
   const InputFormats inputs(runs, x, tokens);
   int64_t rows = 0;
   int64_t widest = 0;
-  PieceIndex pieces;
+  std::vector<PieceIndex> pieces;  // of each node
   for (ExpertRun& run : runs) {
     run.first_row = rows;
     rows += static_cast<int64_t>(run.tokens.size());
     widest = std::max(widest, run.experts->intermediate());
-    pieces.add(run, run.experts->gate().panels());
+    const PackedMatrix& gate = run.experts->gate();
+    pieces.resize(std::max(pieces.size(), static_cast<size_t>(gate.nodes())));
+    for (int node = 0; node < gate.nodes(); ++node) {
+      pieces[static_cast<size_t>(node)].add(run, gate.panels_of_node(node));
+    }
   }
   const ScratchBuffer intermediate(static_cast<size_t>(rows * widest) * sizeof(float));
-  parallel_for(pieces.total(), [&](int64_t position) {
-    gate_and_up(table, inputs, pieces.at(position), widest, intermediate.floats());
+  std::vector<int64_t> piece_counts;
+  for (const PieceIndex& of_node : pieces) piece_counts.push_back(of_node.total());
+  parallel_for_nodes(piece_counts, [&](int node, int64_t position) {
+    const Piece piece = pieces[static_cast<size_t>(node)].at(position);
+    gate_and_up(table, inputs, piece, widest, intermediate.floats());
   });
 
   std::vector<Activations> activations;
@@ -214,7 +226,12 @@ void run_chunk(std::vector<ExpertRun>& runs, const float* x, int64_t tokens, flo
     activations[r].quantize_row(row - runs[r].first_row);
   });
   const int64_t hidden = runs.front().experts->hidden();
-  parallel_for((hidden + 31) / 32, [&](int64_t pair) { down(table, runs, activations, pair, hidden, tokens, out); });
+  const PackedMatrix& first_down = runs.front().experts->down();
+  std::vector<int64_t> pair_counts;
+  for (int node = 0; node < first_down.nodes(); ++node) pair_counts.push_back(first_down.pairs_of_node(node).count());
+  parallel_for_nodes(pair_counts, [&](int node, int64_t pair) {
+    down(table, runs, activations, first_down.pairs_of_node(node).first + pair, hidden, tokens, out);
+  });
 }
 
 // Indices of the n largest of `count` values, by repeated selection: n and count are small.

@@ -16,16 +16,17 @@ int64_t buffer_bytes(ActivationFormat format, int64_t rows, int64_t cols) {
   return format == ActivationFormat::kF32 ? 0 : rows * activation_row_bytes(format, cols);
 }
 
-int64_t task_count(const LinearTask& task) {
-  return (task.w->panels() + 1) / 2 * ((task.tokens + kTaskTokens - 1) / kTaskTokens);
+int64_t tile_count(const LinearTask& task) { return (task.tokens + kTaskTokens - 1) / kTaskTokens; }
+
+// None on nodes that were not there when the matrix was packed.
+PanelRange pairs_on(const LinearTask& task, int node) {
+  return node < task.w->nodes() ? task.w->pairs_of_node(node) : PanelRange{0, 0};
 }
 
 // One pair of panels times up to kTaskTokens tokens.
-void run_piece(const KernelTable& table, const LinearTask& task, int64_t piece) {
+void run_piece(const KernelTable& table, const LinearTask& task, int64_t pair, int64_t tile_index) {
   alignas(64) float tile[kTaskTokens * 32];
-  const int64_t pairs = (task.w->panels() + 1) / 2;
-  const int64_t pair = piece % pairs;
-  const int64_t first_token = piece / pairs * kTaskTokens;
+  const int64_t first_token = tile_index * kTaskTokens;
   const int64_t first_row = pair * 2 * kPanelRows;
 
   DotArgs args;
@@ -71,12 +72,23 @@ void Activations::quantize_row(int64_t i) const {
 
 void run_linears(const std::vector<LinearTask>& tasks) {
   const KernelTable& table = kernels();
-  std::vector<int64_t> ends;
-  int64_t total = 0;
-  for (const LinearTask& task : tasks) ends.push_back(total += task_count(task));
-  parallel_for(total, [&](int64_t piece) {
-    const size_t i = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), piece) - ends.begin());
-    run_piece(table, tasks[i], piece - (i == 0 ? 0 : ends[i - 1]));
+  size_t nodes = 0;
+  for (const LinearTask& task : tasks) nodes = std::max(nodes, static_cast<size_t>(task.w->nodes()));
+  std::vector<int64_t> totals(nodes, 0);
+  std::vector<int64_t> ends(nodes * tasks.size());  // [node][task]
+  for (size_t node = 0; node < nodes; ++node) {
+    for (size_t i = 0; i < tasks.size(); ++i) {
+      totals[node] += pairs_on(tasks[i], static_cast<int>(node)).count() * tile_count(tasks[i]);
+      ends[node * tasks.size() + i] = totals[node];
+    }
+  }
+  parallel_for_nodes(totals, [&](int node, int64_t piece) {
+    const int64_t* ends_here = ends.data() + static_cast<size_t>(node) * tasks.size();
+    const int64_t i = std::upper_bound(ends_here, ends_here + tasks.size(), piece) - ends_here;
+    const LinearTask& task = tasks[static_cast<size_t>(i)];
+    const int64_t offset = piece - (i == 0 ? 0 : ends_here[i - 1]);
+    const PanelRange pairs = pairs_on(task, node);
+    run_piece(table, task, pairs.first + offset % pairs.count(), offset / pairs.count());
   });
 }
 

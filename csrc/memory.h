@@ -10,7 +10,11 @@ namespace tkt {
 // TLB entries). Throws std::bad_alloc.
 class WeightMemory {
  public:
-  explicit WeightMemory(size_t bytes);
+  static constexpr int kWhereTouched = -1;
+
+  // Pages come from the NUMA node that has this number, as long as it has free ones, and then from others; or from that
+  // of the thread that first writes to them.
+  explicit WeightMemory(size_t bytes, int node = kWhereTouched);
   ~WeightMemory();
   WeightMemory(const WeightMemory&) = delete;
   WeightMemory& operator=(const WeightMemory&) = delete;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "f16.h"
@@ -12,7 +13,7 @@
 namespace tkt {
 namespace {
 
-size_t checked_bytes(const WeightTypeInfo& info, int64_t count, int64_t rows, int64_t cols) {
+void check_shape(const WeightTypeInfo& info, int64_t count, int64_t rows, int64_t cols) {
   const std::string shape = std::to_string(count) + " x " + std::to_string(rows) + " x " + std::to_string(cols);
   if (count < 1 || rows < 1 || cols < 1) throw std::invalid_argument("matrix sizes must be positive, got " + shape);
   if (cols % info.block_elements != 0) {
@@ -25,7 +26,6 @@ size_t checked_bytes(const WeightTypeInfo& info, int64_t count, int64_t rows, in
       bytes > INT64_MAX / 2) {
     throw std::invalid_argument("matrix of " + shape + " is larger than the address space");
   }
-  return static_cast<size_t>(bytes);
 }
 
 }  // namespace
@@ -36,11 +36,37 @@ PackedMatrix::PackedMatrix(WeightType type, int64_t count, int64_t rows, int64_t
       rows_(rows),
       cols_(cols),
       row_bytes_(row_bytes(info_, cols)),
-      panels_((rows + kPanelRows - 1) / kPanelRows),
-      memory_(checked_bytes(info_, count, rows, cols)) {}
+      panels_((rows + kPanelRows - 1) / kPanelRows) {
+  check_shape(info_, count, rows, cols);
+  const std::vector<NumaNode> nodes = topology().nodes;
+  int64_t all_cores = 0;
+  for (const NumaNode& node : nodes) all_cores += static_cast<int64_t>(node.cores.size());
+  // Products take panels in pairs.
+  const int64_t pairs = (panels_ + 1) / 2;
+  int64_t cores = 0;
+  int64_t first = 0;
+  for (const NumaNode& node : nodes) {
+    cores += static_cast<int64_t>(node.cores.size());
+    const int64_t end = std::min(panels_, pairs * cores / all_cores * 2);
+    std::unique_ptr<WeightMemory> memory;
+    if (end > first) {
+      memory = std::make_unique<WeightMemory>(static_cast<size_t>(count * (end - first) * panel_bytes()),
+                                              nodes.size() == 1 ? WeightMemory::kWhereTouched : node.id);
+    }
+    parts_.push_back({{first, end}, std::move(memory)});
+    first = end;
+  }
+}
+
+std::vector<int64_t> PackedMatrix::tasks_per_panel(int64_t tasks) const {
+  std::vector<int64_t> of_nodes;
+  for (const Part& part : parts_) of_nodes.push_back(tasks * part.panels.count());
+  return of_nodes;
+}
 
 void PackedMatrix::pack(int64_t index, const uint8_t* source) {
-  parallel_for(panels_, [&](int64_t p) {
+  parallel_for_nodes(tasks_per_panel(1), [&](int node, int64_t task) {
+    const int64_t p = panels_of_node(node).first + task;
     const int64_t first = p * kPanelRows;
     const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, rows_ - first));
     pack_panel(info_, source + first * row_bytes_, rows, blocks(), const_cast<uint8_t*>(panel(index, p)));
@@ -50,12 +76,14 @@ void PackedMatrix::pack(int64_t index, const uint8_t* source) {
 void PackedMatrix::pack_floats(const float* source) {
   const bool half = info_.type == WeightType::kF16;
   if (!half && info_.type != WeightType::kF32) throw std::invalid_argument("pack_floats makes F32 or F16 matrices");
-  parallel_for(count_ * panels_, [&](int64_t task) {
-    const int64_t index = task / panels_;
-    const int64_t first = task % panels_ * kPanelRows;
+  parallel_for_nodes(tasks_per_panel(count_), [&](int node, int64_t task) {
+    const PanelRange range = panels_of_node(node);
+    const int64_t index = task / range.count();
+    const int64_t p = range.first + task % range.count();
+    const int64_t first = p * kPanelRows;
     const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, rows_ - first));
     const float* values = source + (index * rows_ + first) * cols_;
-    uint8_t* target = const_cast<uint8_t*>(panel(index, task % panels_));
+    uint8_t* target = const_cast<uint8_t*>(panel(index, p));
     if (!half) {
       pack_panel(info_, reinterpret_cast<const uint8_t*>(values), rows, blocks(), target);
       return;

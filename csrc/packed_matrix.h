@@ -2,14 +2,24 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <vector>
 
 #include "block_formats.h"
 #include "memory.h"
 
 namespace tkt {
 
+struct PanelRange {
+  int64_t first;
+  int64_t end;
+
+  int64_t count() const { return end - first; }
+};
+
 // `count` matrices of rows x cols of one type: the experts of a layer, the heads of an attention, or just one. Owns its
-// memory: ceil(rows / 16) * 16 rows per matrix, each of exactly the bytes it has in the file.
+// memory: ceil(rows / 16) * 16 rows per matrix, each of exactly the bytes it has in the file. Of every matrix each NUMA node
+// has some neighbouring panels, in proportion to its cores: all nodes' memory is read at once, and nothing is there twice.
 class PackedMatrix {
  public:
   // Throws std::invalid_argument where a size is not positive, cols is no multiple of the type's block, or the bytes
@@ -32,11 +42,29 @@ class PackedMatrix {
   int64_t source_bytes() const { return rows_ * row_bytes_; }  // of one matrix in the file
   int64_t nbytes() const { return count_ * panels_ * panel_bytes(); }
   const uint8_t* panel(int64_t index, int64_t panel) const {
-    return memory_.data() + (index * panels_ + panel) * panel_bytes();
+    const Part* part = parts_.data();
+    while (panel >= part->panels.end) ++part;
+    return part->memory->data() + (index * part->panels.count() + panel - part->panels.first) * panel_bytes();
+  }
+
+  // Nodes of the topology() in which the matrix was made, by position. Panels 2n and 2n + 1 are on the same one; a node may
+  // have none.
+  int nodes() const { return static_cast<int>(parts_.size()); }
+  PanelRange panels_of_node(int node) const { return parts_[static_cast<size_t>(node)].panels; }
+  // The same counted in pairs; a last one may have a single panel.
+  PanelRange pairs_of_node(int node) const {
+    const PanelRange panels = panels_of_node(node);
+    return {panels.first / 2, (panels.end + 1) / 2};
   }
 
  private:
+  struct Part {
+    PanelRange panels;
+    std::unique_ptr<WeightMemory> memory;  // null where there are no panels
+  };
+
   int64_t panel_bytes() const { return kPanelRows * row_bytes_; }
+  std::vector<int64_t> tasks_per_panel(int64_t tasks) const;  // of each node
 
   const WeightTypeInfo& info_;
   int64_t count_;
@@ -44,7 +72,7 @@ class PackedMatrix {
   int64_t cols_;
   int64_t row_bytes_;
   int64_t panels_;
-  WeightMemory memory_;
+  std::vector<Part> parts_;
 };
 
 }  // namespace tkt

@@ -1,11 +1,14 @@
 #include "thread_pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -13,7 +16,6 @@
 #include <vector>
 
 #include "memory.h"
-#include "topology.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -37,15 +39,67 @@ void pause() {
 #endif
 }
 
+// body(queue, first, end): the tasks [first, end) of a queue.
+using ChunkBody = std::function<void(int queue, int64_t first, int64_t end)>;
+
+// The tasks of a loop that lie on one node, or all of them.
+struct alignas(64) Queue {
+  std::atomic<int64_t> next{0};
+  int64_t tasks = 0;
+  int64_t chunk = 1;
+};
+
+// Leaves the calling thread to the CPUs of `node` that it may use anyway: never outside its affinity mask, and not to one
+// CPU, which might be where somebody else's thread is at work.
+void keep_to(const NumaNode& node) {
+#if defined(__linux__)
+  std::vector<int> cpus;
+  for (const int cpu : affinity_cpus()) {
+    for (const std::vector<int>& core : node.cores) {
+      if (std::find(core.begin(), core.end(), cpu) != core.end()) cpus.push_back(cpu);
+    }
+  }
+  if (cpus.empty()) return;
+  const size_t bits = static_cast<size_t>(cpus.back()) + 1;
+  cpu_set_t* set = CPU_ALLOC(bits);
+  if (set == nullptr) return;
+  CPU_ZERO_S(CPU_ALLOC_SIZE(bits), set);
+  for (const int cpu : cpus) CPU_SET_S(static_cast<size_t>(cpu), CPU_ALLOC_SIZE(bits), set);
+  sched_setaffinity(0, CPU_ALLOC_SIZE(bits), set);  // a refusal only costs speed
+  CPU_FREE(set);
+#endif
+}
+
 // One loop at a time. `state_` is the number of the loop, doubled, plus 1 while it is open; a thread joins by counting
 // itself into `active_` and looking at `state_` again, the caller closes the loop and then waits until `active_` is 0. Both
 // orders are sequentially consistent, so one of the two sees the other. A thread that wakes too late finds the loop
 // closed and is not waited for: on a busy machine that wait would last a scheduler's time slice.
 class ThreadPool {
  public:
-  explicit ThreadPool(int threads) {
+  ThreadPool(const Topology& topology, int threads)
+      : nodes_(topology.nodes), threads_of_node_(topology.nodes.size(), 0) {
+    // A spinning thread would hold the CPU that another one needs. There are CPUs for all, unless the machine is a
+    // test's, or the starting thread may use fewer CPUs than the process had.
+    const bool enough_cpus = threads <= static_cast<int>(affinity_cpus().size());
+    spins_ = enough_cpus ? kSpins : 0;
+    const bool keep_to_nodes = enough_cpus && nodes_.size() > 1;
+    for (size_t node = 0; node < nodes_.size(); ++node) {
+      for (const std::vector<int>& core : nodes_[node].cores) {
+        node_of_cpu_.resize(std::max(node_of_cpu_.size(), static_cast<size_t>(core.back()) + 1), 0);
+        for (const int cpu : core) node_of_cpu_[static_cast<size_t>(cpu)] = static_cast<int>(node);
+      }
+    }
+    const std::vector<int> places = nodes_of_threads(topology, threads);
     try {
-      for (int i = 1; i < threads; ++i) threads_.emplace_back([this] { work(); });
+      ++threads_of_node_[static_cast<size_t>(places[0])];  // the caller, which stays where its owner lets it run
+      for (int i = 1; i < threads; ++i) {
+        const int node = places[static_cast<size_t>(i)];
+        threads_.emplace_back([this, node, keep_to_nodes] {
+          if (keep_to_nodes) keep_to(nodes_[static_cast<size_t>(node)]);
+          work(node);
+        });
+        ++threads_of_node_[static_cast<size_t>(node)];
+      }
     } catch (const std::system_error&) {
       // The system grants no more threads (a container's pids limit, say): go on with those there are.
     }
@@ -66,11 +120,18 @@ class ThreadPool {
 
   int size() const { return static_cast<int>(threads_.size()) + 1; }
 
-  void run(int64_t tasks, const std::function<void(int64_t)>& body) {
-    tasks_ = tasks;
-    chunk_ = std::max<int64_t>(1, tasks / (kChunksPerThread * size()));
+  // Queues are nodes, or a single one for everybody.
+  void run(const int64_t* tasks, int queues, const ChunkBody& body) {
+    if (queues_.size() < static_cast<size_t>(queues)) queues_ = std::vector<Queue>(static_cast<size_t>(queues));
+    queue_count_ = queues;
+    for (int q = 0; q < queues; ++q) {
+      Queue& queue = queues_[static_cast<size_t>(q)];
+      const int threads = queues == 1 ? size() : std::max(1, threads_of(q));
+      queue.tasks = tasks[q];
+      queue.chunk = std::max<int64_t>(1, tasks[q] / (kChunksPerThread * threads));
+      queue.next.store(0);
+    }
     body_ = &body;
-    next_.store(0);
     state_.fetch_add(3);  // the next number, open
     if (sleeping_.load() > 0) {
       {
@@ -78,9 +139,9 @@ class ThreadPool {
       }  // a thread is past its check or inside its wait, never between
       wake_.notify_all();
     }
-    take_tasks();
+    take_tasks(queues == 1 ? 0 : node_of_caller());
     state_.fetch_sub(1);
-    for (int spin = 0; spin < kSpins; ++spin) {
+    for (int spin = 0; spin < spins_; ++spin) {
       if (active_.load() == 0) return;
       pause();
     }
@@ -91,12 +152,27 @@ class ThreadPool {
  private:
   static bool is_open(uint64_t state) { return (state & 1) != 0; }
 
-  void take_tasks() {
-    for (;;) {
-      const int64_t first = next_.fetch_add(chunk_);
-      if (first >= tasks_) return;
-      const int64_t end = std::min(first + chunk_, tasks_);
-      for (int64_t task = first; task < end; ++task) (*body_)(task);
+  int threads_of(int node) const {
+    return static_cast<size_t>(node) < threads_of_node_.size() ? threads_of_node_[static_cast<size_t>(node)] : 0;
+  }
+
+  int node_of_caller() const {
+#if defined(__linux__)
+    const size_t here = static_cast<size_t>(std::max(0, sched_getcpu()));
+    if (here < node_of_cpu_.size()) return node_of_cpu_[here];
+#endif
+    return 0;
+  }
+
+  void take_tasks(int node) {
+    for (int i = 0; i < queue_count_; ++i) {
+      const int q = (node + i) % queue_count_;
+      Queue& queue = queues_[static_cast<size_t>(q)];
+      for (;;) {
+        const int64_t first = queue.next.fetch_add(queue.chunk);
+        if (first >= queue.tasks) break;
+        (*body_)(q, first, std::min(first + queue.chunk, queue.tasks));
+      }
     }
   }
 
@@ -105,10 +181,10 @@ class ThreadPool {
     return (is_open(state) && state != seen) || stop_.load();
   }
 
-  void work() {
+  void work(int node) {
     uint64_t seen = 0;
     for (;;) {
-      for (int spin = 0; spin < kSpins && !has_news(seen); ++spin) pause();
+      for (int spin = 0; spin < spins_ && !has_news(seen); ++spin) pause();
       if (!has_news(seen)) {
         std::unique_lock<std::mutex> lock(mutex_);
         sleeping_.fetch_add(1);
@@ -120,7 +196,7 @@ class ThreadPool {
       const uint64_t state = state_.load();
       if (is_open(state) && state != seen) {
         seen = state;
-        take_tasks();
+        take_tasks(node);
       }
       if (active_.fetch_sub(1) == 1) {
         {
@@ -131,6 +207,10 @@ class ThreadPool {
     }
   }
 
+  const std::vector<NumaNode> nodes_;
+  std::vector<int> node_of_cpu_;
+  std::vector<int> threads_of_node_;
+  int spins_;
   std::vector<std::thread> threads_;
   std::mutex mutex_;
   std::condition_variable wake_;
@@ -138,21 +218,41 @@ class ThreadPool {
   std::atomic<uint64_t> state_{2};
   std::atomic<int> active_{0};
   std::atomic<int> sleeping_{0};
-  std::atomic<int64_t> next_{0};
-  int64_t tasks_ = 0;
-  int64_t chunk_ = 1;
-  const std::function<void(int64_t)>* body_ = nullptr;
+  std::vector<Queue> queues_;
+  int queue_count_ = 0;
+  const ChunkBody* body_ = nullptr;
   std::atomic<bool> stop_{false};
 };
 
-std::mutex pool_mutex;
-ThreadPool* pool = nullptr;  // started by the first loop that needs it
-int pool_threads = 0;        // what it was started with; it may have got fewer
-int requested_threads = 0;   // 0: default_thread_count()
+std::mutex pool_mutex;            // for all that follows
+ThreadPool* pool = nullptr;       // started by the first loop that needs it
+int pool_threads = 0;             // what it was started with; it may have got fewer
+int requested_threads = 0;        // 0: default_thread_count()
+std::optional<Topology> machine;  // known once somebody asked
+bool machine_is_real = true;
 
-int requested_or_default() {
-  static const int default_threads = default_thread_count();
-  return requested_threads > 0 ? requested_threads : default_threads;
+const Topology& known_machine() {
+  if (!machine) machine = read_topology("", affinity_cpus());
+  return *machine;
+}
+
+int threads_to_use() {
+  if (requested_threads == 0) return default_thread_count(known_machine());
+  return std::min(requested_threads, most_threads(known_machine()));
+}
+
+void stop_pool() {
+  delete pool;
+  pool = nullptr;
+}
+
+// The pool, or null where the caller alone is enough.
+ThreadPool* pool_for(int64_t tasks) {
+  if (pool == nullptr) {
+    pool_threads = threads_to_use();
+    pool = new ThreadPool(known_machine(), pool_threads);
+  }
+  return tasks <= 1 || pool->size() == 1 ? nullptr : pool;
 }
 
 // A forked child has the pool's memory but none of its threads: it leaks the object (joining would hang) and starts
@@ -168,6 +268,7 @@ void after_fork_parent() {
 }
 void after_fork_child() {
   pool = nullptr;
+  if (machine_is_real) machine.reset();  // a worker process is often given CPUs of its own
   after_fork_parent();
 }
 [[maybe_unused]] const int fork_handlers = pthread_atfork(before_fork, after_fork_parent, after_fork_child);
@@ -176,28 +277,51 @@ void after_fork_child() {
 
 int thread_count() {
   std::lock_guard<std::mutex> lock(pool_mutex);
-  return requested_or_default();
+  return threads_to_use();
 }
 
 void set_thread_count(int n) {
   if (n < 1) throw std::invalid_argument("thread count must be at least 1, got " + std::to_string(n));
   std::lock_guard<std::mutex> lock(pool_mutex);
   requested_threads = n;
+  if (pool_threads != threads_to_use()) stop_pool();
+}
+
+Topology topology() {
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  return known_machine();
+}
+
+void use_topology(const Topology* other) {
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  stop_pool();
+  machine_is_real = other == nullptr;
+  machine = other == nullptr ? std::nullopt : std::optional<Topology>(*other);
 }
 
 void parallel_for(int64_t tasks, const std::function<void(int64_t)>& body) {
   std::lock_guard<std::mutex> lock(pool_mutex);
-  if (pool == nullptr || pool_threads != requested_or_default()) {
-    delete pool;
-    pool = nullptr;
-    pool_threads = requested_or_default();
-    pool = new ThreadPool(pool_threads);
+  const auto run_chunk = [&body](int, int64_t first, int64_t end) {
+    for (int64_t task = first; task < end; ++task) body(task);
+  };
+  if (ThreadPool* threads = pool_for(tasks)) {
+    threads->run(&tasks, 1, run_chunk);
+  } else {
+    run_chunk(0, 0, tasks);
   }
-  if (tasks == 1 || pool->size() == 1) {
-    for (int64_t task = 0; task < tasks; ++task) body(task);
-    return;
+}
+
+void parallel_for_nodes(const std::vector<int64_t>& tasks, const std::function<void(int, int64_t)>& body) {
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  const auto run_chunk = [&body](int node, int64_t first, int64_t end) {
+    for (int64_t task = first; task < end; ++task) body(node, task);
+  };
+  const int nodes = static_cast<int>(tasks.size());
+  if (ThreadPool* threads = pool_for(std::accumulate(tasks.begin(), tasks.end(), int64_t{0}))) {
+    threads->run(tasks.data(), nodes, run_chunk);
+  } else {
+    for (int node = 0; node < nodes; ++node) run_chunk(node, 0, tasks[static_cast<size_t>(node)]);
   }
-  pool->run(tasks, body);
 }
 
 }  // namespace tkt

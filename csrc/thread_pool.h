@@ -3,18 +3,31 @@
 
 #include <cstdint>
 #include <functional>
+#include <vector>
+
+#include "topology.h"
 
 namespace tkt {
 
-// Threads used by the next parallel_for, the calling one included; at least 1.
+// Threads used by the next parallel loop, the calling one included: what was asked for, but no more than most_threads().
 int thread_count();
 
 // n >= 1, or std::invalid_argument. Takes effect at once; running loops finish first.
 void set_thread_count(int n);
 
+// The machine as the pool sees it: read before the first loop, and again in a forked child.
+Topology topology();
+
+// For tests: the pool takes the machine to be another one, or with null the real one again.
+void use_topology(const Topology* other);
+
 // Calls body(task) for every task in [0, tasks) and returns when all are done. Tasks are handed out from a counter, a few
 // neighbours at a time: which thread runs which is not fixed, so no result may depend on it. Callable from several threads at once
 // (loops then run one after the other) but not from inside a body. Bodies must not throw.
 void parallel_for(int64_t tasks, const std::function<void(int64_t task)>& body);
+
+// The same for tasks whose data lies on NUMA nodes: calls body(node, task) for every task in [0, tasks[node]), with nodes
+// as positions in topology().nodes. Threads first do the tasks of their own node, then those left on others.
+void parallel_for_nodes(const std::vector<int64_t>& tasks, const std::function<void(int node, int64_t task)>& body);
 
 }  // namespace tkt

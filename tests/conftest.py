@@ -60,9 +60,16 @@ def kt_model(gguf_file: Callable[[str], Path]) -> Callable[[str], Any]:
     return functools.cache(lambda name: AutoModelForCausalLM.from_pretrained(None, gguf_path=gguf_file(name)))
 
 
+@pytest.fixture
+def eight_cpus(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Up to eight threads, also where there are fewer CPUs: they are interrupted wherever they stand."""
+    _C.use_topology(str(tmp_path_factory.getbasetemp() / "no-sysfs"), range(8))
+
+
 @pytest.fixture(autouse=True)
 def _kernels_as_before() -> Iterator[None]:
     threads = _C.thread_count()
     yield
     _C.select_isa("")
+    _C.use_topology()
     _C.set_thread_count(threads)

@@ -54,6 +54,7 @@ def assert_same_bits(got: torch.Tensor, expected: torch.Tensor) -> None:
         )
 
 
+@pytest.mark.usefixtures("eight_cpus")
 @pytest.mark.parametrize("threads", [1, 3, 7])
 @pytest.mark.parametrize("name", MODELS)
 def test_thread_count_changes_no_bit(

@@ -120,6 +120,7 @@ def test_extreme_bytes_do_not_saturate(isa: str, name: str) -> None:
         np.testing.assert_array_equal(multiply(matrix, x), expected)
 
 
+@pytest.mark.usefixtures("eight_cpus")
 @pytest.mark.parametrize("isa", VECTOR_ISAS)
 @pytest.mark.parametrize("name", TYPES)
 def test_thread_count_and_batch_do_not_change_a_bit(isa: str, name: str) -> None:

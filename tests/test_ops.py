@@ -71,6 +71,23 @@ def make_attention() -> _C.MlaAttention:
     )
 
 
+def make_layer() -> _C.DecoderLayer:
+    return _C.DecoderLayer(
+        attention=make_attention(), moe=make_moe(), mlp=None, input_norm_eps=1e-6, post_norm_eps=1e-5
+    )
+
+
+def cached_keys() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents and rotary keys, as views of longer buffers, which is what caches hand out; and what queries see."""
+    visible = torch.ones(BATCH, TOKENS, KEYS, dtype=torch.bool).tril(KEYS - TOKENS)
+    return random(BATCH, KEYS + 7, LATENT)[:, :KEYS], random(BATCH, KEYS + 7, ROPE)[:, :KEYS], visible
+
+
+def layer_arguments(make: Callable[..., torch.Tensor], weights: int) -> tuple[Any, ...]:
+    norms = random(HIDDEN), random(HIDDEN)
+    return make(BATCH, TOKENS, HIDDEN), *norms, make(BATCH, TOKENS, ROPE), *cached_keys(), weights
+
+
 # Operator -> what holds its weights, and its other arguments for activations of a given make.
 OPERATORS: dict[str, tuple[Callable[[], Any], Callable[[Callable[..., torch.Tensor], int], tuple[Any, ...]]]] = {
     "linear": (lambda: packed(1, 37, HIDDEN), lambda make, weights: (make(BATCH, TOKENS, HIDDEN), weights, 37)),
@@ -97,12 +114,23 @@ OPERATORS: dict[str, tuple[Callable[[], Any], Callable[[Callable[..., torch.Tens
         lambda make, weights: (
             make(BATCH, TOKENS, HIDDEN),
             make(BATCH, TOKENS, ROPE),
-            random(BATCH, KEYS + 7, LATENT)[:, :KEYS],  # a view of a longer buffer, as caches hand out
-            random(BATCH, KEYS + 7, ROPE)[:, :KEYS],
-            torch.ones(BATCH, TOKENS, KEYS, dtype=torch.bool).tril(KEYS - TOKENS),
+            *cached_keys(),
             weights,
         ),
     ),
+    "layer_project_keys": (
+        make_layer,
+        lambda make, weights: (
+            make(BATCH, TOKENS, HIDDEN),
+            random(HIDDEN),
+            make(BATCH, TOKENS, ROPE),
+            weights,
+            LATENT,
+            ROPE,
+        ),
+    ),
+    "layer_forward": (make_layer, layer_arguments),
+    "layer_forward_appending": (make_layer, layer_arguments),
 }
 
 

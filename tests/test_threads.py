@@ -10,11 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from fake_machines import write_machine
 from transformers import AutoModelForCausalLM
 
 from transformers_kt import _C, set_thread_count, thread_count
@@ -37,6 +39,11 @@ def running_threads():
 """
 
 
+@pytest.fixture(autouse=True)
+def _four_threads(eight_cpus: None) -> None:
+    _C.set_thread_count(4)
+
+
 @pytest.fixture(scope="module")
 def matrix() -> Any:
     weights = np.random.default_rng(1).standard_normal((ROWS, COLS)).astype(np.float32)
@@ -48,12 +55,10 @@ def matrix() -> Any:
 
 @pytest.fixture(scope="module")
 def expected(matrix: Any) -> np.ndarray:
-    """The product of ``matrix`` and ``X`` on one thread. Leaves a pool of four running."""
+    """The product of ``matrix`` and ``X`` on one thread."""
     _C.set_thread_count(1)
     product = multiply(matrix, X)
     assert np.abs(product).max() > 1
-    _C.set_thread_count(4)
-    np.testing.assert_array_equal(multiply(matrix, X), product)
     return product
 
 
@@ -102,6 +107,28 @@ def test_the_pool_has_as_many_threads_as_were_asked_for(matrix: Any, expected: n
         assert running_threads() == others + count - 1
 
 
+def test_threads_beyond_the_cpus_are_refused_with_a_warning_and_never_started(
+    matrix: Any, expected: np.ndarray
+) -> None:
+    set_thread_count(1)
+    multiply(matrix, X)
+    others = running_threads()
+    with pytest.warns(UserWarning, match="64 threads were asked for, 8 are used: ") as said:
+        set_thread_count(64)
+    assert said[0].filename == __file__
+    assert thread_count() == 8
+    np.testing.assert_array_equal(multiply(matrix, X), expected)
+    assert running_threads() == others + 7
+
+
+def test_more_cpus_later_give_the_threads_that_were_asked_for(tmp_path: Path) -> None:
+    _C.use_topology(write_machine(tmp_path, {0: [[0], [1]]}), range(2))
+    with pytest.warns(UserWarning, match="5 threads were asked for, 2 are used"):
+        set_thread_count(5)
+    _C.use_topology(str(tmp_path / "no-sysfs"), range(8))
+    assert thread_count() == 5
+
+
 def test_no_thread_runs_before_the_first_loop() -> None:
     code = f"""
 import numpy, torch, transformers, gguf, psutil, yaml, tqdm, huggingface_hub, tokenizers
@@ -111,6 +138,7 @@ before = running_threads()
 import transformers_kt
 from transformers_kt import modules, integration
 after_import = running_threads()
+transformers_kt._C.use_topology("no-sysfs", range(8))
 transformers_kt.set_thread_count(5)
 after_choice = running_threads()
 matrix = transformers_kt._C.PackedMatrix(0, 1, 64, 64)
@@ -129,6 +157,94 @@ def test_affinity_limits_the_default() -> None:
 def test_the_default_is_no_more_than_the_cpus_of_this_process() -> None:
     count = int(in_fresh_process(f"{LOAD_EXTENSION}\nprint(_C.thread_count())"))
     assert 1 <= count <= len(os.sched_getaffinity(0))
+
+
+# ---- Where they run --------------------------------------------------------------------------------------------------
+
+
+def cpus_of_threads() -> dict[int, set[int]]:
+    """Thread -> the CPUs it may use."""
+    return {int(thread): os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")}
+
+
+def test_threads_keep_to_the_cpus_of_their_node_and_the_caller_is_left_alone(tmp_path: Path, matrix: Any) -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < 2:
+        pytest.skip("one CPU has no nodes")
+    half = len(allowed) // 2
+    nodes = [set(allowed[:half]), set(allowed[half:])]
+    _C.use_topology(write_machine(tmp_path, {n: [[cpu] for cpu in cpus] for n, cpus in enumerate(nodes)}), allowed)
+    set_thread_count(len(allowed))
+    expected = sorted(sorted(nodes[node]) for node in _C.nodes_of_threads(len(allowed))[1:])
+    before = cpus_of_threads()
+    multiply(matrix, X)
+    deadline = time.monotonic() + CHILD_TIMEOUT_S
+    pool: list[list[int]] = []
+    while pool != expected and time.monotonic() < deadline:  # a thread may start after the loop has ended
+        after = cpus_of_threads()
+        pool = sorted(sorted(cpus) for thread, cpus in after.items() if thread not in before)
+    assert pool == expected
+    assert {thread: after[thread] for thread in before} == before
+
+
+def test_on_one_node_threads_run_wherever_the_process_may(matrix: Any) -> None:
+    _C.use_topology()
+    if len(_C.topology()["nodes"]) > 1 or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs one node of several CPUs")
+    set_thread_count(2)
+    multiply(matrix, X)
+    assert set(map(frozenset, cpus_of_threads().values())) == {frozenset(os.sched_getaffinity(0))}
+
+
+def test_no_thread_leaves_the_affinity_mask(tmp_path: Path) -> None:
+    """Also where that was narrowed after the machine had been looked at."""
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < 2:
+        pytest.skip("one CPU has no nodes")
+    root = write_machine(tmp_path, {0: [[allowed[0]]], 1: [[allowed[1]]]})
+    code = f"""
+import time
+import numpy as np
+{LOAD_EXTENSION}
+_C.use_topology({root!r}, {allowed[:2]})
+_C.set_thread_count(2)
+os.sched_setaffinity(0, {{{allowed[0]}}})
+before = set(os.listdir("/proc/self/task"))
+_C.linear(_C.PackedMatrix(0, 1, 64, 64), np.zeros((1, 64), "float32"), np.zeros((1, 64), "float32"))
+time.sleep(0.1)  # a thread may start after the loop has ended
+print([os.sched_getaffinity(int(thread)) for thread in set(os.listdir("/proc/self/task")) - before])
+"""
+    assert in_fresh_process(code) == f"[{{{allowed[0]}}}]"
+
+
+# ---- Speed -----------------------------------------------------------------------------------------------------------
+
+# With a thread for each that was asked for, 8 on 2 CPUs had a fifth of the speed of 2, and 64 a thirtieth. Equal pools
+# differ by a fifth where other processes come and go, so a half is a collapse and no accident.
+COLLAPSE = 0.5
+
+
+@pytest.mark.filterwarnings("ignore:.*threads were asked for:UserWarning")
+def test_no_count_of_threads_collapses() -> None:
+    """Loops of some 100 us, of which decoding has hundreds per token."""
+    _C.use_topology()
+    weights = _C.PackedMatrix(0, 1, 2048, 1024)
+    x, out = np.zeros((1, 1024), np.float32), np.zeros((1, 2048), np.float32)
+    counts = (1, 2, 3, 4, 5, 6, 7, 8, 64)
+    times: dict[int, list[float]] = {count: [] for count in counts}
+    order = np.random.default_rng(0)  # a fixed one falls in step with the time slices of a busy machine
+    for _ in range(24):
+        for count in order.permutation(counts).tolist():
+            set_thread_count(count)
+            _C.linear(weights, x, out)  # starts the pool
+            start = time.perf_counter()
+            for _ in range(20):
+                _C.linear(weights, x, out)
+            times[count].append(time.perf_counter() - start)
+    # The fastest tenth: other processes only slow us down, and a collapse slows nearly every loop.
+    speeds = {count: 1 / float(np.quantile(times[count], 0.1)) for count in counts}
+    for count in counts:
+        assert speeds[count] > COLLAPSE * max(speeds[fewer] for fewer in counts if fewer <= count), speeds
 
 
 # ---- Several callers -------------------------------------------------------------------------------------------------
@@ -228,6 +344,21 @@ def test_a_forked_child_computes_on_threads_of_its_own_and_the_parent_goes_on(
     for _ in range(3):
         assert exit_code_of_fork(lambda: np.array_equal(multiply(matrix, X), expected) and running_threads() == 4) == 0
         np.testing.assert_array_equal(multiply(matrix, X), expected)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_uses_the_cpus_that_it_was_given(matrix: Any, expected: np.ndarray) -> None:
+    _C.use_topology()
+    cpus = os.sched_getaffinity(0)
+    set_thread_count(len(cpus))
+    multiply(matrix, X)
+
+    def child() -> bool:
+        os.sched_setaffinity(0, {min(cpus)})
+        return thread_count() == 1 and np.array_equal(multiply(matrix, X), expected) and running_threads() == 1
+
+    assert exit_code_of_fork(child) == 0
+    assert thread_count() == len(cpus)
 
 
 def test_a_fork_while_other_threads_compute_computes() -> None:

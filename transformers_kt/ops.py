@@ -44,7 +44,7 @@ def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
             "a gradient was asked for, but GGUF-backed modules compute forward passes only: "
             "call under torch.no_grad() or detach the input"
         )
-    return tensor.detach().contiguous().numpy()
+    return tensor.contiguous().numpy(force=tensor.requires_grad)
 
 
 def _define(schema: str, fake: Callable[..., Any], kernel: Callable[..., Any]) -> Any:
@@ -126,6 +126,13 @@ def _mla_project_keys(
     return latents, ropes
 
 
+def _attention_inputs(latents: torch.Tensor, ropes: torch.Tensor, visible: torch.Tensor) -> tuple[Any, ...]:
+    """Latents, rotary keys, and `visible` as either ranges or mask."""
+    seen = _array(visible)
+    is_mask = visible.dtype == torch.bool
+    return latents.numpy(), ropes.numpy(), None if is_mask else seen, seen.view(np.uint8) if is_mask else None
+
+
 def _mla_attend(
     x: torch.Tensor,
     rope_table: torch.Tensor,
@@ -135,18 +142,39 @@ def _mla_attend(
     handle: int,
 ) -> torch.Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    seen = _array(visible)
-    is_mask = visible.dtype == torch.bool
-    _object(handle).attend(
-        _array(x),
-        _rows(rope_table),
-        latents.numpy(),
-        ropes.numpy(),
-        None if is_mask else seen,
-        seen.view(np.uint8) if is_mask else None,
-        out.numpy(),
-    )
+    _object(handle).attend(_array(x), _rows(rope_table), *_attention_inputs(latents, ropes, visible), out.numpy())
     return out
+
+
+def _layer_project_keys(
+    x: torch.Tensor, input_norm: torch.Tensor, rope_table: torch.Tensor, handle: int, latent_dim: int, rope_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    latents, latent_view = _like_rows(x, latent_dim)
+    ropes, rope_view = _like_rows(x, rope_dim)
+    _object(handle).project_keys(_rows(x), _array(input_norm), _rows(rope_table), latent_view, rope_view)
+    return latents, ropes
+
+
+def _layer_forward(
+    x: torch.Tensor,
+    input_norm: torch.Tensor,
+    post_norm: torch.Tensor,
+    rope_table: torch.Tensor,
+    latents: torch.Tensor,
+    ropes: torch.Tensor,
+    visible: torch.Tensor,
+    handle: int,
+    appends: bool = False,
+) -> torch.Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    norms = _array(input_norm), _array(post_norm)
+    inputs = _attention_inputs(latents, ropes, visible)
+    _object(handle).forward(_array(x), *norms, _rows(rope_table), *inputs, appends, out.numpy())
+    return out
+
+
+def _layer_forward_appending(*args: Any) -> torch.Tensor:
+    return _layer_forward(*args, appends=True)
 
 
 linear = _define(
@@ -211,3 +239,30 @@ mla_attend = _define(
 
 ``visible`` is int32 (batch, tokens, 2): ranges [start, end) of keys, or bool (batch, tokens, keys).
 """
+
+layer_project_keys = _define(
+    "layer_project_keys(Tensor x, Tensor input_norm, Tensor rope_table, int handle, int latent_dim, int rope_dim)"
+    " -> (Tensor, Tensor)",
+    lambda x, input_norm, rope_table, handle, latent_dim, rope_dim: (
+        x.new_empty((*x.shape[:-1], latent_dim)),
+        x.new_empty((*x.shape[:-1], rope_dim)),
+    ),
+    _layer_project_keys,
+)
+"""`mla_project_keys` of the norm of ``x``; ``input_norm`` float32 (hidden,), the handle is that of a ``DecoderLayer``."""
+
+layer_forward = _define(
+    "layer_forward(Tensor x, Tensor input_norm, Tensor post_norm, Tensor rope_table, Tensor latents, Tensor ropes,"
+    " Tensor visible, int handle) -> Tensor",
+    lambda x, input_norm, post_norm, rope_table, latents, ropes, visible, handle: _fake_like(x),
+    _layer_forward,
+)
+"""A whole decoder layer but for the cache: arguments as of `mla_attend`, norms float32 (hidden,)."""
+
+layer_forward_appending = _define(
+    "layer_forward_appending(Tensor x, Tensor input_norm, Tensor post_norm, Tensor rope_table, Tensor(a!) latents,"
+    " Tensor(b!) ropes, Tensor visible, int handle) -> Tensor",
+    lambda x, input_norm, post_norm, rope_table, latents, ropes, visible, handle: _fake_like(x),
+    _layer_forward_appending,
+)
+"""`layer_project_keys` into the last rows of ``latents`` and ``ropes``, then `layer_forward`."""

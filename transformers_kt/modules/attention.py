@@ -79,9 +79,11 @@ class KtMlaAttention(KtModule):
 
     def memory_needed(self, tensors: Mapping[str, TensorInfo]) -> int:
         needed = super().memory_needed(tensors)
-        if "kv_b_proj.weight" in tensors:
-            # The key half becomes float, see _pack_kv_b; its share of the blocks is left out for simplicity's sake.
-            needed += 4 * self._dims["heads"] * self._dims["nope_dim"] * self._dims["latent_dim"]
+        if (tensor := tensors.get("kv_b_proj.weight")) is not None:
+            # The key half becomes float in place of its blocks, see _pack_kv_b.
+            nope, value = self._dims["nope_dim"], self._dims["value_dim"]
+            values = self._dims["heads"] * nope * self._dims["latent_dim"]
+            needed += (4 if _is_wide(tensor) else 2) * values - tensor.nbytes * nope // (nope + value)
         return needed
 
     def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
@@ -112,8 +114,7 @@ class KtMlaAttention(KtModule):
         # Absorbing needs the key half transposed, against the direction of its blocks. float16 holds the dequantized
         # values of a quantized file to 2^-12 of their size; requantizing to 8 bits would lose sixteen times that.
         keys = float_values(tensor, blocks).reshape(heads, nope + value, latent)[:, :nope]
-        is_wide = tensor.ggml_type in (GgmlType.F32, GgmlType.BF16)  # of what float16 does not hold
-        k_b = pack_floats(keys.transpose(0, 2, 1), GgmlType.F32 if is_wide else GgmlType.F16)
+        k_b = pack_floats(keys.transpose(0, 2, 1), GgmlType.F32 if _is_wide(tensor) else GgmlType.F16)
         v_b = _C.PackedMatrix(int(tensor.ggml_type), heads, value, latent)
         rows = blocks.reshape(heads, nope + value, -1)
         for head in range(heads):
@@ -128,27 +129,55 @@ class KtMlaAttention(KtModule):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        x, handle = as_float32(hidden_states), self.weights.number
+        table = as_rope_table(position_embeddings, len(x))
+        keys = ops.mla_project_keys(x, table, handle, self.latent_dim, self.rope_dim)
+        latents, ropes, visible = self.cached_keys(*keys, attention_mask, past_key_values)
+        out: torch.Tensor = ops.mla_attend(x, table, latents, ropes, visible, handle)
+        return out, None
+
+    @property
+    def weights(self) -> Handle:
+        """The loaded weights."""
         assert self._attention is not None
-        x = as_float32(hidden_states)
-        batch, tokens, _hidden = x.shape
-        table = as_rope_table(position_embeddings)
-        if table.shape[0] != batch:
-            table = table.expand(batch, -1, -1)
-        handle = self._attention.number
-        latents, ropes = ops.mla_project_keys(x, table, handle, self._dims["latent_dim"], self._dims["rope_dim"])
-        cached_keys = 0
+        return self._attention
+
+    @property
+    def latent_dim(self) -> int:
+        return int(self._dims["latent_dim"])
+
+    @property
+    def rope_dim(self) -> int:
+        return int(self._dims["rope_dim"])
+
+    def cached_keys(
+        self, latents: torch.Tensor, ropes: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Latents and rotary keys (batch, keys, ...), old and new, and what of them is visible.
+
+        ``latents`` and ``ropes`` are the new ones; they are put into the cache, if there is one.
+        """
+        tokens, earlier = latents.shape[1], 0
         if past_key_values is not None:
-            cached_keys = int(past_key_values.get_seq_length(self.layer_idx)) if attention_mask is None else 0
+            earlier = int(past_key_values.get_seq_length(self.layer_idx)) if attention_mask is None else 0
             grow_in_place(past_key_values, self.layer_idx)
             cached = past_key_values.update(latents.unsqueeze(1), ropes.unsqueeze(1), self.layer_idx)
             latents, ropes = (as_float32(states).squeeze(1) for states in cached)
-        visible = (
-            causal_ranges(cached_keys, batch, tokens)
-            if attention_mask is None
-            else visible_keys(attention_mask, batch, tokens, latents.shape[1], self._name)
-        )
-        out: torch.Tensor = ops.mla_attend(x, table, latents, ropes, visible, handle)
-        return out, None
+        return latents, ropes, self.visible_keys(attention_mask, latents, tokens, earlier)
+
+    def visible_keys(
+        self, attention_mask: torch.Tensor | None, latents: torch.Tensor, tokens: int, earlier: int
+    ) -> torch.Tensor:
+        """What ``tokens`` queries see of ``latents`` (batch, keys, ...), the first ``earlier`` keys being older."""
+        batch, keys, _width = latents.shape
+        if attention_mask is None:
+            return causal_ranges(earlier, batch, tokens)
+        return visible_keys(attention_mask, batch, tokens, keys, self._name)
+
+
+def _is_wide(tensor: TensorInfo) -> bool:
+    """Whether the tensor may hold what float16 does not."""
+    return tensor.ggml_type in (GgmlType.F32, GgmlType.BF16)
 
 
 def causal_ranges(cached_keys: int, batch: int, tokens: int) -> torch.Tensor:

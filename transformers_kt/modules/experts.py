@@ -91,9 +91,14 @@ class KtMlp(KtModule):
         return nbytes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        assert self._mlp is not None
-        out: torch.Tensor = ops.mlp(as_float32(x), self._mlp.number)
+        out: torch.Tensor = ops.mlp(as_float32(x), self.weights.number)
         return out
+
+    @property
+    def weights(self) -> Handle:
+        """The loaded weights."""
+        assert self._mlp is not None
+        return self._mlp
 
 
 class KtMoe(KtModule):
@@ -156,7 +161,12 @@ class KtMoe(KtModule):
         return int(router.nbytes + nbytes + shared_nbytes)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        assert self._block is not None
         out: torch.Tensor
-        out, _logits = ops.moe(as_float32(hidden_states), self._block.number, self.num_experts)
+        out, _logits = ops.moe(as_float32(hidden_states), self.weights.number, self.num_experts)
         return out
+
+    @property
+    def weights(self) -> Handle:
+        """The loaded weights."""
+        assert self._block is not None
+        return self._block

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 _SMALLEST = 256
 """Tokens of room in a new buffer."""
@@ -24,38 +24,43 @@ class LatentCacheLayer(DynamicLayer):  # type: ignore[misc]
     _key_buffer: torch.Tensor | None = None
     _value_buffer: torch.Tensor | None = None
 
+    def grow(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``keys`` and ``values`` with room for `tokens` more, whose rows at the end the caller has to fill."""
+        length = self.get_seq_length()
+        end = length + tokens
+        self._key_buffer = _with_room(self._key_buffer, self.keys, end)
+        self._value_buffer = _with_room(self._value_buffer, self.values, end)
+        self.keys = self._key_buffer[:, :, :end]
+        self.values = self._value_buffer[:, :, :end]
+        return self.keys, self.values
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        length = self.get_seq_length()
-        self._key_buffer = _with_room(self._key_buffer, self.keys, key_states, length)
-        self._value_buffer = _with_room(self._value_buffer, self.values, value_states, length)
-        end = length + key_states.shape[-2]
-        self._key_buffer[:, :, length:end] = key_states
-        self._value_buffer[:, :, length:end] = value_states
-        self.keys = self._key_buffer[:, :, :end]
-        self.values = self._value_buffer[:, :, :end]
-        return self.keys, self.values
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        tokens = key_states.shape[-2]
+        keys, values = self.grow(tokens)
+        keys[:, :, -tokens:] = key_states
+        values[:, :, -tokens:] = value_states
+        return keys, values
 
     def reset(self) -> None:
         self._key_buffer = self._value_buffer = None
         super().reset()
 
 
-def _with_room(buffer: torch.Tensor | None, view: torch.Tensor, new: torch.Tensor, length: int) -> torch.Tensor:
-    """`buffer` where `view` still starts it and `new` fits behind; else a larger one that begins with `view`."""
-    needed = length + new.shape[-2]
-    if buffer is not None and length > 0:
+def _with_room(buffer: torch.Tensor | None, view: torch.Tensor, needed: int) -> torch.Tensor:
+    """`buffer` where `view` still starts it and `needed` tokens fit; else a larger one that begins with `view`."""
+    if buffer is not None and view.shape[-2] > 0:
         in_place = view.data_ptr() == buffer.data_ptr() and view.stride() == buffer.stride()
         if in_place and view.shape[0] == buffer.shape[0] and buffer.shape[-2] >= needed:
             return buffer
     # Half again as much: the memory spared outweighs the few copies saved by doubling.
     room = max(_SMALLEST, needed + needed // 2)
-    larger = new.new_empty((*new.shape[:-2], room, new.shape[-1]))
-    if length > 0:
-        larger[:, :, :length] = view
+    larger = view.new_empty((*view.shape[:-2], room, view.shape[-1]))
+    larger[:, :, : view.shape[-2]] = view
     return larger
 
 
@@ -69,3 +74,15 @@ def grow_in_place(cache: Cache, layer_idx: int) -> None:
         layer = LatentCacheLayer()
         layer.__dict__.update(cache.layers[layer_idx].__dict__)
         cache.layers[layer_idx] = layer
+
+
+def growing_layer(cache: Any, layer_idx: int, batch: int) -> LatentCacheLayer | None:
+    """The layer of ``cache`` that float32 keys of `batch` sequences can be written into in place; None: use `update`."""
+    # A subclass may do more in its update than its layers do in theirs.
+    if type(cache) is not DynamicCache or layer_idx >= len(cache.layers) or cache.offloading:
+        return None
+    layer = cache.layers[layer_idx]
+    if type(layer) is not LatentCacheLayer or not layer.is_initialized:
+        return None
+    fits = layer.keys.shape[0] == batch and layer.keys.dtype == layer.values.dtype == torch.float32
+    return layer if fits else None

@@ -60,12 +60,17 @@ class KtRotaryEmbedding(KtModule):
         return table
 
 
-def as_rope_table(position_embeddings: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Any of transformers' forms as a table: (cos, sin) of DeepSeek-V3, complex numbers of V2, or a table already."""
+def as_rope_table(position_embeddings: torch.Tensor | tuple[torch.Tensor, torch.Tensor], batch: int) -> torch.Tensor:
+    """Any of transformers' forms as a table (batch, tokens, rope_dim).
+
+    These are (cos, sin) of DeepSeek-V3, complex numbers of V2, or a table already.
+    """
     if isinstance(position_embeddings, tuple):
         cos, sin = position_embeddings
         half = cos.shape[-1] // 2
-        return torch.cat((cos[..., :half], sin[..., :half]), dim=-1).to(torch.float32)
-    if position_embeddings.is_complex():
-        return torch.cat((position_embeddings.real, position_embeddings.imag), dim=-1).to(torch.float32)
-    return position_embeddings
+        table = torch.cat((cos[..., :half], sin[..., :half]), dim=-1).to(torch.float32)
+    elif position_embeddings.is_complex():
+        table = torch.cat((position_embeddings.real, position_embeddings.imag), dim=-1).to(torch.float32)
+    else:
+        table = position_embeddings
+    return table if table.shape[0] == batch else table.expand(batch, -1, -1)
