@@ -35,12 +35,15 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) benchmarks/limits.cpp
 
-bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/bench_kernels.py
+bench: $(VENV)/.installed-plot
+	mkdir -p build
+	$(BIN)/python benchmarks/bench_kernels.py --json build/bench-kernels.json --plot build/bench-kernels.png
+	$(BIN)/python benchmarks/bench_moe.py --json build/bench-moe.json
 	$(BIN)/python benchmarks/synthetic.py v2-lite q4_k_m build/bench-4-layers.gguf --layers 4
-	$(BIN)/python benchmarks/bench_generate.py build/bench-4-layers.gguf --rounds 1
+	$(BIN)/python benchmarks/bench_generate.py build/bench-4-layers.gguf --rounds 1 --json build/bench-generate.json \
+	    --plot build/bench-generate.png
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -43,6 +43,10 @@ struct VisibleKeys {
   std::vector<const float*> latents;
   std::vector<const float*> ropes;
 
+  void reserve(int64_t keys) {
+    latents.reserve(static_cast<size_t>(keys));
+    ropes.reserve(static_cast<size_t>(keys));
+  }
   void add(const LatentCache& cache, int64_t sequence, int64_t key) {
     latents.push_back(cache.latents + sequence * cache.latent_batch_stride + key * cache.latent_stride);
     ropes.push_back(cache.ropes + sequence * cache.rope_batch_stride + key * cache.rope_stride);
@@ -54,6 +58,7 @@ VisibleKeys visible_keys(const LatentCache& cache, const Visibility& visibility,
   if (visibility.ranges != nullptr) {
     const int64_t start = std::max<int64_t>(0, visibility.ranges[2 * query]);
     const int64_t end = std::min<int64_t>(cache.length, visibility.ranges[2 * query + 1]);
+    keys.reserve(std::max<int64_t>(0, end - start));
     for (int64_t key = start; key < end; ++key) keys.add(cache, sequence, key);
     return keys;
   }
@@ -89,6 +94,7 @@ void attend_keys(const KernelTable& table, const AttentionConfig& c, const float
   args.latents = keys.latents.data() + first;
   args.ropes = keys.ropes.data() + first;
   args.keys = static_cast<int>(count);
+  args.keys_ahead = static_cast<int>(static_cast<int64_t>(keys.latents.size()) - first - count);
   args.latent_dim = static_cast<int>(c.latent_dim);
   args.rope_dim = static_cast<int>(c.rope_dim);
   args.weights = scratch;
@@ -98,16 +104,24 @@ void attend_keys(const KernelTable& table, const AttentionConfig& c, const float
   table.attend_split(args);
 }
 
-void merge(const KernelTable& table, const AttentionConfig& c, const float* split, float* state) {
-  table.merge_split(split, split + kLanes, split + 2 * kLanes, static_cast<int>(c.latent_dim), state, state + kLanes,
-                    state + 2 * kLanes);
+// A range of the latent's columns.
+struct Columns {
+  int64_t first;
+  int64_t count;
+};
+
+// Merges those columns of a split into a state that holds no others.
+void merge(const KernelTable& table, const Columns& columns, const float* split, float* state) {
+  table.merge_split(split, split + kLanes, split + (2 + columns.first) * kLanes, static_cast<int>(columns.count), state,
+                    state + kLanes, state + 2 * kLanes);
 }
 
-void write_context(const AttentionConfig& c, const float* state, int64_t first_head, bool sees_keys, float* contexts) {
+void write_context(const AttentionConfig& c, const Columns& columns, const float* state, int64_t first_head,
+                   bool sees_keys, float* contexts) {
   const int64_t heads = std::min(kLanes, c.heads - first_head);
   for (int64_t h = 0; h < heads; ++h) {
-    float* out = contexts + (first_head + h) * c.latent_dim;
-    for (int64_t i = 0; i < c.latent_dim; ++i) {
+    float* out = contexts + (first_head + h) * c.latent_dim + columns.first;
+    for (int64_t i = 0; i < columns.count; ++i) {
       out[i] = sees_keys ? state[(2 + i) * kLanes + h] / state[kLanes + h] : 0.0f;
     }
   }
@@ -201,6 +215,7 @@ void MlaAttention::contexts(const float* queries, int64_t first_token, int64_t t
   const int64_t groups = (c.heads + kLanes - 1) / kLanes;
   const int64_t state_floats = state_size(c.latent_dim);
   const int64_t scratch_floats = kAttentionSplitKeys * kLanes;
+  const Columns whole{0, c.latent_dim};
   const auto keys_of = [&](int64_t t) {
     const int64_t query = first_token + t;
     return visible_keys(cache, visibility, query / tokens_per_sequence, query);
@@ -226,9 +241,9 @@ void MlaAttention::contexts(const float* queries, int64_t first_token, int64_t t
       for (int64_t first = 0; first < count; first += kAttentionSplitKeys) {
         attend_keys(table, c, query, keys, first, std::min<int64_t>(kAttentionSplitKeys, count - first), scratch,
                     split);
-        merge(table, c, split, state);
+        merge(table, whole, split, state);
       }
-      write_context(c, state, head, count > 0, contexts + t * c.heads * c.latent_dim);
+      write_context(c, whole, state, head, count > 0, contexts + t * c.heads * c.latent_dim);
     });
     return;
   }
@@ -258,17 +273,22 @@ void MlaAttention::contexts(const float* queries, int64_t first_token, int64_t t
     attend_keys(table, c, transposed.floats() + (t * groups + group) * width * kLanes, seen, first, count,
                 scratch.floats(), partial.floats() + task * state_floats);
   });
-  parallel_for(tokens * groups, [&](int64_t task) {
-    const int64_t t = task / groups;
-    const int64_t group = task % groups;
-    const ScratchBuffer state(static_cast<size_t>(state_floats) * sizeof(float));
-    clear_state(state.floats(), c.latent_dim);
+  // At 4,096 keys the splits of a token are 1 MB: merged by one thread they would hold up the others.
+  constexpr int64_t kMergedColumns = 64;
+  const int64_t ranges = (c.latent_dim + kMergedColumns - 1) / kMergedColumns;
+  parallel_for(tokens * groups * ranges, [&](int64_t task) {
+    const int64_t t = task / ranges / groups;
+    const int64_t group = task / ranges % groups;
+    const int64_t column = task % ranges * kMergedColumns;
+    const Columns columns{column, std::min(kMergedColumns, c.latent_dim - column)};
+    alignas(64) float state[(2 + kMergedColumns) * kLanes];
+    clear_state(state, columns.count);
     const int64_t begin = first_split[static_cast<size_t>(t)];
     const int64_t end = first_split[static_cast<size_t>(t) + 1];
     for (int64_t split = begin; split < end; ++split) {
-      merge(table, c, partial.floats() + (split * groups + group) * state_floats, state.floats());
+      merge(table, columns, partial.floats() + (split * groups + group) * state_floats, state);
     }
-    write_context(c, state.floats(), group * kLanes, end > begin, contexts + t * c.heads * c.latent_dim);
+    write_context(c, columns, state, group * kLanes, end > begin, contexts + t * c.heads * c.latent_dim);
   });
 }
 

@@ -2,78 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from rules_model import LINEARS, OPERATIONS, Model, devices_of, message_of, plan_of, rule
 from torch import nn
 
-from transformers_kt import rules
 from transformers_kt.errors import RuleError
-from transformers_kt.rules import PlanEntry, bundled_rules, load_rules, make_plan
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(4, 4)
-        self.o_proj = nn.Linear(4, 4)
-
-
-class SlidingAttention(Attention):
-    pass
-
-
-class Mlp(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(4, 8)
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(8, 4)
-        self.layers = nn.ModuleList(
-            nn.ModuleDict({"attn": attention, "mlp": Mlp()}) for attention in (Attention(), SlidingAttention())
-        )
-        self.norm = nn.LayerNorm(4)
-
-
-class LinearOp(nn.Module):
-    replaces = (nn.Linear,)
-
-
-class AttentionOp(nn.Module):
-    replaces = (Attention,)
-
-
-OPERATIONS: Any = {"linear_cpu": LinearOp, "attention_cpu": AttentionOp}
-
-LINEARS = [f"layers.{layer}.{name}" for layer in (0, 1) for name in ("attn.q_proj", "attn.o_proj", "mlp.up")]
-
-
-def plan_of(*rule_dicts: dict[str, Any], **options: Any) -> dict[str, str]:
-    plan = make_plan(Model(), load_rules(list(rule_dicts), OPERATIONS), OPERATIONS, **options)
-    return {entry.module: entry.op for entry in plan.entries}
-
-
-def rule(op: str, recursive: bool | None = None, **match: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"match": match, "replace": {"op": op}}
-    if recursive is not None:
-        found["recursive"] = recursive
-    return found
-
-
-def message_of(*rule_dicts: Any) -> str:
-    with pytest.raises(RuleError) as caught:
-        plan_of(*rule_dicts)
-    return str(caught.value)
-
+from transformers_kt.rules import PlanEntry, load_rules, make_plan
+from transformers_kt.rules_devices import Spread
 
 # --- What a plan says ---
 
@@ -123,7 +60,7 @@ def test_a_name_is_searched_not_anchored() -> None:
 
 
 def test_a_class_matches_its_subclasses() -> None:
-    found = plan_of(rule("attention_cpu", **{"class": f"{__name__}.Attention"}))
+    found = plan_of(rule("attention_cpu", **{"class": "rules_model.Attention"}))
     assert found["layers.1.attn"] == "attention_cpu"
 
 
@@ -181,6 +118,192 @@ def test_a_plan_lists_the_modules_in_the_order_of_the_tree() -> None:
     assert list(plan_of(rule("linear_cpu", **{"class": "torch.nn.Linear"}))) == ["embed", *LINEARS, "norm"]
 
 
+# --- Where things lie ---
+
+
+def on(device: str, **match: Any) -> dict[str, Any]:
+    return {"match": match, "replace": {"device": device}}
+
+
+def test_a_rule_with_a_device_alone_takes_the_usual_operation_there() -> None:
+    plan = make_plan(Model(), load_rules([on("cuda:1", name="")], OPERATIONS), OPERATIONS)
+    found = {entry.module: (entry.op, entry.device) for entry in plan.entries}
+    assert found["layers.0.attn"] == ("attention_gpu", "cuda:1")
+    assert found["layers.1.mlp.up"] == ("linear_gpu", "cuda:1")
+    assert found["norm"] == ("torch", "cuda:1")
+
+
+def test_a_rule_without_a_device_means_the_cpu() -> None:
+    assert set(devices_of(rule("auto", name="")).values()) == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("replace", "expected"),
+    [
+        ({"op": "linear"}, ("linear_cpu", "cpu")),
+        ({"op": "linear_cpu"}, ("linear_cpu", "cpu")),
+        ({"op": "linear_gpu"}, ("linear_gpu", "cuda:0")),
+        ({"op": "linear", "device": "cuda"}, ("linear_gpu", "cuda:0")),
+        ({"op": "linear_gpu", "device": "cuda:2"}, ("linear_gpu", "cuda:2")),
+        ({"op": "torch", "device": "cuda:2"}, ("torch", "cuda:2")),
+        ({"device": 3}, ("linear_gpu", "cuda:3")),
+        ({"device": "cpu"}, ("linear_cpu", "cpu")),
+    ],
+)
+def test_family_and_device_make_the_operation(replace: dict[str, Any], expected: tuple[str, str]) -> None:
+    rules = load_rules([{"match": {"name": "up$"}, "replace": replace}], OPERATIONS)
+    entries = {entry.module: entry for entry in make_plan(Model(), rules, OPERATIONS).entries}
+    assert (entries["layers.0.mlp.up"].op, entries["layers.0.mlp.up"].device) == expected
+
+
+@pytest.mark.parametrize("layers", [1, "1", "1-5", "1-", [1], ["1-2", 7], "7,1"])
+def test_layers_narrow_a_match(layers: Any) -> None:
+    found = devices_of(on("cuda:0", name="up$", layers=layers))
+    assert found["layers.0.mlp.up"] == "cpu"
+    assert found["layers.1.mlp.up"] == "cuda:0"
+
+
+def test_layers_alone_are_a_match() -> None:
+    found = devices_of(on("cuda:0", layers=0))
+    assert {module for module, device in found.items() if device != "cpu"} == {"layers.0.attn", "layers.0.mlp.up"}
+
+
+@pytest.mark.parametrize("layers", ["", "x", "3-1", -1, 1.5, None, [], [[]], True, "1-2-3", {}])
+def test_layers_that_are_none_are_refused(layers: Any) -> None:
+    assert "match.layers is" in message_of(on("cuda:0", layers=layers))
+
+
+def test_layers_that_the_model_does_not_have_are_refused() -> None:
+    assert "no module matches layers 2-" in message_of(on("cuda:0", layers="2-"))
+
+
+def test_layers_are_split_evenly_over_devices() -> None:
+    found = devices_of(on("cuda*2", name=""))
+    assert found["embed"] == found["layers.0.attn"] == "cuda:0"
+    assert found["layers.1.mlp.up"] == found["norm"] == "cuda:1"
+
+
+@pytest.mark.parametrize(("spread", "expected"), [("cuda*0", {"cpu"}), ("cuda*1", {"cuda:0"})])
+def test_a_split_over_one_or_none_is_a_device(spread: str, expected: set[str]) -> None:
+    assert set(devices_of(on(spread, name="")).values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("layers", "count", "expected"),
+    [(61, 4, [16, 15, 15, 15]), (61, 8, [8, 8, 7, 8, 8, 7, 8, 7]), (2, 4, [1, 0, 1]), (5, 2, [3, 2])],
+)
+def test_a_split_is_even_to_one_layer(layers: int, count: int, expected: list[int]) -> None:
+    found = [Spread("cuda", count).device(row, layers) for row in range(layers)]
+    assert found == sorted(found)
+    assert [found.count(f"cuda:{index}") for index in range(len(expected))] == expected
+
+
+def test_a_split_goes_over_the_layers_of_the_rule() -> None:
+    found = devices_of(on("cuda*2", name="up$", layers=1))
+    assert found["layers.1.mlp.up"] == "cuda:0"
+
+
+@pytest.mark.parametrize(
+    "device", ["gpu", "cuda:-1", "cuda:1x", "CPU", "", "cpu*2", "cuda*x", "cuda*", -1, True, None, []]
+)
+def test_a_device_that_is_none_is_refused(device: Any) -> None:
+    assert "replace.device is" in message_of(on(device, name=""))
+
+
+# --- Which rule speaks of what ---
+
+
+def test_a_rule_speaks_of_all_that_is_inside() -> None:
+    found = devices_of(on("cuda:0", name=r"layers\.0$"))
+    assert found["layers.0.attn"] == found["layers.0.mlp.up"] == "cuda:0"
+    assert found["layers.1.mlp.up"] == "cpu"
+
+
+def test_of_rules_for_outside_and_inside_the_first_decides() -> None:
+    outer, inner = on("cuda:0", name=r"layers\.0$"), on("cuda:1", name="q_proj")
+    assert devices_of(inner, outer)["layers.0.attn.q_proj"] == "cuda:1"
+    found = devices_of(outer, inner)
+    assert found["layers.0.attn"] == "cuda:0"
+    assert found["layers.1.attn.q_proj"] == "cuda:1"
+
+
+def test_a_module_whose_parts_lie_apart_is_no_one_operation() -> None:
+    found = plan_of(on("cuda:0", name="q_proj"), rule("auto", name=""))
+    assert found["layers.0.attn.q_proj"] == "linear_gpu"
+    assert found["layers.0.attn.o_proj"] == "linear_cpu"
+
+
+def test_a_module_whose_parts_came_together_is_one_operation() -> None:
+    assert plan_of(on("cpu", name="q_proj"), rule("auto", name=""))["layers.0.attn"] == "attention_cpu"
+
+
+def test_an_op_by_name_is_an_order_that_no_coarser_operation_takes_in() -> None:
+    found = plan_of(rule("linear", name="q_proj"), rule("auto", name=""))
+    assert found["layers.0.attn.q_proj"] == found["layers.0.attn.o_proj"] == "linear_cpu"
+    assert plan_of(rule("torch", name="q_proj"), rule("auto", name=""))["layers.0.attn.q_proj"] == "torch"
+
+
+def test_recursive_false_lets_no_other_rule_look_inside() -> None:
+    found = devices_of(
+        {**on("cuda:0", name=r"0\.attn$"), "recursive": False}, on("cuda:1", name="q_proj"), rule("auto", name="")
+    )
+    assert found["layers.0.attn"] == "cuda:0"
+    assert found["layers.1.attn.q_proj"] == "cuda:1"
+
+
+def test_a_rule_whose_modules_are_all_inside_an_earlier_one_is_refused() -> None:
+    message = message_of(on("cuda:0", name=r"attn$"), on("cuda:1", name="q_proj"))
+    assert "rule 2 decides nothing" in message
+    assert "lies inside a module, layers.0.attn, of which rule 1 speaks as a whole" in message
+    assert "Put it above rule 1" in message
+
+
+def test_a_rule_for_nothing_that_holds_weights_is_refused() -> None:
+    message = message_of(rule("torch", name="up"), rule("torch", name="proj"), on("cuda:0", name=r"layers\.0\.mlp$"))
+    assert "layers.0.mlp, holds no weights, or none that no other rule decides about" in message
+
+
+# --- Device maps ---
+
+
+def test_a_device_map_goes_before_the_devices_of_rules() -> None:
+    found = devices_of(on("cuda:1", name=""), device_map={"": "cpu", "layers.1": "cuda:3", "layers.1.mlp": 2})
+    assert found["embed"] == found["layers.0.attn"] == "cpu"
+    assert found["layers.1.attn.q_proj"] == "cuda:3"
+    assert found["layers.1.mlp.up"] == "cuda:2"
+
+
+def test_what_a_device_map_does_not_name_goes_by_the_rules() -> None:
+    found = devices_of(on("cuda:1", name=""), device_map={"norm": "cpu"})
+    assert found["norm"] == "cpu"
+    assert found["embed"] == "cuda:1"
+
+
+def test_auto_follows_a_device_map_with_the_coarsest_operation_that_lies_whole() -> None:
+    def plan(device_map: dict[str, str]) -> dict[str, str]:
+        found = make_plan(Model(), load_rules("auto", OPERATIONS), OPERATIONS, device_map=device_map)
+        return {entry.module: entry.op for entry in found.entries}
+
+    assert plan({"": "cuda:0"})["layers.0.attn"] == "attention_gpu"
+    apart = plan({"": "cuda:0", "layers.0.attn.q_proj": "cpu"})
+    assert apart["layers.0.attn.q_proj"] == "linear_cpu"
+    assert apart["layers.0.attn.o_proj"] == "linear_gpu"
+
+
+def test_a_device_map_moves_an_operation_that_a_rule_names() -> None:
+    assert plan_of(rule("linear_cpu", name="q_proj"), device_map={"": "cuda"})["layers.0.attn.q_proj"] == "linear_gpu"
+
+
+def test_a_device_map_cannot_divide_what_a_rule_gives_to_one_operation() -> None:
+    with pytest.raises(RuleError, match=r"rule 1 gives layers.0.attn to attention as a whole, but device_map puts"):
+        plan_of(rule("attention", name=r"0\.attn$"), device_map={"": "cpu", "layers.0.attn.q_proj": "cuda:0"})
+
+
+def test_a_device_map_with_something_else_in_it_is_refused() -> None:
+    with pytest.raises(RuleError, match=r"device_map: 'norm' is on 'floppy'"):
+        plan_of(rule("auto", name=""), device_map={"norm": "floppy"})
+
+
 # --- What is refused ---
 
 
@@ -191,12 +314,15 @@ def test_a_plan_lists_the_modules_in_the_order_of_the_tree() -> None:
         ({"match": {"nmae": "x"}, "replace": {"op": "torch"}}, ["match", "'nmae'", "did you mean 'name'?"]),
         ({"match": {"name": "x"}, "replace": {"oop": "torch"}}, ["replace", "'oop'", "did you mean 'op'?"]),
         ({"match": {"name": "x"}, "replace": {"op": "liner_cpu"}}, ["'liner_cpu'", "did you mean 'linear_cpu'?"]),
-        ({"match": {"name": "x"}, "replace": {}}, ["names no op", "linear_cpu, attention_cpu, auto, torch, default"]),
+        (
+            {"match": {"name": "x"}, "replace": {}},
+            ["neither op nor device", "linear, attention (each with _cpu or _gpu too), auto, torch, default"],
+        ),
         ({"match": {"name": "x"}, "replace": {"op": ["torch"]}}, ["unknown op ['torch']"]),
         ({"match": {"name": "x"}}, ["has no 'replace'"]),
         ({"replace": {"op": "torch"}}, ["has no 'match'"]),
-        ({"match": {}, "replace": {"op": "torch"}}, ["match is empty", "name or class"]),
-        ({"match": "x", "replace": {"op": "torch"}}, ["match is 'x'", "a mapping of name, class"]),
+        ({"match": {}, "replace": {"op": "torch"}}, ["match is empty", "name or class or layers"]),
+        ({"match": "x", "replace": {"op": "torch"}}, ["match is 'x'", "a mapping of name, class, layers"]),
         ({"match": {"name": 3}, "replace": {"op": "torch"}}, ["match.name is 3", "a string"]),
         ({"match": {"name": "("}, "replace": {"op": "torch"}}, ["no valid regex", "'('"]),
         ({"match": {"name": "x"}, "replace": {"op": "torch"}, "recursive": "no"}, ["recursive is 'no'"]),
@@ -234,7 +360,7 @@ def test_a_shadowed_rule_is_refused_with_the_rule_that_shadows_it() -> None:
 
 
 def test_a_rule_for_the_inside_of_a_replaced_module_is_refused() -> None:
-    message = message_of(rule("attention_cpu", **{"class": f"{__name__}.Attention"}), rule("linear_cpu", name="q_proj"))
+    message = message_of(rule("attention_cpu", **{"class": "rules_model.Attention"}), rule("linear_cpu", name="q_proj"))
     assert "rule 2 decides nothing" in message
     assert "lies inside a module" in message
 
@@ -242,7 +368,7 @@ def test_a_rule_for_the_inside_of_a_replaced_module_is_refused() -> None:
 def test_an_operation_is_refused_for_a_class_it_does_not_stand_for() -> None:
     message = message_of(rule("linear_cpu", name="mlp$"))
     assert "rule 1" in message
-    assert f"layers.0.mlp, which is a {__name__}.Mlp" in message
+    assert "layers.0.mlp, which is a rules_model.Mlp" in message
     assert "torch.nn.modules.linear.Linear" in message
 
 
@@ -253,156 +379,3 @@ def test_the_whole_model_cannot_be_replaced() -> None:
     operations: Any = {"everything": EverythingOp}
     with pytest.raises(RuleError, match="matches the whole model"):
         make_plan(Model(), load_rules([rule("everything", name="")], operations), operations)
-
-
-# --- Files ---
-
-
-def written(folder: Path, text: str) -> Path:
-    path = folder / "my.yaml"
-    path.write_text(text)
-    return path
-
-
-GOOD_YAML = """
-# a comment
-- match:
-    class: torch.nn.Linear
-    name: ^layers\\.0\\..*$
-  replace:
-    op: linear_cpu
-
-- match: {name: norm}
-  replace: default
-  recursive: false
-"""
-
-
-def test_a_yaml_file_says_what_a_list_says(tmp_path: Path) -> None:
-    path = written(tmp_path, GOOD_YAML)
-    from_file = make_plan(Model(), load_rules(path, OPERATIONS), OPERATIONS)
-    from_list = make_plan(Model(), load_rules(yaml.safe_load(GOOD_YAML), OPERATIONS), OPERATIONS)
-    assert from_file.entries == from_list.entries
-    assert from_file.source == str(path)
-
-
-def test_an_error_in_a_file_names_file_rule_and_line(tmp_path: Path) -> None:
-    path = written(tmp_path, GOOD_YAML.replace("recursive", "recursiv"))
-    with pytest.raises(RuleError) as caught:
-        load_rules(str(path), OPERATIONS)
-    assert f"{path}, rule 2 (line 9)" in str(caught.value)
-    assert "did you mean 'recursive'?" in str(caught.value)
-
-
-def test_a_rule_of_a_file_that_matches_nothing_is_named_with_its_line(tmp_path: Path) -> None:
-    path = written(tmp_path, GOOD_YAML.replace("name: norm", "name: nrom"))
-    with pytest.raises(RuleError) as caught:
-        make_plan(Model(), load_rules(path, OPERATIONS), OPERATIONS)
-    assert f"{path}, rule 2 (line 9) decides nothing" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("- match: [", "not valid YAML"),
-        ("a: b: c", "not valid YAML"),
-        ("- !!python/object/apply:os.system [true]", "not valid YAML"),
-        ("--- 1\n--- 2", "not valid YAML"),
-        ("- 2001-99-99", "not valid YAML"),
-        ("[" * 5000, "not valid YAML"),
-        ("", "holds no rules"),
-        ("match: {name: x}", "holds a dict"),
-        ("just words", "holds a str"),
-        ("- &a [*a]", "rule 1 (line 1)"),
-    ],
-)
-def test_a_file_that_is_no_list_of_rules_is_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
-    path = written(tmp_path, text)
-    with pytest.raises(RuleError) as caught:
-        load_rules(path, OPERATIONS)
-    assert str(path) in str(caught.value)
-    assert said in str(caught.value)
-
-
-def test_aliases_do_not_make_a_small_file_into_a_long_message(tmp_path: Path) -> None:
-    levels = ["- &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    levels += [f"- &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
-    with pytest.raises(RuleError) as caught:
-        load_rules(written(tmp_path, "\n".join(levels)), OPERATIONS)
-    assert len(str(caught.value)) < 1000
-
-
-def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "my.yaml"
-    path.write_bytes(b"- \xff\xfe")
-    with pytest.raises(RuleError, match="not valid YAML"):
-        load_rules(path, OPERATIONS)
-
-
-def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    path = written(tmp_path, "#" * (rules._MOST_YAML_BYTES + 1))
-    with pytest.raises(RuleError, match=r"has 1048577 bytes"):
-        load_rules(path, OPERATIONS)
-
-
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RuleError, match=r"missing\.yaml is no file"):
-        load_rules(tmp_path / "missing.yaml", OPERATIONS)
-
-
-def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(RuleError) as caught:
-        load_rules("atuo", OPERATIONS)
-    assert "no rules named 'atuo'" in str(caught.value)
-    assert "did you mean 'auto'?" in str(caught.value)
-    assert "the path of a YAML file, or a list of rules" in str(caught.value)
-
-
-def test_bundled_rules_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "all-linears.yaml").write_text("- {match: {class: torch.nn.Linear}, replace: {op: linear_cpu}}")
-    monkeypatch.setattr(rules, "_BUNDLED_RULES", tmp_path)
-    assert list(bundled_rules()) == ["all-linears"]
-    assert load_rules("all-linears", OPERATIONS).rules[0].op == "linear_cpu"
-
-
-def test_reading_rules_imports_nothing(tmp_path: Path) -> None:
-    import sys
-
-    module = tmp_path / "kt_rules_must_not_import_this.py"
-    module.write_text("raise AssertionError('imported')")
-    sys.path.insert(0, str(tmp_path))
-    try:
-        message = message_of(rule("torch", **{"class": "kt_rules_must_not_import_this.Thing"}))
-    finally:
-        sys.path.remove(str(tmp_path))
-    assert "decides nothing" in message
-
-
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.dates()
-documents = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=8
-)
-words = st.sampled_from(
-    ["match", "replace", "recursive", "name", "class", "op", "torch", "auto", "linear_cpu", ".*", "("]
-)
-likely = st.recursive(
-    words | scalars, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(words, inner, max_size=3), max_leaves=8
-)
-
-
-@given(document=documents | likely | st.lists(likely, max_size=3))
-@settings(max_examples=200, deadline=None)
-def test_no_document_raises_anything_but_a_rule_error(document: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = tmp_path_factory.getbasetemp() / "any.yaml"
-    path.write_text(yaml.safe_dump(document))
-    with contextlib.suppress(RuleError):
-        make_plan(Model(), load_rules(path, OPERATIONS), OPERATIONS)
-
-
-@given(text=st.text(max_size=60))
-@settings(max_examples=200, deadline=None)
-def test_no_text_raises_anything_but_a_rule_error(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = tmp_path_factory.getbasetemp() / "any.yaml"
-    path.write_text(text, encoding="utf-8", errors="replace")
-    with contextlib.suppress(RuleError):
-        load_rules(path, OPERATIONS)

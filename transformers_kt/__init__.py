@@ -10,6 +10,8 @@ from transformers_kt._environment import check_environment
 
 check_environment()
 
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
 from transformers_kt import integration  # noqa: E402  (what it imports is what was checked)
 from transformers_kt._C import set_thread_count, thread_count  # noqa: E402
 from transformers_kt.errors import KtError  # noqa: E402
@@ -18,6 +20,24 @@ from transformers_kt.loading import KtReport  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["KtConfig", "KtError", "KtReport", "set_thread_count", "thread_count"]
+__all__ = ["KtConfig", "KtError", "KtReport", "PlanReport", "plan", "set_thread_count", "thread_count"]
+
+if TYPE_CHECKING:
+    from transformers_kt.plan_report import PlanReport
+    from transformers_kt.planning import plan
+else:
+
+    def __getattr__(name: str) -> Any:
+        # Planning imports the models of transformers, which nobody needs who loads none.
+        if name == "plan":
+            from transformers_kt.planning import plan
+
+            return plan
+        if name == "PlanReport":
+            from transformers_kt.plan_report import PlanReport
+
+            return PlanReport
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 integration.install()

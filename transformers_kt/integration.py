@@ -10,7 +10,7 @@ import copy
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -21,6 +21,7 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     DeepseekV2Config,
     DeepseekV3Config,
@@ -36,6 +37,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from transformers_kt import loading, placement
+from transformers_kt.device_map import PlacementWish, device_refusal
 from transformers_kt.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -49,7 +51,7 @@ from transformers_kt.gguf.names import TensorSlot, check_tensors
 from transformers_kt.gguf.tokenizer import tokenizer_from_gguf
 from transformers_kt.loaded_model import InputGuard, KtModelMixin, refuse_training
 from transformers_kt.loading import KtReport
-from transformers_kt.rules import AUTO, KtRules, Plan, RuleList, load_rules, make_plan
+from transformers_kt.rules import AUTO, DeviceMap, KtRules, Plan, RuleList, load_rules, make_plan
 
 if TYPE_CHECKING:
     from transformers_kt.rules import Operations
@@ -72,7 +74,15 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 # Where from_pretrained looks for files. A GGUF is found by its own path, in a repository of its own.
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _GGUF_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")  # and revision, in the same repository
-_SOURCE_OPTIONS = ("pretrained_model_name_or_path", "gguf_path", "gguf_file", "kt_rules", *_HUB_OPTIONS)
+_PLACEMENT_NUMBERS = ("kt_cpu_layers", "kt_gpu_experts")
+_SOURCE_OPTIONS = (
+    "pretrained_model_name_or_path",
+    "gguf_path",
+    "gguf_file",
+    "kt_rules",
+    *_PLACEMENT_NUMBERS,
+    *_HUB_OPTIONS,
+)
 # Of no meaning here: which code to run is settled by the GGUF's architecture, how to save memory by the plan.
 _MOOT_OPTIONS = ("trust_remote_code", "code_revision", "adapter_kwargs", "_commit_hash", "low_cpu_mem_usage")
 _REFUSED_OPTIONS = {
@@ -83,8 +93,6 @@ _REFUSED_OPTIONS = {
     "tp_plan": "one process computes the whole model",
     "tp_size": "one process computes the whole model",
 }
-
-_AUTOMATIC_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 _WRAPPED = "_wrapped_by_transformers_kt"
 
@@ -128,12 +136,13 @@ class _Request:
     """What a call of from_pretrained asks of us.
 
     ``folder`` is the folder or hub id that has the config, None where the GGUF is all there is; ``hub`` says how to get
-    files from there, ``gguf_hub`` how to get the GGUF.
+    files from there, ``gguf_hub`` how to get the GGUF. ``numbers`` are kt_cpu_layers and kt_gpu_experts.
     """
 
     folder: str | None
     gguf: str
     rules: KtRules
+    numbers: tuple[Any, ...]
     hub: dict[str, Any]
     gguf_hub: dict[str, Any]
 
@@ -148,7 +157,8 @@ class _Request:
 def _request(name: Any, options: Mapping[str, Any]) -> _Request | None:
     """What ``from_pretrained(name, **options)`` asks of us; None if nothing."""
     gguf_path, rules, gguf_file = (options.get(key) for key in ("gguf_path", "kt_rules", "gguf_file"))
-    if gguf_path is None and rules is None and not _is_gguf_alone(name):
+    numbers = tuple(options.get(key) for key in _PLACEMENT_NUMBERS)
+    if all(given is None for given in (gguf_path, rules, *numbers)) and not _is_gguf_alone(name):
         return None
     hub = {key: options[key] for key in _HUB_OPTIONS if options.get(key) is not None}
     gguf_hub = {key: hub[key] for key in _GGUF_HUB_OPTIONS if key in hub}
@@ -164,7 +174,7 @@ def _request(name: Any, options: Mapping[str, Any]) -> _Request | None:
             gguf_hub["revision"] = hub["revision"]
         if gguf_file is not None and not Path(gguf).exists():
             folder = None  # for transformers, too, gguf_file= is the source of config and tokenizer
-    return _Request(folder, gguf, AUTO if rules is None else rules, hub, gguf_hub)
+    return _Request(folder, gguf, AUTO if rules is None else rules, numbers, hub, gguf_hub)
 
 
 def _gguf_at(name: str | None, gguf_file: str | None, hub: Mapping[str, Any]) -> str:
@@ -176,8 +186,8 @@ def _gguf_at(name: str | None, gguf_file: str | None, hub: Mapping[str, Any]) ->
         if path.exists() or ":" in name:
             return name
     raise CheckpointNotFoundError(
-        f"kt_rules= is given but no GGUF: {name} is no local file or folder. Name the weights with gguf_path= (a file, "
-        'a folder, or hub "org/repo:file.gguf")'
+        f"there is no GGUF: {name} is no local file or folder. Name the weights with gguf_path= (a file, a folder, or "
+        'hub "org/repo:file.gguf")'
     )
 
 
@@ -204,6 +214,37 @@ def _folder(name: str, hub: Mapping[str, Any]) -> Path:
     return Path(name, hub.get("subfolder", ""))
 
 
+# --- For plans -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model that could be loaded: headers only."""
+
+    title: str
+    config: DeepseekV2Config | DeepseekV3Config
+    checkpoint: Checkpoint
+    slots: list[TensorSlot]
+
+
+def open_source(name: Any, options: Mapping[str, Any]) -> Source:
+    """What ``from_pretrained(name, **options)`` would load. Raises as that does."""
+    request = _request(name, {"kt_rules": AUTO, **options})
+    assert request is not None  # kt_rules is there
+    checkpoint = request.open()
+    config, unknown = _resolve_config(request, None, _without(options, _SOURCE_OPTIONS), checkpoint)
+    if unknown:
+        raise TypeError(f"plan() got unexpected arguments: {', '.join(unknown)}")
+    return Source(_title(request), config, checkpoint, check_tensors(checkpoint, config))
+
+
+def skeleton(config: DeepseekV2Config | DeepseekV3Config) -> PreTrainedModel:
+    """The stock model of ``config`` on the meta device."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
 # --- The wrapper -----------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +255,10 @@ class _Call(NamedTuple):
     cls: Any
     args: tuple[Any, ...]
     options: dict[str, Any]
+
+
+def _without(options: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in keys}
 
 
 def _wrap(owner: type, load: Callable[[_Call, _Request], Any]) -> None:
@@ -228,8 +273,7 @@ def _wrap(owner: type, load: Callable[[_Call, _Request], Any]) -> None:
         request = _request(args[0] if args else options.get("pretrained_model_name_or_path"), options)
         if request is None:
             return stock(cls, *args, **options)
-        rest = {key: value for key, value in options.items() if key not in _SOURCE_OPTIONS}
-        return load(_Call(stock, cls, args[1:], rest), request)
+        return load(_Call(stock, cls, args[1:], _without(options, _SOURCE_OPTIONS)), request)
 
     setattr(from_pretrained, _WRAPPED, True)
     owner.from_pretrained = classmethod(from_pretrained)  # type: ignore[attr-defined]
@@ -296,6 +340,9 @@ class _Job:
     operations: Operations
     title: str
     attention: str | None  # the attn_implementation that is to stand in place of ours
+    wish: PlacementWish
+    device_map: DeviceMap | None = None
+    notes: tuple[str, ...] = ()
     assignments: list[loading.Assignment] = field(default_factory=list)
     lost_outputs: tuple[str, ...] = ()
 
@@ -310,7 +357,9 @@ def _load(
     for key, reason in _REFUSED_OPTIONS.items():
         if options.get(key) is not None:
             raise UnsupportedOperationError(f"{key}= cannot be combined with a GGUF: {reason}. Leave it out")
-    _require_cpu(options.pop("device_map", None))
+    wish = PlacementWish.read(
+        request.rules, options.pop("device_map", None), options.pop("max_memory", None), *request.numbers
+    )
     _settle_dtype(options)
     operations = _operations()
     rules = load_rules(request.rules, operations)
@@ -319,7 +368,7 @@ def _load(
     trust_remote_code = options.get("trust_remote_code")
     config, rest = _resolve_config(request, given, options, checkpoint)
     config._attn_implementation = attention = _stock_attention(attention, config)
-    job = _Job(checkpoint, check_tensors(checkpoint, config), rules, operations, _title(request), attention)
+    job = _Job(checkpoint, check_tensors(checkpoint, config), rules, operations, _title(request), attention, wish)
     result = _kt_class(model_class(config)).from_pretrained(
         None,
         *args,
@@ -353,17 +402,6 @@ def _refuse_stock_attention(*args: Any, **kwargs: Any) -> NoReturn:
         f'attn_implementation="{_METHOD}" is for models whose attention was replaced at loading; choose "sdpa" or '
         '"eager" for this one'
     )
-
-
-def _require_cpu(device_map: Any) -> None:
-    if isinstance(device_map, str) and device_map in _AUTOMATIC_DEVICE_MAPS:
-        return  # it leaves the choice to us, and most scripts say it
-    wanted = device_map.values() if isinstance(device_map, Mapping) else [device_map]
-    if any(device is not None and str(device) != "cpu" for device in wanted):
-        raise UnsupportedOperationError(
-            f"device_map={device_map!r} cannot be honoured: weights of a GGUF are placed on the CPU in this version. "
-            'Leave device_map out, or pass "auto" or "cpu"'
-        )
 
 
 def _settle_dtype(options: dict[str, Any]) -> None:
@@ -494,7 +532,10 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         job = self._job
         assert job is not None
-        plan = _plan(model, job)
+        plan = _plan_on_the_cpu(model, job)
+        job.notes = plan.notes
+        for note in plan.notes:
+            logger.info("%s", note)
         if plan.uses(_ATTENTION_OP) and not _keeps_attention(model, plan, job.operations):
             # Masks in our own short form. Where stock attention shares them they stay as transformers makes them,
             # which our attention reads too.
@@ -505,26 +546,29 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         job.lost_outputs = tuple(key for key, count in _recorded_modules(model).items() if count < recorded[key])
         loading.check_types(model, job.assignments, job.operations)
         needed = loading.memory_needed(model, job.assignments, job.operations)
-        placement.require_memory(needed, job.title, placement.free_memory())
+        placement.require_memory(needed, job.title, job.wish.tightest(placement.free_memory()))
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 # Both ends of a tie are filled from the file; there may be no parameter left to tie.
                 module.all_tied_weights_keys = {}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        from transformers_kt.modules.decoder_layer import join_decoder_layers
+
         job, self._job = self._job, None
         assert job is not None
         total = sum(assignment.stored_bytes for assignment in job.assignments)
         description = f"Loading {job.title} ({placement.format_bytes(total)})"
         with transformers_logging.tqdm(total=total, desc=description, unit="B", unit_scale=True) as bar:
             rows = loading.fill(model, job.assignments, job.operations, job.checkpoint, bar)
-        model.kt_report = KtReport(job.title, job.rules.source, rows)
+        join_decoder_layers(model)
+        model.kt_report = KtReport(job.title, job.rules.source, rows, job.notes)
         guard = InputGuard(model.config, job.lost_outputs)
         model.base_model.register_forward_pre_hook(guard, with_kwargs=True)
-        if torch.accelerator.is_available():
+        if job.wish.device_map is not None or torch.accelerator.is_available():
             # Else pipeline() moves the model to the accelerator. Not set without need: with it, pipeline(device="cpu")
-            # is refused.
-            model.hf_device_map = {"": "cpu"}
+            # is refused, here as for every model that was loaded with a device_map.
+            model.hf_device_map = dict(job.device_map or {"": placement.CPU})
 
     def is_serializable(self) -> bool:
         return False
@@ -540,18 +584,48 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         )
 
 
-def _plan(model: PreTrainedModel, job: _Job) -> Plan:
-    """The plan, after settling what attention and its neighbours must agree on."""
-    not_by_itself = [_ATTENTION_OP, _ROTARY_OP] if job.attention else []
-    plan = make_plan(model, job.rules, job.operations, not_by_itself)
-    if job.attention and plan.uses(_ATTENTION_OP):
+def _plan_on_the_cpu(model: PreTrainedModel, job: _Job) -> Plan:
+    """The plan, and in ``job`` the device map. Raises where the plan names another device than the CPU."""
+    # No GPU is offered to the automatic placement: transformers would dispatch over the devices of the map, but the
+    # operations of this version compute on the CPU.
+    no_gpus = placement.Hardware((), placement.free_memory().nbytes)
+    is_auto = job.rules.source == AUTO
+    tensors = job.checkpoint.tensors
+    job.device_map = job.wish.settled(is_auto, model, job.slots, tensors, no_gpus, placement.FastMemory(0, 0))
+    plan = settled_plan(model, job.rules, job.operations, job.attention, job.device_map)
+    elsewhere = next((entry for entry in plan.entries if entry.device != placement.CPU), None)
+    present = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if elsewhere is not None:
+        reason = (
+            "but this version computes on the CPU only"
+            if elsewhere.device in present
+            else f"which is not there: this machine has {', '.join([placement.CPU, *present])}"
+        )
+        raise device_refusal(
+            plan, elsewhere, job.device_map is not None, f'{reason}. device_map="cpu" runs the same plan on the CPU'
+        )
+    if is_auto and present:
+        logger.info("all of %s is on the CPU: this version leaves %s unused", job.title, ", ".join(present))
+    return plan
+
+
+def settled_plan(
+    model: PreTrainedModel, rules: RuleList, operations: Operations, attention: str | None, device_map: DeviceMap | None
+) -> Plan:
+    """The plan for the skeleton ``model``, after settling what attention and its neighbours must agree on.
+
+    ``attention`` is the attn_implementation that is to stand in place of ours, None for ours.
+    """
+    not_by_itself = [_ATTENTION_OP, _ROTARY_OP] if attention else []
+    plan = make_plan(model, rules, operations, not_by_itself, device_map=device_map)
+    if attention and plan.uses(_ATTENTION_OP):
         raise RuleError(
-            f"{plan.source} gives attention to {_ATTENTION_OP}, but attn_implementation={job.attention!r} asks for "
+            f"{plan.source} gives attention to {_ATTENTION_OP}, but attn_implementation={attention!r} asks for "
             "transformers' own; leave one of them out"
         )
-    if plan.uses(_ROTARY_OP) and _keeps_attention(model, plan, job.operations):
+    if plan.uses(_ROTARY_OP) and _keeps_attention(model, plan, operations):
         # Its one table of cosines and sines is nothing that stock attention could read.
-        plan = make_plan(model, job.rules, job.operations, [*not_by_itself, _ROTARY_OP])
+        plan = make_plan(model, rules, operations, [*not_by_itself, _ROTARY_OP], device_map=device_map)
         if plan.uses(_ROTARY_OP):
             raise RuleError(
                 f"{plan.source} gives rotary embeddings to {_ROTARY_OP}, which feeds {_ATTENTION_OP} only, and keeps "

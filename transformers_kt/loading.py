@@ -7,10 +7,9 @@ dequantized by the `gguf` package; the others take the stored blocks as they are
 from __future__ import annotations
 
 import gc
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from io import StringIO
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import gguf
@@ -21,6 +20,7 @@ from torch import nn
 
 from transformers_kt.errors import UnsupportedModelError, UnsupportedTypeError
 from transformers_kt.placement import format_bytes
+from transformers_kt.tables import grouped, new_table, rendered
 
 if TYPE_CHECKING:
     from transformers_kt.gguf.names import TensorSlot
@@ -41,7 +41,6 @@ _STOCK_PARAMETERS = {
 # Buffers that files leave out where they would be zero.
 _ZERO_WHERE_ABSENT = ("e_score_correction_bias",)
 _DEQUANTIZED_AT_ONCE = 1 << 22  # elements: 16 MB of float32, so that the copy in flight is small beside any model
-_ALL_LAYERS = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class TensorSource(Protocol):
@@ -59,10 +58,14 @@ class ProgressBar(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """One entry of the plan with its tensors. The keys are paths relative to the module: "kv_b_proj.k_b"."""
+    """One entry of the plan with its tensors. The keys are paths relative to the module: "kv_b_proj.k_b".
+
+    ``rule`` names file, number and line of the rule that decided, for messages; None where "auto" did.
+    """
 
     entry: PlanEntry
     tensors: Mapping[str, TensorInfo]
+    rule: str | None = None
 
     @property
     def stored_bytes(self) -> int:
@@ -83,11 +86,15 @@ class ReportRow:
 
 @dataclass(frozen=True, slots=True)
 class KtReport:
-    """What became of each module of a loaded model. ``str()`` gives a table in which equal layers share a line."""
+    """What became of each module of a loaded model. ``str()`` gives a table in which equal layers share a line.
+
+    ``notes`` say what rules asked for and became something else or nothing.
+    """
 
     title: str
     rules: str
     rows: tuple[ReportRow, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -97,26 +104,15 @@ class KtReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values all through, fit for JSON."""
         rows = [{**asdict(row), "types": list(row.types)} for row in self.rows]
-        return {"title": self.title, "rules": self.rules, "nbytes": self.nbytes, "rows": rows}
+        return {"title": self.title, "rules": self.rules, "nbytes": self.nbytes, "rows": rows, "notes": [*self.notes]}
 
     def __str__(self) -> str:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=box.SIMPLE_HEAD, show_footer=True)
-        table.add_column("module", footer=self.title)
-        table.add_column("operation", footer=f"rules: {self.rules}")
-        table.add_column("device")
-        table.add_column("types")
-        table.add_column("memory", footer=format_bytes(self.nbytes), justify="right")
-        for module, rows in _grouped_rows(self.rows):
-            nbytes = sum(row.nbytes for row in rows)
-            first = rows[0]
+        table = new_table("module", "operation", "device", "types", "memory", numbers=["memory"])
+        table.columns[0].footer, table.columns[-1].footer = "all weights", format_bytes(self.nbytes)
+        for module, rows in grouped(self.rows, lambda row: (row.operation, row.device, row.types)):
+            first, nbytes = rows[0], sum(row.nbytes for row in rows)
             table.add_row(module, first.operation, first.device, ", ".join(first.types), format_bytes(nbytes))
-        text = StringIO()
-        Console(file=text, width=160, color_system=None).print(table)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
+        return rendered(f"{self.title}, rules: {self.rules}", table, *(f"Note: {note}" for note in self.notes))
 
 
 def assign_tensors(
@@ -145,7 +141,7 @@ def assign_tensors(
                 f"{type(model).__name__} has the weight {name}, which no GGUF of this architecture holds; load "
                 "AutoModelForCausalLM, or AutoModel for the hidden states"
             )
-    return [Assignment(entry, of_entry[entry.module]) for entry in plan.entries]
+    return [Assignment(entry, of_entry[entry.module], plan.label(entry)) for entry in plan.entries]
 
 
 def memory_needed(model: nn.Module, assignments: Iterable[Assignment], operations: Operations) -> int:
@@ -164,25 +160,19 @@ def apply_plan(model: nn.Module, assignments: Iterable[Assignment], operations: 
     Raises `UnsupportedModelError` if an operation cannot stand for its module, or has no use for one of its tensors.
     """
     for assignment in assignments:
-        entry = assignment.entry
-        if entry.op not in operations:
-            continue
-        operation = operations[entry.op].from_module(model.get_submodule(entry.module), model.config, entry.module)
-        if unused := assignment.tensors.keys() - operation.roles():
-            raise UnsupportedModelError(
-                f"{entry.op} at {entry.module} has no use for {', '.join(sorted(unused))}; keep that module with a "
-                "rule (op: torch)"
-            )
-        model.set_submodule(entry.module, operation)
+        if assignment.entry.op in operations:
+            with _naming_its_rule(assignment):
+                _replace(model, assignment, operations[assignment.entry.op])
 
 
 def check_types(model: nn.Module, assignments: Iterable[Assignment], operations: Operations) -> None:
     """Raise `UnsupportedTypeError` if a module cannot take the types it would get. ``model`` has the plan applied."""
     for assignment in assignments:
-        if assignment.entry.op in operations:
-            _operation_at(model, assignment.entry.module).check(assignment.tensors)
-        else:
-            _check_dequantizable(assignment)
+        with _naming_its_rule(assignment):
+            if assignment.entry.op in operations:
+                _operation_at(model, assignment.entry.module).check(assignment.tensors)
+            else:
+                _check_dequantizable(assignment)
 
 
 def fill(
@@ -239,6 +229,28 @@ class _Reader:
             self._source.drop_pages(info.name)
         self._progress.update(self._unreported)
         self._unreported = 0
+
+
+@contextmanager
+def _naming_its_rule(assignment: Assignment) -> Iterator[None]:
+    """Let refusals begin with the rule that gave the module to what refuses it."""
+    try:
+        yield
+    except (UnsupportedModelError, UnsupportedTypeError) as error:
+        if assignment.rule is None:
+            raise
+        raise type(error)(f"{assignment.rule}: {error}") from None
+
+
+def _replace(model: nn.Module, assignment: Assignment, operation_class: type[KtModule]) -> None:
+    path = assignment.entry.module
+    operation = operation_class.from_module(model.get_submodule(path), model.config, path)
+    if unused := assignment.tensors.keys() - operation.roles():
+        raise UnsupportedModelError(
+            f"{assignment.entry.op} at {path} has no use for {', '.join(sorted(unused))}; keep that module with a "
+            "rule (op: torch)"
+        )
+    model.set_submodule(path, operation)
 
 
 def _owner(module: str, of_entry: Mapping[str, object]) -> str:
@@ -335,31 +347,3 @@ def _take_apart(model: nn.Module) -> None:
     for module in list(model.modules()):
         module.__dict__.clear()
     gc.collect()
-
-
-def _grouped_rows(rows: Iterable[ReportRow]) -> list[tuple[str, list[ReportRow]]]:
-    """Rows alike in all but the layer, under one name."""
-    groups: dict[tuple[object, ...], list[ReportRow]] = {}
-    for row in rows:
-        key = (_ALL_LAYERS.sub("*", row.module), row.operation, row.device, row.types)
-        groups.setdefault(key, []).append(row)
-    return [(_common_name([row.module for row in group]), group) for group in groups.values()]
-
-
-def _common_name(modules: Sequence[str]) -> str:
-    """One name for the same module of several layers: model.layers.{3-60}.mlp."""
-    if len(modules) == 1:
-        return modules[0]
-    layers = [int(match[0]) for module in modules if (match := _ALL_LAYERS.search(module))]
-    return _ALL_LAYERS.sub("{" + _ranges(layers) + "}", modules[0], count=1)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers in short: 0, 3-5."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1] = [parts[-1][0], number]
-        else:
-            parts.append([number])
-    return ",".join("-".join(map(str, part)) for part in parts)

@@ -164,6 +164,7 @@ def _layer_forward(
     ropes: torch.Tensor,
     visible: torch.Tensor,
     handle: int,
+    *,
     appends: bool = False,
 ) -> torch.Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -249,7 +250,7 @@ layer_project_keys = _define(
     ),
     _layer_project_keys,
 )
-"""`mla_project_keys` of the norm of ``x``; ``input_norm`` float32 (hidden,), the handle is that of a ``DecoderLayer``."""
+"""`mla_project_keys` of the norm of ``x``, with ``input_norm`` float32 (hidden,) and a registered ``DecoderLayer``."""
 
 layer_forward = _define(
     "layer_forward(Tensor x, Tensor input_norm, Tensor post_norm, Tensor rope_table, Tensor latents, Tensor ropes,"

@@ -267,6 +267,19 @@ def test_a_type_without_kernel_is_refused_with_file_and_tensor_before_any_is_rea
     assert loads == []
 
 
+def test_a_type_without_kernel_names_the_rule_that_decided(
+    v3_f16: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fakes, "TYPE_WITHOUT_KERNEL", GgmlType.F16)
+    rules = tmp_path / "my.yaml"
+    rules.write_text(
+        "# heads first\n- {match: {name: lm_head}, replace: torch}\n- {match: {name: ''}, replace: auto}\n"
+    )
+    with pytest.raises(UnsupportedTypeError) as caught:
+        load(v3_f16, rules)
+    assert f"{rules}, rule 2 (line 3)" in str(caught.value)
+
+
 def test_a_type_that_cannot_be_dequantized_is_refused_with_file_tensor_and_module() -> None:
     info = TensorInfo("blk.0.x", GgmlType.Q8_K, (1, 256), 0, 292, Path("model.gguf"))
     assignment = loading.Assignment(PlanEntry("model.x", "torch", "cpu", None), {"weight": info})

@@ -131,8 +131,8 @@ class KtMlaAttention(KtModule):
     ) -> tuple[torch.Tensor, None]:
         x, handle = as_float32(hidden_states), self.weights.number
         table = as_rope_table(position_embeddings, len(x))
-        keys = ops.mla_project_keys(x, table, handle, self.latent_dim, self.rope_dim)
-        latents, ropes, visible = self.cached_keys(*keys, attention_mask, past_key_values)
+        latents, ropes = ops.mla_project_keys(x, table, handle, self.latent_dim, self.rope_dim)
+        latents, ropes, visible = self.cached_keys(latents, ropes, attention_mask, past_key_values)
         out: torch.Tensor = ops.mla_attend(x, table, latents, ropes, visible, handle)
         return out, None
 

@@ -86,8 +86,8 @@ class _InOneGo:
             visible = attention.visible_keys(attention_mask, latents, tokens, earlier)
             out = ops.layer_forward_appending(x, *norms, table, latents, ropes, visible, handle)
             return out
-        keys = ops.layer_project_keys(x, norms[0], table, handle, attention.latent_dim, attention.rope_dim)
-        latents, ropes, visible = attention.cached_keys(*keys, attention_mask, past_key_values)
+        latents, ropes = ops.layer_project_keys(x, norms[0], table, handle, attention.latent_dim, attention.rope_dim)
+        latents, ropes, visible = attention.cached_keys(latents, ropes, attention_mask, past_key_values)
         out = ops.layer_forward(x, *norms, table, latents, ropes, visible, handle)
         return out
 
@@ -106,23 +106,27 @@ _CLASSES = {DeepseekV2DecoderLayer: KtDeepseekV2DecoderLayer, DeepseekV3DecoderL
 def join_decoder_layers(model: nn.Module) -> None:
     """Let the decoder layers of the loaded ``model`` whose parts are all ours compute them in one go."""
     for module in model.modules():
-        joined = _CLASSES.get(type(module))
-        if joined is None:
-            continue
-        norms = module.input_layernorm, module.post_attention_layernorm
-        attention, feed_forward = module.self_attn, module.mlp
-        if not all(isinstance(norm, KtRMSNorm) for norm in norms) or not isinstance(attention, KtMlaAttention):
-            continue
-        if not isinstance(feed_forward, KtMoe | KtMlp):
-            continue
-        packed = feed_forward.weights.packed
-        layer = _C.DecoderLayer(
+        if type(module) in _CLASSES:
+            _join(module)
+
+
+def _join(layer: Any) -> None:
+    norms = layer.input_layernorm, layer.post_attention_layernorm
+    attention, feed_forward = layer.self_attn, layer.mlp
+    ours = all(isinstance(norm, KtRMSNorm) for norm in norms) and isinstance(attention, KtMlaAttention)
+    if not ours or not isinstance(feed_forward, KtMoe | KtMlp):
+        return
+    packed = feed_forward.weights.packed
+    is_moe = isinstance(feed_forward, KtMoe)
+    handle = Handle(
+        _C.DecoderLayer(
             attention=attention.weights.packed,
-            moe=packed if isinstance(feed_forward, KtMoe) else None,
-            mlp=packed if isinstance(feed_forward, KtMlp) else None,
+            moe=packed if is_moe else None,
+            mlp=None if is_moe else packed,
             input_norm_eps=norms[0].eps,
             post_norm_eps=norms[1].eps,
         )
-        # A change of class keeps the module that others may hold, its hooks and its place in the model.
-        module.__class__ = joined
-        module._parts = _Parts(norms[0], attention, norms[1], feed_forward, Handle(layer))
+    )
+    # A change of class keeps the module that others may hold, its hooks and its place in the model.
+    layer.__class__ = _CLASSES[type(layer)]
+    layer._parts = _Parts(norms[0], attention, norms[1], feed_forward, handle)

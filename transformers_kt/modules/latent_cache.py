@@ -77,7 +77,7 @@ def grow_in_place(cache: Cache, layer_idx: int) -> None:
 
 
 def growing_layer(cache: Any, layer_idx: int, batch: int) -> LatentCacheLayer | None:
-    """The layer of ``cache`` that float32 keys of `batch` sequences can be written into in place; None: use `update`."""
+    """The layer of ``cache`` that float32 keys of `batch` sequences can be written into; None: use its `update`."""
     # A subclass may do more in its update than its layers do in theirs.
     if type(cache) is not DynamicCache or layer_idx >= len(cache.layers) or cache.offloading:
         return None

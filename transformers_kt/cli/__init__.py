@@ -1,0 +1,40 @@
+"""The command ``transformers-kt``. A command is a function in a file of its own, added in `build_app`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from transformers_kt.errors import KtError
+
+if TYPE_CHECKING:
+    import typer
+
+_FAILED = 1  # 2 is a command line that is not understood
+
+
+def build_app() -> typer.Typer:
+    """The application with all its commands."""
+    import typer
+
+    from transformers_kt.cli.plan import plan_command
+
+    app = typer.Typer(
+        name="transformers-kt",
+        help="DeepSeek-class MoE models from GGUF files in transformers.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(lambda: None)  # with a single command typer would do without its name
+    app.command("plan", no_args_is_help=True)(plan_command)
+    return app
+
+
+def main() -> None:
+    """Run the command line. Refusals, also those of transformers about files and the hub, end as one message."""
+    try:
+        build_app()()
+    except (KtError, OSError) as error:
+        print(f"transformers-kt: {error}", file=sys.stderr)
+        sys.exit(_FAILED)

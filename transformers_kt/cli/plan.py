@@ -1,0 +1,76 @@
+"""``transformers-kt plan``: see the plan before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from transformers_kt.errors import InputError
+from transformers_kt.planning import DEFAULT_CONTEXT, plan
+
+
+def plan_command(
+    model: Annotated[str, typer.Argument(help="Folder or hub id with the config, or a GGUF file.")],
+    gguf_path: Annotated[
+        str | None, typer.Option(help="The weights: file, folder, any shard, or hub org/repo:file.gguf.")
+    ] = None,
+    kt_rules: Annotated[str, typer.Option(help="auto, a YAML file, or the name of bundled rules.")] = "auto",
+    device_map: Annotated[
+        str | None,
+        typer.Option(help="auto, balanced, balanced_low_0, sequential, cpu, cuda:0, or a JSON object of such devices."),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="Memory of each GPU to plan for, e.g. 24GiB,24GiB, or none. Default: what is here."),
+    ] = None,
+    ram: Annotated[str | None, typer.Option(help="RAM to plan for, e.g. 512GiB. Default: what is free here.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens to have room for.")] = DEFAULT_CONTEXT,
+    bandwidth: Annotated[
+        str | None, typer.Option(help="GB/s that RAM, or RAM and each GPU read, e.g. 400,936; or measure.")
+    ] = None,
+    kt_cpu_layers: Annotated[
+        int | None,
+        typer.Option(help="Keep the routed experts of the first N layers in RAM, as llama.cpp's --n-cpu-moe."),
+    ] = None,
+    kt_gpu_experts: Annotated[
+        int | None, typer.Option(help="Give the routed experts of the last N layers that have some to the GPUs.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    plot: Annotated[str | None, typer.Option(help="Also write a picture to this file (.png, .svg, .pdf).")] = None,
+) -> None:
+    """Show what loading MODEL would do: which operation computes what, where, in how much memory, and how fast.
+
+    Reads headers only. Neither the weights nor the hardware that is named need be there in full.
+    """
+    report = plan(
+        model,
+        gguf_path=gguf_path,
+        kt_rules=kt_rules,
+        device_map=_device_map(device_map),
+        gpus=_sizes(gpu),
+        ram=ram,
+        context=context,
+        bandwidth=bandwidth,
+        kt_cpu_layers=kt_cpu_layers,
+        kt_gpu_experts=kt_gpu_experts,
+    )
+    print(json.dumps(report.to_dict(), indent=1) if as_json else report)
+    if plot is not None:
+        report.plot(plot)
+
+
+def _device_map(text: str | None) -> Any:
+    if text is None or not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"--device-map {text!r} is no JSON: {error}") from None
+
+
+def _sizes(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    return [] if text == "none" else [size.strip() for size in text.split(",")]

@@ -1,0 +1,162 @@
+"""Which rules speak of which modules, and why a rule speaks of none."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from transformers_kt.rules_syntax import Rule
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})(?:\.|$)")
+_BASE = "model"
+
+
+class Site(NamedTuple):
+    """A module in its place. ``name`` is what rules see: its path in the causal language model."""
+
+    path: str
+    name: str
+    layer: int | None
+    module: nn.Module
+
+    def below(self) -> Iterator[Site]:
+        for name, child in self.module.named_children():
+            dot = "." if self.path else ""
+            yield _site(f"{self.path}{dot}{name}", f"{self.name}{'.' if self.name else ''}{name}", child)
+
+    @property
+    def holds_tensors(self) -> bool:
+        return _any(self.module.parameters()) or _any(self.module.buffers())
+
+    @property
+    def owns_tensors(self) -> bool:
+        return _any(self.module.parameters(recurse=False)) or _any(self.module.buffers(recurse=False))
+
+    def __str__(self) -> str:
+        return self.path or "the model itself"
+
+
+def root_site(model: nn.Module) -> Site:
+    """The model. One without head, as AutoModel gives, has the names that it would have inside one with a head."""
+    is_base = getattr(model, "base_model_prefix", None) == _BASE and getattr(model, "base_model", None) is model
+    return _site("", _BASE if is_base else "", model)
+
+
+def walk(site: Site) -> Iterator[Site]:
+    """``site`` and all below it, in the order of the tree."""
+    yield site
+    for child in site.below():
+        yield from walk(child)
+
+
+def _site(path: str, name: str, module: nn.Module) -> Site:
+    match = _LAYER.search(name)
+    return Site(path, name, None if match is None else int(match[1]), module)
+
+
+class Matcher:
+    """Finds the first rule that matches a module. Classes are compared once per class, not once per module."""
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self._rules = rules
+        self._for_class: dict[type, tuple[Rule, ...]] = {}
+
+    def first(self, site: Site) -> Rule | None:
+        cls = type(site.module)
+        if cls not in self._for_class:
+            self._for_class[cls] = tuple(rule for rule in self._rules if _fits_class(rule, cls))
+        return next((rule for rule in self._for_class[cls] if _fits_place(rule, site)), None)
+
+
+def matches(rule: Rule, site: Site) -> bool:
+    return _fits_place(rule, site) and _fits_class(rule, type(site.module))
+
+
+def is_subclass(cls: type, class_name: str) -> bool:
+    """Whether ``cls`` is the class of that dotted name or derived from it. Nothing is imported."""
+    if any(dotted(base) == class_name for base in cls.__mro__):
+        return True
+    # torch.nn.Linear is defined in torch.nn.modules.linear; a module that is not loaded has no instances to find.
+    package, _, name = class_name.rpartition(".")
+    alias = vars(sys.modules[package]).get(name) if package in sys.modules else None
+    return isinstance(alias, type) and issubclass(cls, alias)
+
+
+def dotted(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def why_idle(rule: Rule, rules: Sequence[Rule], root: Site, examples: Sequence[str]) -> tuple[str, str]:
+    """Why ``rule`` decides about no module, and what to do. ``examples`` are paths of modules that rules can match."""
+    found = next(_matched(rule, root, ()), None)
+    if found is None:
+        return (
+            f"no module matches {_criteria(rule)}",
+            f"Modules have names like {', '.join(examples)}; a regex is searched in the name, a class is a dotted "
+            "name. Correct the match or remove the rule",
+        )
+    site, above = found
+    for earlier in rules[: rule.number - 1]:
+        if matches(earlier, site):
+            shown = _shown(earlier, rule)
+            return f"what it matches first, {site}, is taken by {shown} before it", f"Put it above {shown} or remove it"
+    for outer in above:
+        for other in rules:
+            if other.speaks_of_the_inside and matches(other, outer):
+                shown = _shown(other, rule)
+                return (
+                    f"what it matches first, {site}, lies inside a module, {outer}, of which {shown} speaks as a whole",
+                    f"Put it above {shown} and give that one op: auto or torch, or remove it",
+                )
+    return (
+        f"what it matches first, {site}, holds no weights, or none that no other rule decides about",
+        "Match what is in it or remove the rule",
+    )
+
+
+def _matched(rule: Rule, site: Site, above: tuple[Site, ...]) -> Iterator[tuple[Site, tuple[Site, ...]]]:
+    if matches(rule, site):
+        yield site, above
+    for child in site.below():
+        yield from _matched(rule, child, (*above, site))
+
+
+def _fits_class(rule: Rule, cls: type) -> bool:
+    return rule.class_name is None or is_subclass(cls, rule.class_name)
+
+
+def _fits_place(rule: Rule, site: Site) -> bool:
+    return rule.speaks_of_layer(site.layer) and (rule.name is None or rule.name.search(site.name) is not None)
+
+
+def _criteria(rule: Rule) -> str:
+    parts = [] if rule.name is None else [f"name {rule.name.pattern!r}"]
+    if rule.class_name is not None:
+        parts.append(f"class {rule.class_name}")
+    if rule.layers is not None:
+        ranges = (
+            f"{first}" if first == last else f"{first}-{'' if last is None else last}" for first, last in rule.layers
+        )
+        parts.append(f"layers {','.join(ranges)}")
+    return " and ".join(parts)
+
+
+def _shown(other: Rule, rule: Rule) -> str:
+    return f"rule {other.place.number}" if other.place.source == rule.place.source else other.label
+
+
+def _any(iterator: Iterator[object]) -> bool:
+    return next(iterator, None) is not None
+
+
+def longest_prefix(path: str, values: Mapping[str, str]) -> str | None:
+    """The value of the longest of the dotted prefixes of ``path`` that ``values`` has; "" is a prefix of all."""
+    while path not in values:
+        if not path:
+            return None
+        path = path.rpartition(".")[0]
+    return values[path]
