@@ -273,15 +273,18 @@ void MlaAttention::contexts(const float* queries, int64_t first_token, int64_t t
     attend_keys(table, c, transposed.floats() + (t * groups + group) * width * kLanes, seen, first, count,
                 scratch.floats(), partial.floats() + task * state_floats);
   });
-  // At 4,096 keys the splits of a token are 1 MB: merged by one thread they would hold up the others.
-  constexpr int64_t kMergedColumns = 64;
-  const int64_t ranges = (c.latent_dim + kMergedColumns - 1) / kMergedColumns;
+  // At 4,096 keys the splits of a token are 1 MB: merged by one thread they would hold up the others. A few are merged
+  // sooner than another thread gets to it.
+  constexpr int64_t kFewSplits = 4;
+  const int64_t merged_columns = splits > kFewSplits * tokens * groups ? 64 : c.latent_dim;
+  const int64_t ranges = (c.latent_dim + merged_columns - 1) / merged_columns;
   parallel_for(tokens * groups * ranges, [&](int64_t task) {
     const int64_t t = task / ranges / groups;
     const int64_t group = task / ranges % groups;
-    const int64_t column = task % ranges * kMergedColumns;
-    const Columns columns{column, std::min(kMergedColumns, c.latent_dim - column)};
-    alignas(64) float state[(2 + kMergedColumns) * kLanes];
+    const int64_t column = task % ranges * merged_columns;
+    const Columns columns{column, std::min(merged_columns, c.latent_dim - column)};
+    const ScratchBuffer buffer(static_cast<size_t>(state_size(columns.count)) * sizeof(float));
+    float* state = buffer.floats();
     clear_state(state, columns.count);
     const int64_t begin = first_split[static_cast<size_t>(t)];
     const int64_t end = first_split[static_cast<size_t>(t) + 1];

@@ -292,29 +292,63 @@ void layer_project_keys_op(const DecoderLayer& layer, const Floats& x, const Flo
   layer.project_keys(from, norm, table, 1, tokens, keys);
 }
 
-void layer_forward_op(const DecoderLayer& layer, const Floats& x, const Floats& input_norm, const Floats& post_norm,
-                      const Floats& rope_table, StridedFloats& latents, StridedFloats& ropes,
-                      const std::optional<Int32s>& ranges, const std::optional<Bytes>& mask, bool appends,
-                      Floats& out) {
-  const AttentionInputs in = attention_inputs(layer.config(), x, rope_table, latents, ropes, ranges, mask, out);
+void require_norms(const DecoderLayer& layer, const Floats& input_norm, const Floats& post_norm) {
   require_shape(input_norm, "input_norm", {layer.config().hidden});
   require_shape(post_norm, "post_norm", {layer.config().hidden});
-  KeyRows last{};
-  if (appends) {
-    const LatentCache& cache = in.cache;
-    const int64_t first = cache.length - in.tokens;
-    if (first < 0) throw std::invalid_argument("the cache has no room for the keys of x");
-    last = {latents.mutable_data() + first * cache.latent_stride, cache.latent_batch_stride, cache.latent_stride,
-            ropes.mutable_data() + first * cache.rope_stride,     cache.rope_batch_stride,   cache.rope_stride};
-  }
+}
+
+void layer_forward_op(const DecoderLayer& layer, const Floats& x, const Floats& input_norm, const Floats& post_norm,
+                      const Floats& rope_table, const StridedFloats& latents, const StridedFloats& ropes,
+                      const std::optional<Int32s>& ranges, const std::optional<Bytes>& mask, Floats& out) {
+  const AttentionInputs in = attention_inputs(layer.config(), x, rope_table, latents, ropes, ranges, mask, out);
+  require_norms(layer, input_norm, post_norm);
   const float* from = x.data();
   const float* before = input_norm.data();
   const float* after = post_norm.data();
   const float* table = rope_table.data();
   float* to = out.mutable_data();
   const py::gil_scoped_release release;
-  layer.forward(from, before, after, table, in.batch, in.tokens, appends ? &last : nullptr, in.cache, in.visibility,
-                to);
+  layer.forward(from, before, after, table, in.batch, in.tokens, in.cache, in.visibility, to);
+}
+
+// The last rows of a cache, for the keys of as many tokens.
+KeyRows last_rows(const AttentionInputs& in, StridedFloats& latents, StridedFloats& ropes) {
+  const LatentCache& cache = in.cache;
+  const int64_t first = cache.length - in.tokens;
+  if (first < 0) {
+    throw std::invalid_argument("a cache of " + std::to_string(cache.length) + " keys has no room for those of " +
+                                std::to_string(in.tokens) + " tokens");
+  }
+  return {latents.mutable_data() + first * cache.latent_stride, cache.latent_batch_stride, cache.latent_stride,
+          ropes.mutable_data() + first * cache.rope_stride,     cache.rope_batch_stride,   cache.rope_stride};
+}
+
+void append_and_forward_op(const std::vector<std::shared_ptr<DecoderLayer>>& layers, const Floats& x,
+                           const std::vector<Floats>& norms, const Floats& rope_table,
+                           std::vector<StridedFloats> latents, std::vector<StridedFloats> ropes,
+                           const std::optional<Int32s>& ranges, const std::optional<Bytes>& mask, Floats& out) {
+  const size_t count = layers.size();
+  if (count == 0 || norms.size() != 2 * count || latents.size() != count || ropes.size() != count) {
+    throw std::invalid_argument("each layer needs two norms, latents and ropes");
+  }
+  std::vector<AttentionInputs> in;
+  std::vector<KeyRows> new_keys;
+  std::vector<const float*> weights;
+  for (size_t i = 0; i < count; ++i) {
+    in.push_back(attention_inputs(layers[i]->config(), x, rope_table, latents[i], ropes[i], ranges, mask, out));
+    new_keys.push_back(last_rows(in[i], latents[i], ropes[i]));
+    require_norms(*layers[i], norms[2 * i], norms[2 * i + 1]);
+    weights.push_back(norms[2 * i].data());
+    weights.push_back(norms[2 * i + 1].data());
+  }
+  const float* from = x.data();
+  const float* table = rope_table.data();
+  float* to = out.mutable_data();
+  const py::gil_scoped_release release;
+  for (size_t i = 0; i < count; ++i) {
+    layers[i]->append_and_forward(i == 0 ? from : to, weights[2 * i], weights[2 * i + 1], table, in[i].batch,
+                                  in[i].tokens, new_keys[i], in[i].cache, in[i].visibility, to);
+  }
 }
 
 void rope_table_op(const Int64s& positions, const Floats& inv_freq, float scaling, Floats& table) {
@@ -465,6 +499,10 @@ PYBIND11_MODULE(_C, m) {
            py::arg("rope_table").noconvert(), py::arg("latents").noconvert(), py::arg("ropes").noconvert())
       .def("forward", &layer_forward_op, py::arg("x").noconvert(), py::arg("input_norm").noconvert(),
            py::arg("post_norm").noconvert(), py::arg("rope_table").noconvert(), py::arg("latents").noconvert(),
-           py::arg("ropes").noconvert(), py::arg("ranges").noconvert(), py::arg("mask").noconvert(), py::arg("appends"),
+           py::arg("ropes").noconvert(), py::arg("ranges").noconvert(), py::arg("mask").noconvert(),
            py::arg("out").noconvert());
+  m.def("append_and_forward", &append_and_forward_op, py::arg("layers"), py::arg("x").noconvert(),
+        py::arg("norms").noconvert(), py::arg("rope_table").noconvert(), py::arg("latents").noconvert(),
+        py::arg("ropes").noconvert(), py::arg("ranges").noconvert(), py::arg("mask").noconvert(),
+        py::arg("out").noconvert());
 }

@@ -1,4 +1,4 @@
-// A whole decoder layer in one call.
+// Whole decoder layers in one call.
 #pragma once
 
 #include <cstdint>
@@ -24,13 +24,19 @@ class DecoderLayer {
   void project_keys(const float* x, const float* input_norm, const float* rope_table, int64_t batch, int64_t tokens,
                     const KeyRows& keys) const;
 
-  // x, out: [batch][tokens][hidden], the rest as for MlaAttention::attend. Where `new_keys` is given, the keys of x are
-  // written there first; they are then part of the cache.
+  // x, out: [batch][tokens][hidden], which may be the same; the rest as for MlaAttention::attend.
   void forward(const float* x, const float* input_norm, const float* post_norm, const float* rope_table, int64_t batch,
-               int64_t tokens, const KeyRows* new_keys, const LatentCache& cache, const Visibility& visibility,
-               float* out) const;
+               int64_t tokens, const LatentCache& cache, const Visibility& visibility, float* out) const;
+
+  // The same, after writing the keys of x to `new_keys`, which are then part of the cache.
+  void append_and_forward(const float* x, const float* input_norm, const float* post_norm, const float* rope_table,
+                          int64_t batch, int64_t tokens, const KeyRows& new_keys, const LatentCache& cache,
+                          const Visibility& visibility, float* out) const;
 
  private:
+  void attend_and_feed_forward(const float* x, const float* normed, const float* post_norm, const float* rope_table,
+                               int64_t batch, int64_t tokens, const LatentCache& cache, const Visibility& visibility,
+                               float* out) const;
   void norm(const float* x, const float* weight, float eps, int64_t tokens, float* out) const;
   void feed_forward(const float* x, int64_t tokens, float* out) const;
 

@@ -221,7 +221,7 @@ void run_chunk(std::vector<ExpertRun>& runs, const float* x, int64_t tokens, flo
                              static_cast<int64_t>(runs[r].tokens.size()), w.cols(), widest);
     run_of_row.resize(run_of_row.size() + runs[r].tokens.size(), r);
   }
-  parallel_for(rows, [&](int64_t row) {
+  for_each_row(rows, widest, [&](int64_t row) {
     const size_t r = run_of_row[static_cast<size_t>(row)];
     activations[r].quantize_row(row - runs[r].first_row);
   });

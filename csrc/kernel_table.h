@@ -29,7 +29,7 @@ struct AttentionSplitArgs {
   const float* const* latents;  // [keys] rows of latent_dim floats
   const float* const* ropes;    // [keys] rows of rope_dim floats
   int keys;                     // 1..kAttentionSplitKeys
-  int keys_ahead;               // how many more rows follow in both lists, which a later split will want
+  int keys_ahead;               // how many rows follow them in both lists, which a later split will want
   int latent_dim;
   int rope_dim;
   float* weights;  // scratch [kAttentionSplitKeys][16]

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "memory.h"
@@ -9,10 +10,13 @@
 
 namespace tkt {
 
+// body(row) for each row of `cols` values, on all threads where that pays.
+void for_each_row(int64_t rows, int64_t cols, const std::function<void(int64_t)>& body);
+
 // Activation rows in one format, quantized from floats.
 class Activations {
  public:
-  // Quantizes on all threads. Row i is taken from x + i * stride; F32 rows are used where they stand, so x must outlive
+  // Quantizes now. Row i is taken from x + i * stride; F32 rows are used where they stand, so x must outlive
   // this.
   Activations(ActivationFormat format, const float* x, int64_t rows, int64_t cols, int64_t stride);
 

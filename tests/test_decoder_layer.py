@@ -11,9 +11,11 @@ import torch
 from random_files import left_padded, random_tokens
 from torch import nn
 from transformers import DynamicCache, StaticCache
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2DecoderLayer
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer
 
 from transformers_kt import ops
-from transformers_kt.modules.decoder_layer import KtDeepseekV2DecoderLayer, KtDeepseekV3DecoderLayer
+from transformers_kt.modules import decoder_layer
 
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 PROMPTS = [random_tokens(tokens, seed=tokens) for tokens in (300, 3, 17)]
@@ -65,7 +67,8 @@ def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[None]:
 
 def test_layers_keep_their_parts_and_their_stock_class(model: Any) -> None:
     for layer in model.model.layers:
-        assert isinstance(layer, KtDeepseekV2DecoderLayer | KtDeepseekV3DecoderLayer)
+        assert isinstance(layer, decoder_layer._InOneGo)
+        assert isinstance(layer, DeepseekV2DecoderLayer | DeepseekV3DecoderLayer)
         assert [name for name, _ in layer.named_children()] == ["self_attn", "mlp", *PARTS[::2]]
 
 
@@ -79,20 +82,67 @@ def test_in_one_go_gives_the_bits_of_the_parts(
             return StaticCache(model.config, max_cache_len=320)
 
     singly = counted(monkeypatch, "mla_attend")
-    together = counted(monkeypatch, "layer_forward"), counted(monkeypatch, "layer_forward_appending")
     found = logits(model, make_cache())
-    layers = len(model.model.layers)
-    assert (len(singly), sum(map(len, together))) == (0, 4 * layers)
+    assert len(singly) == 0
     apart()
     assert torch.equal(logits(model, make_cache()), found)
-    assert (len(singly), sum(map(len, together))) == (4 * layers, 4 * layers)
+    assert len(singly) == 4 * len(model.model.layers)
 
 
-def test_a_dynamic_cache_is_written_in_place(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    copied, in_place = counted(monkeypatch, "layer_forward"), counted(monkeypatch, "layer_forward_appending")
+def test_a_dynamic_cache_is_written_in_place_and_few_tokens_go_through_all_layers_in_one_call(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied, in_place = counted(monkeypatch, "layer_forward"), counted(monkeypatch, "append_and_forward")
     logits(model, DynamicCache())
     layers = len(model.model.layers)
-    assert (len(copied), len(in_place)) == (layers, 3 * layers)  # the first call makes the layers of the cache
+    assert len(copied) == layers  # the first call makes the layers of the cache
+    assert len(in_place) == 1 + 1 + 1  # a step, 18 tokens, a step
+    with torch.no_grad():
+        cache = model(PROMPTS[1], past_key_values=DynamicCache()).past_key_values
+        model(PROMPTS[0], past_key_values=cache)
+    assert len(in_place) == 3 + layers
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_hook_on_a_layer_sees_its_own_output(model: Any, layer: int) -> None:
+    def hidden_states() -> list[torch.Tensor]:
+        seen: list[torch.Tensor] = []
+        hook = model.model.layers[layer].register_forward_hook(lambda _module, _args, output: seen.append(output))
+        try:
+            logits(model, DynamicCache())
+        finally:
+            hook.remove()
+        return seen
+
+    found = hidden_states()
+    ids, mask = left_padded(PROMPTS)
+    with torch.no_grad():
+        expected = model.model(ids, attention_mask=mask, output_hidden_states=True).hidden_states[layer + 1]
+    assert torch.equal(torch.cat(found, dim=1), expected)
+
+
+def test_layers_called_by_hand_compute_themselves(model: Any) -> None:
+    """Nothing goes on through the others outside of the model's own forward pass."""
+    with torch.no_grad():
+        cache = model(PROMPTS[1], past_key_values=DynamicCache()).past_key_values
+        states = model.model(PROMPTS[2][:, :1], past_key_values=copy.deepcopy(cache), output_hidden_states=True)
+        position = torch.tensor([[cache.get_seq_length()]])
+        table = model.model.rotary_emb(states.hidden_states[0], position)
+        first = model.model.layers[0](states.hidden_states[0], past_key_values=cache, position_embeddings=table)
+    assert torch.equal(first, states.hidden_states[1])
+
+
+def test_a_failed_pass_leaves_nothing_behind(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        cache = model(PROMPTS[1], past_key_values=DynamicCache()).past_key_values
+        with monkeypatch.context() as broken:
+            broken.setattr(ops, "rms_norm", fail)  # after the last layer
+            with pytest.raises(KeyboardInterrupt):
+                model(PROMPTS[2][:, :1], past_key_values=cache)
+    assert (decoder_layer._pass.layers, decoder_layer._pass.output) == ((), None)
 
 
 def test_a_cache_of_another_class_goes_through_its_own_update(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,11 +126,10 @@ def _mla_project_keys(
     return latents, ropes
 
 
-def _attention_inputs(latents: torch.Tensor, ropes: torch.Tensor, visible: torch.Tensor) -> tuple[Any, ...]:
-    """Latents, rotary keys, and `visible` as either ranges or mask."""
+def _seen(visible: torch.Tensor) -> tuple[npt.NDArray[np.int32] | None, npt.NDArray[np.uint8] | None]:
+    """`visible` as either ranges or a mask."""
     seen = _array(visible)
-    is_mask = visible.dtype == torch.bool
-    return latents.numpy(), ropes.numpy(), None if is_mask else seen, seen.view(np.uint8) if is_mask else None
+    return (None, seen.view(np.uint8)) if visible.dtype == torch.bool else (seen, None)
 
 
 def _mla_attend(
@@ -142,7 +141,8 @@ def _mla_attend(
     handle: int,
 ) -> torch.Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _object(handle).attend(_array(x), _rows(rope_table), *_attention_inputs(latents, ropes, visible), out.numpy())
+    caches = latents.numpy(), ropes.numpy()
+    _object(handle).attend(_array(x), _rows(rope_table), *caches, *_seen(visible), out.numpy())
     return out
 
 
@@ -164,18 +164,27 @@ def _layer_forward(
     ropes: torch.Tensor,
     visible: torch.Tensor,
     handle: int,
-    *,
-    appends: bool = False,
 ) -> torch.Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    norms = _array(input_norm), _array(post_norm)
-    inputs = _attention_inputs(latents, ropes, visible)
-    _object(handle).forward(_array(x), *norms, _rows(rope_table), *inputs, appends, out.numpy())
+    norms, caches = (_array(input_norm), _array(post_norm)), (latents.numpy(), ropes.numpy())
+    _object(handle).forward(_array(x), *norms, _rows(rope_table), *caches, *_seen(visible), out.numpy())
     return out
 
 
-def _layer_forward_appending(*args: Any) -> torch.Tensor:
-    return _layer_forward(*args, appends=True)
+def _append_and_forward(
+    x: torch.Tensor,
+    norms: list[torch.Tensor],
+    rope_table: torch.Tensor,
+    latents: list[torch.Tensor],
+    ropes: list[torch.Tensor],
+    visible: torch.Tensor,
+    handles: list[int],
+) -> torch.Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    caches = [tensor.numpy() for tensor in latents], [tensor.numpy() for tensor in ropes]
+    layers, weights = [_object(handle) for handle in handles], [_array(norm) for norm in norms]
+    _C.append_and_forward(layers, _array(x), weights, _rows(rope_table), *caches, *_seen(visible), out.numpy())
+    return out
 
 
 linear = _define(
@@ -260,10 +269,13 @@ layer_forward = _define(
 )
 """A whole decoder layer but for the cache: arguments as of `mla_attend`, norms float32 (hidden,)."""
 
-layer_forward_appending = _define(
-    "layer_forward_appending(Tensor x, Tensor input_norm, Tensor post_norm, Tensor rope_table, Tensor(a!) latents,"
-    " Tensor(b!) ropes, Tensor visible, int handle) -> Tensor",
-    lambda x, input_norm, post_norm, rope_table, latents, ropes, visible, handle: _fake_like(x),
-    _layer_forward_appending,
+append_and_forward = _define(
+    "append_and_forward(Tensor x, Tensor[] norms, Tensor rope_table, Tensor(a!)[] latents, Tensor(b!)[] ropes,"
+    " Tensor visible, int[] handles) -> Tensor",
+    lambda x, norms, rope_table, latents, ropes, visible, handles: _fake_like(x),
+    _append_and_forward,
 )
-"""`layer_project_keys` into the last rows of ``latents`` and ``ropes``, then `layer_forward`."""
+"""Decoder layers one after the other, each with its keys written to the last rows of its latents and ropes first.
+
+``norms`` are input and post norm of each layer in turn, the rest is as of `layer_forward`.
+"""

@@ -113,33 +113,50 @@ static void add_scaled(const float* x, float scale, int64_t n, float* out) {
 }
 
 // Columns [first, end) of K keys at a time: K independent fma chains hide the latency, and the query vector is loaded once
-// for all of them.
+// for all of them. A line of each row in `ahead` is asked for on the way.
 template <int K>
-static inline void score_columns(const float* query, const float* const* keys, int first, int end, float* scores) {
+static inline void score_columns(const float* query, const float* const* keys, const float* const* ahead, int first,
+                                 int end, float* scores) {
   V::F acc[K];
   const float* rows[K];
   TKT_UNROLL for (int k = 0; k < K; ++k) {
     acc[k] = V::load(scores + k * 16);
     rows[k] = keys[k];
   }
-  for (int i = first; i < end; ++i) {
+  int i = first;
+  for (; i + 16 <= end; i += 16) {
+    TKT_UNROLL for (int k = 0; k < K; ++k) V::prefetch(ahead[k] + i);
+    TKT_UNROLL for (int column = 0; column < 16; ++column) {
+      const V::F q = V::load(query + (i + column) * 16);
+      TKT_UNROLL for (int k = 0; k < K; ++k) acc[k] = V::fma(q, V::set_f(rows[k][i + column]), acc[k]);
+    }
+  }
+  for (; i < end; ++i) {
     const V::F q = V::load(query + i * 16);
     TKT_UNROLL for (int k = 0; k < K; ++k) acc[k] = V::fma(q, V::set_f(rows[k][i]), acc[k]);
   }
   TKT_UNROLL for (int k = 0; k < K; ++k) V::store(scores + k * 16, acc[k]);
 }
 
-// scores[key] += query * rows[key] over `dim` columns, in order.
-static inline void score_rows(const float* query, const float* const* rows, int keys, int dim, float* scores) {
-  // 128 columns of 16 queries are 8 KB and stay in L1 for all keys; the 36 KB of DeepSeek's 576 would not.
+// scores[key] += query * rows[key] over `dim` columns, in order. Blocked so that what is used again stays in L1: 128 columns
+// of 16 queries are 8 KB (all 576 of DeepSeek are 36), and the rows of the next 32 keys arrive while these are worked on.
+// One core of Zen 5, keys from memory: 103 GFLOPS without blocks, 144 with, 161 with the rows ahead; from L2 175.
+static inline void score_rows(const float* query, const float* const* rows, int keys, int keys_ahead, int dim,
+                              float* scores) {
   constexpr int kColumns = 128;
-  for (int first = 0; first < dim; first += kColumns) {
-    const int end = first + kColumns < dim ? first + kColumns : dim;
-    int key = 0;
-    for (; key + V::kScoreKeys <= keys; key += V::kScoreKeys) {
-      score_columns<V::kScoreKeys>(query, rows + key, first, end, scores + key * 16);
+  constexpr int kKeys = 32;
+  constexpr int kAtOnce = V::kScoreKeys;
+  for (int block = 0; block < keys; block += kKeys) {
+    const int block_end = block + kKeys < keys ? block + kKeys : keys;
+    for (int first = 0; first < dim; first += kColumns) {
+      const int end = first + kColumns < dim ? first + kColumns : dim;
+      int key = block;
+      for (; key + kAtOnce <= block_end; key += kAtOnce) {
+        const bool has_ahead = key + kKeys + kAtOnce <= keys + keys_ahead;
+        score_columns<kAtOnce>(query, rows + key, rows + key + (has_ahead ? kKeys : 0), first, end, scores + key * 16);
+      }
+      for (; key < block_end; ++key) score_columns<1>(query, rows + key, rows + key, first, end, scores + key * 16);
     }
-    for (; key < keys; ++key) score_columns<1>(query, rows + key, first, end, scores + key * 16);
   }
 }
 
@@ -157,8 +174,8 @@ static inline void sum_latents(const AttentionSplitArgs& args, int dim) {
 
 static void attend_split(const AttentionSplitArgs& args) {
   for (int key = 0; key < args.keys; ++key) V::store(args.weights + key * 16, V::zero_f());
-  score_rows(args.query, args.latents, args.keys, args.latent_dim, args.weights);
-  score_rows(args.query + args.latent_dim * 16, args.ropes, args.keys, args.rope_dim, args.weights);
+  score_rows(args.query, args.latents, args.keys, args.keys_ahead, args.latent_dim, args.weights);
+  score_rows(args.query + args.latent_dim * 16, args.ropes, args.keys, args.keys_ahead, args.rope_dim, args.weights);
 
   V::F largest = V::load(args.weights);
   for (int key = 1; key < args.keys; ++key) largest = V::max(largest, V::load(args.weights + key * 16));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,13 +77,17 @@ def grow_in_place(cache: Cache, layer_idx: int) -> None:
         cache.layers[layer_idx] = layer
 
 
-def growing_layer(cache: Any, layer_idx: int, batch: int) -> LatentCacheLayer | None:
-    """The layer of ``cache`` that float32 keys of `batch` sequences can be written into; None: use its `update`."""
+def growing_layers(cache: Any, layer_indices: Sequence[int], batch: int) -> list[LatentCacheLayer] | None:
+    """The layers of ``cache`` that float32 keys of `batch` sequences can be written into; None: use its `update`."""
     # A subclass may do more in its update than its layers do in theirs.
-    if type(cache) is not DynamicCache or layer_idx >= len(cache.layers) or cache.offloading:
+    if type(cache) is not DynamicCache or cache.offloading or max(layer_indices) >= len(cache.layers):
         return None
-    layer = cache.layers[layer_idx]
-    if type(layer) is not LatentCacheLayer or not layer.is_initialized:
+    layers = [cache.layers[index] for index in layer_indices]
+    for layer in layers:
+        if type(layer) is not LatentCacheLayer or not layer.is_initialized or layer.keys.shape[0] != batch:
+            return None
+        if not layer.keys.dtype == layer.values.dtype == torch.float32:
+            return None
+    if len({layer.get_seq_length() for layer in layers}) > 1:
         return None
-    fits = layer.keys.shape[0] == batch and layer.keys.dtype == layer.values.dtype == torch.float32
-    return layer if fits else None
+    return layers
