@@ -7,7 +7,7 @@ import functools
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -409,3 +409,47 @@ def test_one_model_serves_two_threads(quantized: Any) -> None:
 def test_a_generation_config_of_the_user_is_obeyed(model: Any, greedy: torch.Tensor) -> None:
     config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=2)
     assert torch.equal(model.generate(PROMPT, generation_config=config)[0, PROMPT.shape[1] :], greedy[:4])
+
+
+# ---- torch's threads -------------------------------------------------------------------------------------------------
+
+
+class _ThreadCounter(BaseStreamer):
+    def __init__(self) -> None:
+        self.counts: set[int] = set()
+
+    def put(self, value: Any) -> None:
+        self.counts.add(torch.get_num_threads())
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.fixture
+def three_torch_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_torch_threads")
+def test_torch_keeps_to_one_thread_while_our_kernels_generate(model: Any) -> None:
+    seen = _ThreadCounter()
+    model.generate(PROMPT, streamer=seen, **GREEDY)
+    assert (seen.counts, torch.get_num_threads()) == ({1}, 3)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        model.generate(PROMPT, max_new_tokens=-1)
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.usefixtures("three_torch_threads")
+def test_torch_keeps_its_threads_where_it_computes_modules(gguf_file: Callable[[str], Any]) -> None:
+    rules = [
+        {"match": {"name": r"\.mlp"}, "replace": {"op": "torch"}},
+        {"match": {"name": ""}, "replace": {"op": "auto"}},
+    ]
+    model = AutoModelForCausalLM.from_pretrained(None, gguf_path=gguf_file("small-v3-F32"), kt_rules=rules)
+    seen = _ThreadCounter()
+    model.generate(PROMPT, streamer=seen, **GREEDY)
+    assert seen.counts == {3}

@@ -49,7 +49,7 @@ from transformers_kt.gguf.checkpoint import Checkpoint, open_checkpoint
 from transformers_kt.gguf.config import config_from_gguf, generation_config_from_gguf
 from transformers_kt.gguf.names import TensorSlot, check_tensors
 from transformers_kt.gguf.tokenizer import tokenizer_from_gguf
-from transformers_kt.loaded_model import InputGuard, KtModelMixin, refuse_training
+from transformers_kt.loaded_model import InputGuard, KtGenerationMixin, KtModelMixin, refuse_training
 from transformers_kt.loading import KtReport
 from transformers_kt.rules import AUTO, DeviceMap, KtRules, Plan, RuleList, load_rules, make_plan
 
@@ -534,8 +534,8 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         assert job is not None
         plan = _plan_on_the_cpu(model, job)
         job.notes = plan.notes
-        for note in plan.notes:
-            logger.info("%s", note)
+        if plan.notes:
+            logger.warning("%s does not do all that its rules say:\n%s", job.title, "\n".join(plan.notes))
         if plan.uses(_ATTENTION_OP) and not _keeps_attention(model, plan, job.operations):
             # Masks in our own short form. Where stock attention shares them they stay as transformers makes them,
             # which our attention reads too.
@@ -660,7 +660,9 @@ def _kt_class(model_class: type[PreTrainedModel]) -> Any:
         return model_class
     if model_class not in _KT_CLASSES:
         names = {key: getattr(model_class, key) for key in ("__module__", "__qualname__", "__doc__")}
-        _KT_CLASSES[model_class] = type(model_class.__name__, (_FilledByQuantizer, model_class), names)
+        generating = (KtGenerationMixin,) if hasattr(model_class, "generate") else ()
+        bases = (_FilledByQuantizer, *generating, model_class)
+        _KT_CLASSES[model_class] = type(model_class.__name__, bases, names)
     return _KT_CLASSES[model_class]
 
 
