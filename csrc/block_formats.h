@@ -93,7 +93,9 @@ inline int64_t activation_row_bytes(ActivationFormat format, int64_t cols) {
 // A panel holds 16 rows, k-major, in exactly 16 times a row's bytes. A block is cut into `unit_count` units of
 // `unit_bytes`; unit u of block b of the 16 rows stands together, lane = row. So 4 consecutive int8 (or 8 nibbles) of 16
 // rows fill one 512-bit register. A block whose size is no multiple of 4 keeps its f16 scale apart: all scales of the
-// panel follow after all units, 16 lanes of 2 bytes per block, so that units stay 64-byte aligned.
+// panel follow after all units, 16 lanes of 2 bytes per block, so that units stay 64-byte aligned. A unit that holds one
+// bit of each of 32 columns has its bits regrouped, so that the bits of 4 consecutive columns lie where a kernel wants
+// them, each in the byte of its column: bit 4 g + k of the file is bit g of byte k.
 
 constexpr int kPanelRows = 16;
 
@@ -110,19 +112,20 @@ struct WeightTypeInfo {
   int unit_bytes;      // 2 or 4
   int unit_count;      // per block
   int scale_offset;    // where the separate f16 scale stands in a block; -1: there is none
+  int bit_unit;        // the unit of one bit per column; -1: there is none
   ActivationFormat activation;
 };
 
 constexpr WeightTypeInfo kWeightTypeInfos[kWeightTypes] = {
-    {WeightType::kF32, "F32", 0, 1, 4, 0, 4, 1, -1, ActivationFormat::kF32},
-    {WeightType::kF16, "F16", 1, 1, 2, 0, 2, 1, -1, ActivationFormat::kF32},
-    {WeightType::kBF16, "BF16", 30, 1, 2, 0, 2, 1, -1, ActivationFormat::kF32},
-    {WeightType::kQ4_0, "Q4_0", 2, 32, 18, 2, 4, 4, 0, ActivationFormat::kQ8},
-    {WeightType::kQ5_0, "Q5_0", 6, 32, 22, 2, 4, 5, 0, ActivationFormat::kQ8},
-    {WeightType::kQ8_0, "Q8_0", 8, 32, 34, 2, 4, 8, 0, ActivationFormat::kQ8},
-    {WeightType::kQ4_K, "Q4_K", 12, 256, 144, 0, 4, 36, -1, ActivationFormat::kQ8},
-    {WeightType::kQ5_K, "Q5_K", 13, 256, 176, 0, 4, 44, -1, ActivationFormat::kQ8},
-    {WeightType::kQ6_K, "Q6_K", 14, 256, 210, 0, 4, 52, 208, ActivationFormat::kQ8},
+    {WeightType::kF32, "F32", 0, 1, 4, 0, 4, 1, -1, -1, ActivationFormat::kF32},
+    {WeightType::kF16, "F16", 1, 1, 2, 0, 2, 1, -1, -1, ActivationFormat::kF32},
+    {WeightType::kBF16, "BF16", 30, 1, 2, 0, 2, 1, -1, -1, ActivationFormat::kF32},
+    {WeightType::kQ4_0, "Q4_0", 2, 32, 18, 2, 4, 4, 0, -1, ActivationFormat::kQ8},
+    {WeightType::kQ5_0, "Q5_0", 6, 32, 22, 2, 4, 5, 0, 0, ActivationFormat::kQ8},
+    {WeightType::kQ8_0, "Q8_0", 8, 32, 34, 2, 4, 8, 0, -1, ActivationFormat::kQ8},
+    {WeightType::kQ4_K, "Q4_K", 12, 256, 144, 0, 4, 36, -1, -1, ActivationFormat::kQ8},
+    {WeightType::kQ5_K, "Q5_K", 13, 256, 176, 0, 4, 44, -1, -1, ActivationFormat::kQ8},
+    {WeightType::kQ6_K, "Q6_K", 14, 256, 210, 0, 4, 52, 208, -1, ActivationFormat::kQ8},
 };
 
 constexpr const WeightTypeInfo& info_of(WeightType type) { return kWeightTypeInfos[static_cast<int>(type)]; }

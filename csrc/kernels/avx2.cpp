@@ -93,6 +93,11 @@ struct V {
     const __m256i* halves = static_cast<const __m256i*>(p);
     return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
   }
+  TKT_INLINE void store_i(void* p, I a) {
+    __m256i* halves = static_cast<__m256i*>(p);
+    _mm256_storeu_si256(halves, a.low);
+    _mm256_storeu_si256(halves + 1, a.high);
+  }
   TKT_INLINE I broadcast_i(const void* p) {
     int32_t x;
     __builtin_memcpy(&x, p, 4);
