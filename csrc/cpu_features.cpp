@@ -17,6 +17,7 @@ struct NamedFeature {
 constexpr NamedFeature kNames[] = {
     {kAvx2, "avx2"},         {kFma, "fma"},           {kF16c, "f16c"},         {kAvx512f, "avx512f"},
     {kAvx512bw, "avx512bw"}, {kAvx512dq, "avx512dq"}, {kAvx512vl, "avx512vl"}, {kAvx512vnni, "avx512_vnni"},
+    {kAvxvnni, "avx_vnni"},
 };
 
 std::atomic<uint32_t> hidden{0};
@@ -44,6 +45,7 @@ uint32_t detect() {
   if ((c >> 29) & 1) features |= kF16c;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return features;
   if ((b >> 5) & 1) features |= kAvx2;
+  const unsigned subleaves = a;
   if (zmm_saved) {
     if ((b >> 16) & 1) features |= kAvx512f;
     if ((b >> 17) & 1) features |= kAvx512dq;
@@ -51,6 +53,7 @@ uint32_t detect() {
     if ((b >> 31) & 1) features |= kAvx512vl;
     if ((c >> 11) & 1) features |= kAvx512vnni;
   }
+  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && ((a >> 4) & 1)) features |= kAvxvnni;
   return features;
 }
 #else

@@ -15,6 +15,7 @@ enum CpuFeature : uint32_t {
   kAvx512dq = 1u << 5,
   kAvx512vl = 1u << 6,
   kAvx512vnni = 1u << 7,
+  kAvxvnni = 1u << 8,
 };
 
 // Features both the CPU (cpuid) and the operating system (XCR0: registers saved on a context switch) support.

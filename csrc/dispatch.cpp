@@ -47,8 +47,10 @@ const KernelTable& best_table() {
 const std::vector<const KernelTable*>& all_tables() {
   static const std::vector<const KernelTable*> tables = {
 #if defined(__x86_64__)
-      &avx512_vnni::kTable,
-      &avx512::kTable,
+      &avx512_vnni::kTable, &avx512::kTable,
+#if defined(TKT_HAS_AVX_VNNI)
+      &avx_vnni::kTable,
+#endif
       &avx2::kTable,
 #endif
       &scalar::kTable,

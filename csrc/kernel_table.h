@@ -39,7 +39,7 @@ struct AttentionSplitArgs {
 };
 
 struct KernelTable {
-  const char* name;            // "scalar", "avx2", "avx512", "avx512_vnni"
+  const char* name;            // "scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni"
   uint32_t required_features;  // CpuFeature bits
 
   // Integer products are exact; a_j is the activation block of 32 that sub-block j meets, d_j its scale.
@@ -80,6 +80,9 @@ extern const KernelTable kTable;
 }
 #if defined(__x86_64__)
 namespace avx2 {
+extern const KernelTable kTable;
+}
+namespace avx_vnni {  // only where TKT_HAS_AVX_VNNI is defined: older compilers do not know it
 extern const KernelTable kTable;
 }
 namespace avx512 {

@@ -57,10 +57,17 @@ def test_a_cpu_without_the_instructions_is_refused_at_loading_by_their_name(miss
         AutoModelForCausalLM.from_pretrained(bundled_model(), kt_rules="auto")
 
 
-@pytest.mark.skipif("avx512_vnni" not in _C.supported_isas(), reason="needs a CPU with all of them")
+@pytest.mark.skipif(not {"avx512_vnni", "avx_vnni"} <= set(_C.supported_isas()), reason="needs a CPU with all of them")
 @pytest.mark.usefixtures("_own_cpu_afterwards")
 @pytest.mark.parametrize(
-    ("missing", "chosen"), [("", "avx512_vnni"), ("avx512_vnni", "avx512"), ("avx512bw", "avx2"), ("avx512f", "avx2")]
+    ("missing", "chosen"),
+    [
+        ("", "avx512_vnni"),
+        ("avx512_vnni", "avx512"),
+        ("avx512bw", "avx_vnni"),
+        ("avx512f avx_vnni", "avx2"),
+        ("avx512bw avx_vnni", "avx2"),
+    ],
 )
 def test_the_best_kernels_that_the_cpu_has_are_chosen(missing: str, chosen: str) -> None:
     _C.hide_cpu_features(missing)

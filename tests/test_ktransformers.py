@@ -225,6 +225,30 @@ def test_experts_without_a_device_are_on_the_cpu() -> None:
     assert places(plan_of([experts()], "v3"))["model.layers.5.mlp.experts"] == "experts_cpu cpu"
 
 
+def test_names_of_their_first_version_mean_what_later_ones_do() -> None:
+    operators = "ktransformers.operators."
+    former = [
+        their_rule(
+            {"class": f"{operators}linear.KTransformerLinear", "kwargs": {"generate_op": "QuantizedLinearMarlin"}}
+        ),
+        their_rule(
+            {
+                "class": f"{operators}experts.KTransformersMLPExpert",
+                "device": "cpu",
+                "kwargs": {"generate_device": "cuda:1", "generate_mlp_type": "MLPExpertsTorch"},
+            },
+            name=r"\.mlp\.experts$",
+        ),
+        their_rule({"class": f"{operators}experts.DeepseekV2MoEInjected"}, name=r"\.[1-9]\d?\.mlp$"),
+        their_rule({"class": f"{operators}attention.DeepseekV2AttentionInjected"}, name=r"\.self_attn$"),
+        their_rule({"class": f"{operators}layer_wise_prefill.DeepseekV2ModelPerLayerPrefill"}, name="^model$"),
+    ]
+    found = places(plan_of(former, "v2"))
+    assert in_layers(found, "mlp.experts", "experts_gpu cuda:1") == list(range(1, 60))
+    assert in_layers(found, "self_attn", "attention_gpu cuda:0") == list(range(60))
+    assert found["lm_head"] == "linear_gpu cuda:0"
+
+
 @pytest.mark.parametrize("none", [None, "None"])
 def test_without_a_generate_op_a_module_is_where_it_prefills(none: Any) -> None:
     rule = experts(generate_op=none, prefill_op="KExpertsTorch", prefill_device="cuda:1", generate_device="cpu")
@@ -254,6 +278,22 @@ def test_a_rule_for_another_model_is_a_note() -> None:
     )
     (note,) = plan.notes
     assert "nothing to do: no module matches class" in note
+
+
+def test_a_class_that_is_nearly_one_of_the_model_is_named() -> None:
+    stock = "transformers.models.deepseek_v3.modeling_deepseek_v3"
+    message = refusal({"match": {"class": f"{stock}.DeepseekV3Moe"}, "replace": {"device": "cpu"}})
+    assert f"(did you mean '{stock}.DeepseekV3MoE'?)" in message
+
+
+def test_loading_says_once_what_rules_asked_for_and_did_not_get(
+    gguf_file: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        None, gguf_path=gguf_file("v3-like-Q4_K_M"), kt_rules=path_of("v3-one-gpu"), device_map="cpu"
+    )
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("transformers_kt")]
+    assert said.splitlines()[1:] == list(model.kt_report.notes) != []
 
 
 def test_rules_of_both_forms_keep_to_their_own() -> None:
@@ -287,7 +327,7 @@ def test_attention_that_the_call_keeps_stock_falls_into_its_parts() -> None:
         (their_rule({"clas": "default"}), "'clas' (did you mean 'class'?)"),
         (their_rule(linear(generate_devise="cuda")), "'generate_devise' (did you mean 'generate_device'?)"),
         (their_rule(linear(per_layer_prefill_input_threshold=0)), "did you mean 'per_layer_prefill_intput_threshold'?"),
-        (their_rule({"class": "ktransformers.operators.linear.KTransformerLinear"}), "linear.KTransformersLinear'?"),
+        (their_rule({"class": "ktransformers.operators.linear.KTransfomersLinear"}), "linear.KTransformersLinear'?"),
         (their_rule({"class": "os.system"}), "unknown class 'os.system'"),
         (their_rule({"class": ["default"]}), "unknown class ['default']"),
         (their_rule({"class": "default", "device": "cpu"}), "in theirs, devices stand in kwargs"),

@@ -247,12 +247,30 @@ def test_vector_instructions_stand_only_in_functions_of_their_instruction_set(bi
         for line in _objdump("-d", binary).splitlines():
             if line.endswith(">:"):
                 function = line.partition("<")[2][:-2]
-            elif re.search(r"\tv[a-z]", line) and "\tver" not in line:
+            elif re.search(r"\t(\{vex\} )?v[a-z]", line) and "\tver" not in line:
                 vector_functions += 1
                 if not any(namespace in function for namespace in namespaces):
                     strangers.add(function)
     assert vector_functions > 1000
     assert not strangers
+
+
+def test_tables_for_cpus_without_avx512_hold_no_instruction_of_it(binaries: list[Path]) -> None:
+    """Instructions that both have, AVX-VNNI's product of bytes, are told apart by their prefix alone."""
+    byte_products = 0
+    for binary in binaries:
+        function = ""
+        for line in _objdump("-d", binary).splitlines():
+            if line.endswith(">:"):
+                function = line.partition("<")[2][:-2]
+            elif "tkt::avx2::" in function or "tkt::avx_vnni::" in function:
+                assert not re.search(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]|\{evex\}", line), f"{function}: {line}"
+                if "vpdpbusd" in line:
+                    byte_products += 1
+                    assert "tkt::avx_vnni::" in function, function
+                    assert "{vex}" in line, f"{function}: {line}"
+    if "avx_vnni" in _C.supported_isas():  # a compiler that does not know it leaves the table out
+        assert byte_products > 100
 
 
 def test_a_file_of_an_instruction_set_exports_one_table(binaries: list[Path]) -> None:

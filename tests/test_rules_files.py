@@ -88,12 +88,16 @@ def test_an_entry_has_the_label_of_its_rule(tmp_path: Path) -> None:
     [
         ("- match: [", "not valid YAML"),
         ("a: b: c", "not valid YAML"),
-        ("- !!python/object/apply:os.system [true]", "not valid YAML"),
+        ("- !!python/object/apply:os.system [true]", "plain data, no tags"),
         ("--- 1\n--- 2", "not valid YAML"),
         ("- 2001-99-99", "not valid YAML"),
         ("[" * 1000, "not valid YAML"),
         ("", "holds no rules"),
-        ("match: {name: x}", "has the unknown key 'match'; known are variables, rules"),
+        ("match: {name: x}", 'put "- " before its first line'),
+        ("macth: {name: x}", "has the unknown key 'macth'; known are variables, rules"),
+        ("- match:\n\tname: x", "indent with spaces, not with tabs"),
+        ('- match: {name: "\\.mlp$"}', "put regexes in single quotes"),
+        ("- match: {name: x}\n---\n- 1", "remove the line ---"),
         ("just words", "holds a str"),
         ("- &a [*a]", "rule 1 (line 1)"),
     ],
@@ -104,6 +108,12 @@ def test_a_file_that_is_no_list_of_rules_is_refused_by_name(tmp_path: Path, text
         load_rules(path, OPERATIONS)
     assert str(path) in str(caught.value)
     assert said in str(caught.value)
+
+
+def test_a_regex_that_would_take_years_is_refused_after_a_second(tmp_path: Path) -> None:
+    path = written(tmp_path, RULE_1 + r"- {match: {name: '^(\w|[a-z]|[a-y]|[a-x]|[a-w]|\.)+[^\w.]'}, replace: torch}")
+    with pytest.raises(RuleError, match=r"rule 2 \(line 4\), match\.name takes more than 1 s"):
+        make_plan(Model(), load_rules(path, OPERATIONS), OPERATIONS)
 
 
 def test_aliases_that_multiply_are_refused_fast_and_in_few_words(tmp_path: Path) -> None:
@@ -137,7 +147,7 @@ def test_an_alias_saves_writing_a_rule_twice(tmp_path: Path) -> None:
 def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"
     path.write_bytes(b"- \xff\xfe")
-    with pytest.raises(RuleError, match="not valid YAML"):
+    with pytest.raises(RuleError, match="save it as UTF-8"):
         load_rules(path, OPERATIONS)
 
 

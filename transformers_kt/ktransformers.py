@@ -1,7 +1,8 @@
 """The names in KTransformers' YAML files, and what each means here. Names are data: none is ever imported.
 
-Facts of KTransformers 0.2 to 0.4 (`optimize.py`, `operators/`, `optimize_rules/`). A replacement becomes an operation
+Facts of KTransformers 0.1 to 0.4 (`optimize.py`, `operators/`, `optimize_rules/`). A replacement becomes an operation
 family; the module computes on ``generate_device``; what has no meaning here becomes the nearest thing, with a note.
+Names of 0.1 that changed later are known too: they still stand in files that are about.
 """
 
 from __future__ import annotations
@@ -27,13 +28,23 @@ _MODELS = "ktransformers.models."
 _REPLACEMENTS: Mapping[str, str] = {
     _OPERATORS + name: family
     for family, names in {
-        "experts": ("experts.KTransformersExperts", "experts.KTransformersExpertsV2"),
-        "moe": ("experts.KDeepseekV2MoE", "experts.KDeepseekV3MoE", "experts.KDeepseekV3MoEV2"),
+        "experts": (
+            "experts.KTransformersExperts",
+            "experts.KTransformersExpertsV2",
+            "experts.KTransformersMLPExpert",
+        ),
+        "moe": (
+            "experts.KDeepseekV2MoE",
+            "experts.KDeepseekV3MoE",
+            "experts.KDeepseekV3MoEV2",
+            "experts.DeepseekV2MoEInjected",
+        ),
         "mlp": ("mlp.kDeepseekV3MLP",),
-        "linear": ("linear.KTransformersLinear",),
+        "linear": ("linear.KTransformersLinear", "linear.KTransformerLinear"),
         "attention": (
             "attention.KDeepseekV2Attention",
             "attention.KDeepseekV3Attention",
+            "attention.DeepseekV2AttentionInjected",
             "attention.flashinfer_attn",
             "balance_serve_attention.flashinfer_attn",
         ),
@@ -48,7 +59,12 @@ _REPLACEMENTS: Mapping[str, str] = {
         ),
         "norm": ("layernorm.RMSNorm", "layernorm.DeepseekV3RMSNormTorch"),
         ROUTER: ("gate.KMoEGate", "gate.KMoEGateDeepSeekV3", "gate.KMoEGateIPEXLLM"),
-        MODEL: ("models.KDeepseekV2Model", "layer_wise_prefill.KDeepseekV2Model"),
+        MODEL: (
+            "models.KDeepseekV2Model",
+            "layer_wise_prefill.KDeepseekV2Model",
+            "layer_wise_prefill.DeepseekV2ModelKTransformers",
+            "layer_wise_prefill.DeepseekV2ModelPerLayerPrefill",
+        ),
     }.items()
     for name in names
 }
@@ -91,6 +107,9 @@ _V3_CLASSES = {
 }
 # Class of their copies of the models -> transformers' own. Their V3 file had another name at first.
 _STOCK_CLASSES: Mapping[str, str] = {
+    # The first files for V3 looked for this class in the file of V2.
+    _MODELS + "modeling_deepseek.DeepseekV3YarnRotaryEmbedding": _V3 + "DeepseekV3RotaryEmbedding",
+} | {
     f"{_MODELS}{file}.{theirs}": stock + ours
     for file, stock, classes in (
         ("modeling_deepseek", _V2, _V2_CLASSES),
@@ -106,7 +125,7 @@ CLASSES_OF = {
 }
 
 _OPS = {
-    "experts": ("KExpertsCPU", "KExpertsTorch", "KExpertsMarlin", "MLPCPUExperts"),
+    "experts": ("KExpertsCPU", "KExpertsTorch", "KExpertsMarlin", "MLPCPUExperts", "MLPExpertsTorch"),
     "linear": (
         "KLinearMarlin",
         "VLinearMarlin",
@@ -114,10 +133,14 @@ _OPS = {
         "KLinearCPUInfer",
         "KLinearFP8",
         "KLinearQ8",
+        "QuantizedLinearMarlin",
+        "QuantizedLinearTorch",
     ),
 }
 _CPU_OPS = ("KExpertsCPU", "MLPCPUExperts", "KLinearCPUInfer")
 _NO_OP = (None, "None")
+# Names of 0.1 for kwargs -> those since.
+_FORMER_KWARGS = {"generate_mlp_type": "generate_op", "prefill_mlp_type": "prefill_op"}
 _BACKENDS = ("llamafile", "AMXInt8", "AMXInt4", "AMXBF16")
 
 
@@ -143,11 +166,12 @@ def stock_class(name: str, where: str) -> str:
 
 def read_replacement(replace: Mapping[str, Any], where: str) -> Replacement:
     """What ``replace``, of the keys class and kwargs, means. Raises `RuleError` if anything in it is not known."""
-    require_keys(replace, ("class", "kwargs"), f"{where}, replace", "replace with a class")
     name = replace.get("class", DEFAULT)
     family = DEFAULT if name == DEFAULT else _family(name, where)
     kwargs = {} if replace.get("kwargs") is None else replace["kwargs"]
-    require_keys(kwargs, tuple(_KWARGS), f"{where}, replace.kwargs", "kwargs")
+    require_keys(kwargs, (*_KWARGS, *_FORMER_KWARGS), f"{where}, replace.kwargs", "kwargs")
+    kwargs = {_FORMER_KWARGS.get(key, key): value for key, value in kwargs.items()}
+    _check_keys(replace, kwargs, where)
     for key, value in kwargs.items():
         _KWARGS[key](value, f"{where}, replace.kwargs.{key}")
     for key in ("generate_op", "prefill_op"):
@@ -158,6 +182,18 @@ def read_replacement(replace: Mapping[str, Any], where: str) -> Replacement:
     never_generates = "generate_op" in kwargs and kwargs["generate_op"] in _NO_OP
     device = (prefill if never_generates and prefill else generate) or _DEFAULT_DEVICES.get(family, DEFAULT_DEVICE)
     return Replacement(family, device, tuple(_notes(kwargs, family, device, prefill)))
+
+
+def _check_keys(replace: Mapping[str, Any], kwargs: Mapping[str, Any], where: str) -> None:
+    """A device beside the class said, in 0.1, where weights are at first; what counts is where they are used."""
+    accepted = ["class", "kwargs", *(["device"] if "generate_device" in kwargs else [])]
+    if not replace.keys() <= set(accepted):
+        raise RuleError(
+            f"{where}, replace has {', '.join(replace)}: op and device are our form, class and kwargs that of "
+            "KTransformers. Write the rule in one of them; in theirs, devices stand in kwargs"
+        )
+    if "device" in replace:
+        _is_device(replace["device"], f"{where}, replace.device")
 
 
 def _family(name: Any, where: str) -> str:

@@ -94,8 +94,11 @@ def bundled_rules() -> dict[str, Path]:
 
 def nearest(word: object, known: Sequence[str]) -> str:
     """ " (did you mean ...?)" with the one of ``known`` that ``word`` looks like; "" where none does."""
-    close = difflib.get_close_matches(word, known, n=1) if isinstance(word, str) and len(word) < 200 else []
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    if not isinstance(word, str) or len(word) >= 200:
+        return ""
+    spelt = {candidate.casefold(): candidate for candidate in known}
+    close = difflib.get_close_matches(word.casefold(), spelt, n=1)
+    return f" (did you mean {spelt[close[0]]!r}?)" if close else ""
 
 
 def require_keys(item: Any, accepted: Sequence[str], where: str, what: str) -> None:
@@ -145,6 +148,10 @@ class _Reader:
         declared: dict[str, _Variable] = {}
         substitutes = isinstance(value, Mapping)
         if isinstance(value, Mapping):
+            if "match" in value:
+                raise RuleError(
+                    f'{source} holds a rule where a list of rules belongs; in YAML, put "- " before its first line'
+                )
             require_keys(value, _FILE_KEYS, f"{source} holds a mapping, which", "a file of rules, if it is no list,")
             declared = _declared_variables(value.get("variables", {}), source)
             value = value.get(_RULES_KEY, [])

@@ -9,10 +9,13 @@ from typing import NamedTuple
 
 from torch import nn
 
+from transformers_kt.errors import RuleError
+from transformers_kt.rules_files import nearest
 from transformers_kt.rules_syntax import Rule
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})(?:\.|$)")
 _BASE = "model"
+_LONGEST_SEARCH_S = 1
 
 
 class Site(NamedTuple):
@@ -95,9 +98,9 @@ def why_idle(rule: Rule, rules: Sequence[Rule], root: Site, examples: Sequence[s
     found = next(_matched(rule, root, ()), None)
     if found is None:
         return (
-            f"no module matches {_criteria(rule)}",
-            f"Modules have names like {', '.join(examples)}; a regex is searched in the name, a class is a dotted "
-            "name. Correct the match or remove the rule",
+            f"no module matches {_criteria(rule)}{_nearest_class(rule, root)}",
+            f"Modules have names like {', '.join(examples)}{_layers_there(rule, root)}; a regex is searched in the "
+            "name, a class is a dotted name. Correct the match or remove the rule",
         )
     site, above = found
     for earlier in rules[: rule.number - 1]:
@@ -118,6 +121,17 @@ def why_idle(rule: Rule, rules: Sequence[Rule], root: Site, examples: Sequence[s
     )
 
 
+def _nearest_class(rule: Rule, root: Site) -> str:
+    """A hint if the class is one that no module of the model has, but which looks like one of theirs."""
+    classes = {dotted(type(site.module)) for site in walk(root)}
+    return "" if rule.class_name in classes else nearest(rule.class_name, sorted(classes))
+
+
+def _layers_there(rule: Rule, root: Site) -> str:
+    layers = [site.layer for site in walk(root) if site.layer is not None]
+    return f", in layers 0 to {max(layers)}" if rule.layers is not None and layers else ""
+
+
 def _matched(rule: Rule, site: Site, above: tuple[Site, ...]) -> Iterator[tuple[Site, tuple[Site, ...]]]:
     if matches(rule, site):
         yield site, above
@@ -130,11 +144,20 @@ def _fits_class(rule: Rule, cls: type) -> bool:
 
 
 def _fits_place(rule: Rule, site: Site) -> bool:
-    return rule.speaks_of_layer(site.layer) and (rule.name is None or rule.name.search(site.name) is not None)
+    if rule.name is None or not rule.speaks_of_layer(site.layer):
+        return rule.speaks_of_layer(site.layer)
+    try:
+        return rule.name.search(site.name, timeout=_LONGEST_SEARCH_S) is not None
+    except TimeoutError:
+        raise RuleError(
+            f"{rule.label}, match.name takes more than {_LONGEST_SEARCH_S} s on the module {site}: "
+            f"'{rule.name.pattern}'. Repetitions of what can match in many ways, as (a+)+ and (a|a)+, take that long; "
+            "write it without"
+        ) from None
 
 
 def _criteria(rule: Rule) -> str:
-    parts = [] if rule.name is None else [f"name {rule.name.pattern!r}"]
+    parts = [] if rule.name is None else [f"name '{rule.name.pattern}'"]
     if rule.class_name is not None:
         parts.append(f"class {rule.class_name}")
     if rule.layers is not None:

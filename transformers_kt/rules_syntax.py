@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+import regex
 import torch
 
 from transformers_kt import ktransformers
@@ -22,7 +23,7 @@ _DEFAULT = "default"
 _RULE_KEYS = ("match", "replace", "recursive")
 _MATCH_KEYS = ("name", "class", "layers")
 _REPLACE_KEYS = ("op", "device", "class", "kwargs")
-_OURS, _THEIRS = {"op", "device"}, {"class", "kwargs"}
+_THEIRS = {"class", "kwargs"}
 _LONGEST_PATTERN = 4096
 _LAYERS = re.compile(r"\s*(\d{1,5})\s*(-\s*(\d{1,5})?\s*)?")
 
@@ -38,7 +39,7 @@ class Rule:
 
     number: int
     place: Place
-    name: re.Pattern[str] | None
+    name: regex.Pattern[str] | None
     class_name: str | None
     layers: tuple[tuple[int, int | None], ...] | None
     op: str
@@ -100,7 +101,7 @@ def validated_rule(item: Item, number: int, operations: Collection[str]) -> Rule
 
 def everything_auto() -> Rule:
     """The one rule of kt_rules="auto"."""
-    return Rule(1, Place(AUTO, 1, None), re.compile(""), None, None, AUTO, None, recursive=True)
+    return Rule(1, Place(AUTO, 1, None), regex.compile(""), None, None, AUTO, None, recursive=True)
 
 
 def families(operations: Collection[str]) -> dict[str, str]:
@@ -116,11 +117,6 @@ def _replacement(
         replace = {"op": replace}
     require_keys(replace, _REPLACE_KEYS, f"{label}, replace", "replace")
     if replace.keys() & _THEIRS:
-        if replace.keys() & _OURS:
-            raise RuleError(
-                f"{label}, replace has {', '.join(replace)}: op and device are our form, class and kwargs that of "
-                "KTransformers. Write the rule in one of them; in theirs, devices stand in kwargs"
-            )
         found = ktransformers.read_replacement(replace, label)
         return found.family, found.device, True, found.notes
     if not replace:
@@ -164,14 +160,15 @@ def _known_ops(operations: Collection[str]) -> str:
     return f"known ops are {', '.join(families(operations))} (each with _cpu or _gpu too), {AUTO}, {TORCH}, {_DEFAULT}"
 
 
-def _compiled(pattern: str, label: str) -> re.Pattern[str]:
+def _compiled(pattern: str, label: str) -> regex.Pattern[str]:
+    # Of the regex package, which transformers needs too: unlike re it can give up a search that would take years.
     if len(pattern) > _LONGEST_PATTERN:
         raise RuleError(f"{label}, match.name has {len(pattern)} characters; up to {_LONGEST_PATTERN} are accepted")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what future versions may read otherwise
-            return re.compile(pattern)
-    except (re.error, RecursionError, OverflowError, MemoryError) as error:
+            return regex.compile(pattern)
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise RuleError(f"{label}, match.name is no valid regex: {brief(pattern)}: {error}") from None
 
 

@@ -20,6 +20,16 @@ _MOST_BYTES = 1 << 18  # 733 lines, the longest file that KTransformers shipped,
 _MOST_VALUES = 100_000  # with each alias counted as what it stands for
 _DEEPEST = 32
 _LONGEST_QUOTE = 200
+# Part of PyYAML's words -> what to do.
+_REMEDIES = {
+    "found unknown escape character": "in double quotes a backslash counts for YAML; put regexes in single quotes",
+    "found character '\\t'": "indent with spaces, not with tabs",
+    "found another document": "a file holds one list of rules; remove the line ---",
+    "could not determine a constructor": "a file of rules holds plain data, no tags",
+}
+
+_shortening = reprlib.Repr()
+_shortening.maxstring = 100  # names of classes are up to 80 characters long
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +66,8 @@ def _in_rule_errors(path: Path) -> Iterator[None]:
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1},"
         problem = str(error.problem or error.context)
-        raise RuleError(f"{path}{line} is not valid YAML: {problem[:_LONGEST_QUOTE]}") from None
+        remedy = "".join(f" ({remedy})" for words, remedy in _REMEDIES.items() if words in problem)
+        raise RuleError(f"{path}{line} is not valid YAML: {problem[:_LONGEST_QUOTE]}{remedy}") from None
     except Exception as error:  # !!bool with another word in it is a KeyError, a date in month 99 a ValueError
         raise RuleError(f"{path} is not valid YAML: {brief(error)}") from None
 
@@ -64,7 +75,7 @@ def _in_rule_errors(path: Path) -> Iterator[None]:
 def brief(value: object) -> str:
     """A short repr, of whatever size ``value`` is: aliases make a few lines into gigabytes."""
     try:
-        return reprlib.repr(value)
+        return _shortening.repr(value)
     except ValueError:  # Python writes no integer of more than 4300 digits
         return f"a huge {type(value).__name__}"
 
@@ -78,7 +89,7 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise RuleError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise RuleError(f"{path} is not valid YAML: byte {error.start} is no UTF-8") from None
+        raise RuleError(f"{path} is not UTF-8 from byte {error.start} on; save it as UTF-8") from None
 
 
 def _rule_nodes(node: yaml.Node, rules_key: str) -> list[yaml.Node]:

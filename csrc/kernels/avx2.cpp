@@ -11,137 +11,35 @@
 namespace tkt::avx2 {
 namespace {
 
-// 16 lanes as two 256-bit registers.
-struct V {
-  struct F {
-    __m256 low, high;
-  };
-  struct I {
-    __m256i low, high;
-  };
-  // 16 registers: 4 tokens x 1 panel of two registers are half of them; two panels would halve the tokens that share
-  // an unpacked weight.
-  static constexpr int kTileTokens = 4;
-  static constexpr int kTilePanels = 1;
-  static constexpr int kScoreKeys = 4;
-  static constexpr int kSumDims = 4;
+#include "avx2_primitives-inl.h"
 
-  TKT_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-  TKT_INLINE F zero_f() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-  TKT_INLINE F set_f(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-  TKT_INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-  TKT_INLINE void store(float* p, F x) {
-    _mm256_storeu_ps(p, x.low);
-    _mm256_storeu_ps(p + 8, x.high);
-  }
-  TKT_INLINE F add(F a, F b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
-  TKT_INLINE F sub(F a, F b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
-  TKT_INLINE F mul(F a, F b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
-  TKT_INLINE F div(F a, F b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
-  TKT_INLINE F min(F a, F b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
-  TKT_INLINE F max(F a, F b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
-  TKT_INLINE F abs(F a) {
-    const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-    return {_mm256_and_ps(a.low, mask), _mm256_and_ps(a.high, mask)};
-  }
-  TKT_INLINE F fma(F a, F b, F c) {
-    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
-  }
-  TKT_INLINE F fnma(F a, F b, F c) {
-    return {_mm256_fnmadd_ps(a.low, b.low, c.low), _mm256_fnmadd_ps(a.high, b.high, c.high)};
-  }
-  TKT_INLINE F to_float(I a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
-  TKT_INLINE I to_int(F a) { return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }
-  TKT_INLINE F bits_to_float(I a) { return {_mm256_castsi256_ps(a.low), _mm256_castsi256_ps(a.high)}; }
-  TKT_INLINE F load_f16(const void* p) {
-    const __m128i* halves = static_cast<const __m128i*>(p);
-    return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
-  }
-  TKT_INLINE __m256 bf16_8(const __m128i* p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16));
-  }
-  TKT_INLINE F load_bf16(const void* p) {
-    const __m128i* halves = static_cast<const __m128i*>(p);
-    return {bf16_8(halves), bf16_8(halves + 1)};
-  }
-  // The low 16 bits of 8 lanes as 8 packed halves.
-  TKT_INLINE __m256 f16_of_lanes(__m256i a) {
-    const __m256i low16 = _mm256_and_si256(a, _mm256_set1_epi32(0xffff));
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low16, low16), 0x08);
-    return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
-  }
-  TKT_INLINE F low_f16(I a) { return {f16_of_lanes(a.low), f16_of_lanes(a.high)}; }
-  TKT_INLINE F high_f16(I a) {
-    return {f16_of_lanes(_mm256_srli_epi32(a.low, 16)), f16_of_lanes(_mm256_srli_epi32(a.high, 16))};
-  }
-  TKT_INLINE void store_i8(int8_t* p, I a) {
-    // packs work per 128-bit half: lanes arrive as 0-3, 8-11, 4-7, 12-15.
-    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.low, a.high), 0xd8);
-    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
-  }
-
-  TKT_INLINE int32_t sum_of_lanes(I a) {
-    const __m256i eight = _mm256_add_epi32(a.low, a.high);
-    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
-    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1));
-    return _mm_cvtsi128_si32(four);
-  }
-  TKT_INLINE I set_i(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-  TKT_INLINE I load_i(const void* p) {
-    const __m256i* halves = static_cast<const __m256i*>(p);
-    return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
-  }
-  TKT_INLINE void store_i(void* p, I a) {
-    __m256i* halves = static_cast<__m256i*>(p);
-    _mm256_storeu_si256(halves, a.low);
-    _mm256_storeu_si256(halves + 1, a.high);
-  }
-  TKT_INLINE I broadcast_i(const void* p) {
-    int32_t x;
-    __builtin_memcpy(&x, p, 4);
-    return set_i(x);
-  }
-  TKT_INLINE I and_i(I a, I b) { return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)}; }
-  TKT_INLINE I or_i(I a, I b) { return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)}; }
-  TKT_INLINE I xor_i(I a, I b) { return {_mm256_xor_si256(a.low, b.low), _mm256_xor_si256(a.high, b.high)}; }
-  TKT_INLINE I add_i(I a, I b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
-  TKT_INLINE I sub_i(I a, I b) { return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)}; }
-  TKT_INLINE I mul_i(I a, I b) { return {_mm256_mullo_epi32(a.low, b.low), _mm256_mullo_epi32(a.high, b.high)}; }
-  template <int N>
-  TKT_INLINE I shift_right(I a) {
-    if constexpr (N == 0) return a;
-    return {_mm256_srli_epi32(a.low, N), _mm256_srli_epi32(a.high, N)};
-  }
-  template <int N>
-  TKT_INLINE I shift_left(I a) {
-    if constexpr (N == 0) return a;
-    return {_mm256_slli_epi32(a.low, N), _mm256_slli_epi32(a.high, N)};
-  }
-  template <int N>
-  TKT_INLINE I shift_right_signed(I a) {
-    return {_mm256_srai_epi32(a.low, N), _mm256_srai_epi32(a.high, N)};
-  }
-
+struct V : Avx2Primitives {
   static constexpr bool kAddsIn16Bits = true;
   TKT_INLINE I pair_products(I w, I a) {
     return {_mm256_maddubs_epi16(w.low, a.low), _mm256_maddubs_epi16(w.high, a.high)};
   }
-  TKT_INLINE I add_pairs(I a, I b) { return {_mm256_add_epi16(a.low, b.low), _mm256_add_epi16(a.high, b.high)}; }
+  // gcc regroups long sums of integers into trees, whose many leaves then wait in memory; an empty asm keeps them chains.
+  // Q4_K: 189 stack accesses in a tile instead of 981, 272 GOPS instead of 202 on one core of Zen 5; Q4_0 297 instead of
+  // 220.
+  TKT_INLINE I add_pairs(I a, I b) {
+    I sum = {_mm256_add_epi16(a.low, b.low), _mm256_add_epi16(a.high, b.high)};
+    __asm__("" : "+x"(sum.low), "+x"(sum.high));
+    return sum;
+  }
   TKT_INLINE I widen_pairs(I a) {
     const __m256i ones = _mm256_set1_epi16(1);
     return {_mm256_madd_epi16(a.low, ones), _mm256_madd_epi16(a.high, ones)};
   }
-  // Weights up to 255, whose pair products would saturate in 16 bits: even and odd bytes as 16-bit products.
-  TKT_INLINE __m256i dot4_wide_8(__m256i acc, __m256i w, __m256i a) {
-    const __m256i even_w = _mm256_and_si256(w, _mm256_set1_epi16(0xff));
-    const __m256i even_a = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8);
-    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(even_w, even_a));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(a, 8)));
+  // Weights from -128 to 127: magnitudes (-128 has 128, as an unsigned byte) times activations that take over the sign.
+  // 2 * 128 * 127 fits in 16 bits. Q8_0: 188 GOPS; 136 with even and odd bytes as products of 16 bits.
+  TKT_INLINE __m256i dot4_signed_8(__m256i acc, __m256i w, __m256i a) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    __asm__("" : "+x"(acc));
+    return acc;
   }
-  TKT_INLINE I dot4_wide(I acc, I w, I a) {
-    return {dot4_wide_8(acc.low, w.low, a.low), dot4_wide_8(acc.high, w.high, a.high)};
+  TKT_INLINE I dot4_signed(I acc, I w, I a) {
+    return {dot4_signed_8(acc.low, w.low, a.low), dot4_signed_8(acc.high, w.high, a.high)};
   }
 };
 

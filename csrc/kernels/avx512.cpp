@@ -16,14 +16,17 @@ namespace {
 struct V : Avx512Primitives {
   static constexpr bool kAddsIn16Bits = true;
   TKT_INLINE I pair_products(I w, I a) { return _mm512_maddubs_epi16(w, a); }
-  TKT_INLINE I add_pairs(I a, I b) { return _mm512_add_epi16(a, b); }
+  // As in avx2.cpp: on one core of Zen 5, Q4_0 is computed at 580 GOPS instead of 372, Q4_K at 466 instead of 341.
+  TKT_INLINE I add_pairs(I a, I b) {
+    I sum = _mm512_add_epi16(a, b);
+    __asm__("" : "+v"(sum));
+    return sum;
+  }
   TKT_INLINE I widen_pairs(I a) { return _mm512_madd_epi16(a, _mm512_set1_epi16(1)); }
-  // Weights up to 255, whose pair products would saturate in 16 bits: even and odd bytes as 16-bit products.
-  TKT_INLINE I dot4_wide(I acc, I w, I a) {
-    const I even_w = _mm512_and_si512(w, _mm512_set1_epi16(0xff));
-    const I even_a = _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8);
-    acc = _mm512_add_epi32(acc, _mm512_madd_epi16(even_w, even_a));
-    return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(a, 8)));
+  // As in avx2.cpp; there is no vpsignb, and a weight of 0 needs no sign.
+  TKT_INLINE I dot4_signed(I acc, I w, I a) {
+    const I signed_a = _mm512_mask_sub_epi8(a, _mm512_movepi8_mask(w), _mm512_setzero_si512(), a);
+    return _mm512_add_epi32(acc, widen_pairs(_mm512_maddubs_epi16(_mm512_abs_epi8(w), signed_a)));
   }
 };
 

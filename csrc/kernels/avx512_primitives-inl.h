@@ -4,6 +4,7 @@ struct Avx512Primitives {
   using F = __m512;
   using I = __m512i;
   static constexpr int kTileTokens = 6;  // 6 x 2 accumulators, 6 x 2 block sums, weights and scales: 32 registers
+  static constexpr int kTileTokensK = 6;
   static constexpr int kTilePanels = 2;
   static constexpr int kScoreKeys = 8;
   static constexpr int kSumDims = 16;

@@ -26,13 +26,14 @@ TKT_INLINE void prefetch_ahead(const uint8_t* const (&words)[R]) {
 }
 
 // dot += the products of one group of 4 columns. Without VNNI, byte products are first added in 16 bits, for as many
-// groups as cannot overflow: kNarrowGroups * 2 * (largest weight) * 127 <= 32,767; 0 where not even one group can.
+// groups as cannot overflow: kNarrowGroups * 2 * (largest weight) * 127 <= 32,767. 0 where not even one group can: such
+// weights come as signed bytes.
 template <int kNarrowGroups, int group, int kGroups, class Isa = V>
 TKT_INLINE void accumulate(typename Isa::I& dot, typename Isa::I& narrow, typename Isa::I w, typename Isa::I a) {
   if constexpr (!Isa::kAddsIn16Bits) {
     dot = Isa::dot4(dot, w, a);
   } else if constexpr (kNarrowGroups == 0) {
-    dot = Isa::dot4_wide(dot, w, a);
+    dot = Isa::dot4_signed(dot, w, a);
   } else {
     const typename Isa::I pairs = Isa::pair_products(w, a);
     narrow = group % kNarrowGroups == 0 ? pairs : Isa::add_pairs(narrow, pairs);
@@ -76,11 +77,12 @@ struct Q5_0Words {
 
 struct Q8_0Words {
   static constexpr int kWords = 8;
-  static constexpr int kNarrowGroups = 0;  // 2 * 255 * 127 = 64,770
-  static constexpr int kOffsetLog2 = 7;
+  static constexpr int kNarrowGroups = 0;  // 2 * 255 * 127 = 64,770, but signed 2 * 128 * 127 = 32,512
+  static constexpr int kOffsetLog2 = V::kAddsIn16Bits ? -1 : 7;
   template <int group>
   static V::I weights(const uint8_t* words) {
-    return V::xor_i(V::load_i(words + group * 64), V::set_i(static_cast<int32_t>(0x80808080u)));
+    const V::I w = V::load_i(words + group * 64);
+    return V::kAddsIn16Bits ? w : V::xor_i(w, V::set_i(static_cast<int32_t>(0x80808080u)));
   }
 };
 
@@ -113,7 +115,10 @@ static inline void dot_tile_32(const DotArgs& args, int token) {
   for (int64_t b = 0; b < args.blocks; ++b) {
     V::I dot[T][R];
     TKT_UNROLL for (int t = 0; t < T; ++t) {
-      const V::I start = V::template shift_left<Words::kOffsetLog2>(V::broadcast_i(&act[t][b].neg_sum));
+      V::I start = V::set_i(0);
+      if constexpr (Words::kOffsetLog2 >= 0) {
+        start = V::template shift_left<Words::kOffsetLog2>(V::broadcast_i(&act[t][b].neg_sum));
+      }
       TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = start;
     }
     const uint8_t* words[R];
@@ -531,30 +536,30 @@ static inline DotArgs one_panel(const DotArgs& args, int panel) {
 
 // One token is bound by memory, and memory likes one stream: quantized panels are then read one after the other (Q4_K on
 // one core of Zen 5: 30 GB/s instead of 23). Floats keep two, because a single chain of fma reaches 26 GB/s of F16.
-#define TKT_DEFINE_DOT(function, tile, words, panels_for_one_token)                \
-  template <int T, int R>                                                          \
-  static inline int function##_tiles(const DotArgs& args, int token) {             \
-    for (; token + T <= args.tokens; token += T) tile<words, T, R>(args, token);   \
-    return token;                                                                  \
-  }                                                                                \
-  template <int R>                                                                 \
-  static inline void function##_panels(const DotArgs& args) {                      \
-    int token = 0;                                                                 \
-    token = function##_tiles<V::kTileTokens, R>(args, token);                      \
-    if constexpr (V::kTileTokens > 4) token = function##_tiles<4, R>(args, token); \
-    if constexpr (V::kTileTokens > 2) token = function##_tiles<2, R>(args, token); \
-    function##_tiles<1, R>(args, token);                                           \
-  }                                                                                \
-  static void function(const DotArgs& args) {                                      \
-    const int at_once = args.tokens == 1 ? panels_for_one_token : V::kTilePanels;  \
-    if (args.panel_count == 1) {                                                   \
-      function##_panels<1>(args);                                                  \
-    } else if (at_once == 2) {                                                     \
-      function##_panels<2>(args);                                                  \
-    } else {                                                                       \
-      function##_panels<1>(one_panel(args, 0));                                    \
-      function##_panels<1>(one_panel(args, 1));                                    \
-    }                                                                              \
+#define TKT_DEFINE_DOT(function, tile, words, tile_tokens, panels_for_one_token)  \
+  template <int T, int R>                                                         \
+  static inline int function##_tiles(const DotArgs& args, int token) {            \
+    for (; token + T <= args.tokens; token += T) tile<words, T, R>(args, token);  \
+    return token;                                                                 \
+  }                                                                               \
+  template <int R>                                                                \
+  static inline void function##_panels(const DotArgs& args) {                     \
+    int token = 0;                                                                \
+    token = function##_tiles<tile_tokens, R>(args, token);                        \
+    if constexpr (tile_tokens > 4) token = function##_tiles<4, R>(args, token);   \
+    if constexpr (tile_tokens > 2) token = function##_tiles<2, R>(args, token);   \
+    function##_tiles<1, R>(args, token);                                          \
+  }                                                                               \
+  static void function(const DotArgs& args) {                                     \
+    const int at_once = args.tokens == 1 ? panels_for_one_token : V::kTilePanels; \
+    if (args.panel_count == 1) {                                                  \
+      function##_panels<1>(args);                                                 \
+    } else if (at_once == 2) {                                                    \
+      function##_panels<2>(args);                                                 \
+    } else {                                                                      \
+      function##_panels<1>(one_panel(args, 0));                                   \
+      function##_panels<1>(one_panel(args, 1));                                   \
+    }                                                                             \
   }
 
 template <class Words, int T, int R>
@@ -566,7 +571,7 @@ static inline int unpacked_tiles(const UnpackedBlock<R>& unpacked, const DotArgs
 template <class Words, int R>
 static inline void unpacked_pass(const DotArgs& args) {
   // Q6_K adds two products before they become floats, which takes registers: on Zen 5 it is 6% faster with 4 tokens.
-  constexpr int kTokens = Words::kSubColumns == 32 ? V::kTileTokens : 4;
+  constexpr int kTokens = Words::kSubColumns == 32 ? V::kTileTokensK : 4;
   UnpackedBlock<R> unpacked;
   for (int64_t block = 0; block < args.blocks; ++block) {
     unpack_block<Words, R>(args, block, unpacked);
@@ -594,7 +599,7 @@ static inline void dot_many(const DotArgs& args) {
 }
 
 #define TKT_DEFINE_K_QUANT_DOT(function, words)      \
-  TKT_DEFINE_DOT(function##_few, dot_tile_k, words, 1) \
+  TKT_DEFINE_DOT(function##_few, dot_tile_k, words, V::kTileTokensK, 1) \
   static void function(const DotArgs& args) {        \
     if (args.tokens < kUnpackTokens) {               \
       function##_few(args);                          \
@@ -603,12 +608,12 @@ static inline void dot_many(const DotArgs& args) {
     }                                                \
   }
 
-TKT_DEFINE_DOT(dot_f32, dot_tile_float, F32Words, 2)
-TKT_DEFINE_DOT(dot_f16, dot_tile_float, F16Words, 2)
-TKT_DEFINE_DOT(dot_bf16, dot_tile_float, BF16Words, 2)
-TKT_DEFINE_DOT(dot_q4_0, dot_tile_32, Q4_0Words, 1)
-TKT_DEFINE_DOT(dot_q5_0, dot_tile_32, Q5_0Words, 1)
-TKT_DEFINE_DOT(dot_q8_0, dot_tile_32, Q8_0Words, 1)
+TKT_DEFINE_DOT(dot_f32, dot_tile_float, F32Words, V::kTileTokens, 2)
+TKT_DEFINE_DOT(dot_f16, dot_tile_float, F16Words, V::kTileTokens, 2)
+TKT_DEFINE_DOT(dot_bf16, dot_tile_float, BF16Words, V::kTileTokens, 2)
+TKT_DEFINE_DOT(dot_q4_0, dot_tile_32, Q4_0Words, V::kTileTokens, 1)
+TKT_DEFINE_DOT(dot_q5_0, dot_tile_32, Q5_0Words, V::kTileTokens, 1)
+TKT_DEFINE_DOT(dot_q8_0, dot_tile_32, Q8_0Words, V::kTileTokens, 1)
 TKT_DEFINE_K_QUANT_DOT(dot_q4_k, Q4_KWords)
 TKT_DEFINE_K_QUANT_DOT(dot_q5_k, Q5_KWords)
 TKT_DEFINE_K_QUANT_DOT(dot_q6_k, Q6_KWords)

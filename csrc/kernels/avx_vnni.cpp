@@ -1,0 +1,31 @@
+#include <immintrin.h>
+
+#include "../cpu_features.h"
+#include "../kernel_table.h"
+#include "exp_constants.h"
+#include "macros-inl.h"
+
+#define TKT_ISA_NAME "avx_vnni"
+#define TKT_ISA_FEATURES (kAvx2 | kFma | kF16c | kAvxvnni)
+
+namespace tkt::avx_vnni {
+namespace {
+
+#include "avx2_primitives-inl.h"
+
+struct V : Avx2Primitives {
+  static constexpr bool kAddsIn16Bits = false;
+  // acc + sum over 4 bytes of unsigned weight * signed activation, exact in 32 bits.
+  TKT_INLINE I dot4(I acc, I w, I a) {
+    return {_mm256_dpbusd_avx_epi32(acc.low, w.low, a.low), _mm256_dpbusd_avx_epi32(acc.high, w.high, a.high)};
+  }
+};
+
+#include "panel_dot-inl.h"
+#include "vector_ops-inl.h"
+
+}  // namespace
+
+#include "table-inl.h"
+
+}  // namespace tkt::avx_vnni
