@@ -74,14 +74,16 @@ std::shared_ptr<PackedMatrix> make_matrix(int ggml_type, int64_t count, int64_t 
 }
 
 void pack(PackedMatrix& matrix, int64_t index, const Bytes& source) {
-  if (index < 0 || index >= matrix.count()) {
-    throw std::invalid_argument("matrix index " + std::to_string(index) + " is not in [0, " +
-                                std::to_string(matrix.count()) + ")");
+  const int64_t count = source.size() / matrix.source_bytes();
+  if (index < 0 || count < 1 || index + count > matrix.count() || count * matrix.source_bytes() != source.size()) {
+    throw std::invalid_argument("from matrix " + std::to_string(index) + " of " + std::to_string(matrix.count()) +
+                                " on, the source must be one or more times " + std::to_string(matrix.source_bytes()) +
+                                " bytes and not go past the last, got shape " + shape_text(source));
   }
-  require_shape(source, "source bytes", {matrix.source_bytes()});
+  require_shape(source, "source bytes", {count * matrix.source_bytes()});
   const uint8_t* data = source.data();
   const py::gil_scoped_release release;
-  matrix.pack(index, data);
+  matrix.pack(index, count, data);
 }
 
 void pack_floats(PackedMatrix& matrix, const Floats& source) {

@@ -64,12 +64,15 @@ std::vector<int64_t> PackedMatrix::tasks_per_panel(int64_t tasks) const {
   return of_nodes;
 }
 
-void PackedMatrix::pack(int64_t index, const uint8_t* source) {
-  parallel_for_nodes(tasks_per_panel(1), [&](int node, int64_t task) {
-    const int64_t p = panels_of_node(node).first + task;
+void PackedMatrix::pack(int64_t first_index, int64_t count, const uint8_t* source) {
+  parallel_for_nodes(tasks_per_panel(count), [&](int node, int64_t task) {
+    const PanelRange range = panels_of_node(node);
+    const int64_t index = task / range.count();
+    const int64_t p = range.first + task % range.count();
     const int64_t first = p * kPanelRows;
     const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, rows_ - first));
-    pack_panel(info_, source + first * row_bytes_, rows, blocks(), const_cast<uint8_t*>(panel(index, p)));
+    const uint8_t* from = source + (index * rows_ + first) * row_bytes_;
+    pack_panel(info_, from, rows, blocks(), const_cast<uint8_t*>(panel(first_index + index, p)));
   });
 }
 

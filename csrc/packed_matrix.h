@@ -26,8 +26,10 @@ class PackedMatrix {
   // overflow; std::bad_alloc where memory is refused.
   PackedMatrix(WeightType type, int64_t count, int64_t rows, int64_t cols);
 
-  // Packs matrix `index` from `rows` GGUF rows on all threads. The caller has checked that `source` holds them.
-  void pack(int64_t index, const uint8_t* source);
+  // Packs matrices [first_index, first_index + count) from their GGUF rows on all threads. The caller has checked that
+  // `source` holds them. Many at once: a call for each expert of V2-Lite (1.6 MB) would take most new pages from the
+  // system on one thread while the other waits.
+  void pack(int64_t first_index, int64_t count, const uint8_t* source);
 
   // Packs the matrices [0, count) whose rows are given as floats in source[index][row][col], converted to the type, which
   // must be F32 or F16.

@@ -94,9 +94,7 @@ def pack_matrices(tensor: TensorInfo, data: TensorData) -> _C.PackedMatrix:
     rows, cols = tensor.shape[-2:]
     count = tensor.shape[0] if len(tensor.shape) == 3 else 1
     matrix = _C.PackedMatrix(int(tensor.ggml_type), count, rows, cols)
-    source = data(tensor).reshape(count, -1)
-    for index in range(count):
-        matrix.pack(index, source[index])
+    matrix.pack(0, data(tensor))
     return matrix
 
 
