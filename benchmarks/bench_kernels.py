@@ -59,7 +59,7 @@ def random_bytes(name: str, elements: int, cols: int) -> Any:
     _number, block, _nbytes = TYPES[name]
     rng = np.random.default_rng(0)
     if name in FLOAT_TYPES:
-        values = rng.standard_normal(elements, dtype=np.float32) / np.sqrt(cols)
+        values = rng.standard_normal(elements, dtype=np.float32) / np.float32(np.sqrt(cols))
         if name == "BF16":
             return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
         return values.astype(np.float16 if name == "F16" else np.float32).view(np.uint8)
