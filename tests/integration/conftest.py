@@ -162,3 +162,17 @@ def either_operations(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         pytest.importorskip("transformers_kt._C")
         monkeypatch.setattr(integration, "_operations", REAL_OPERATIONS)
     return str(request.param)
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operations that took memory."""
+    called: list[str] = []
+    original = fakes.FakeOperation.load
+
+    def noted(self: Any, *args: Any) -> int:
+        called.append(self.path)
+        return original(self, *args)
+
+    monkeypatch.setattr(fakes.FakeOperation, "load", noted)
+    return called

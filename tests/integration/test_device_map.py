@@ -32,20 +32,6 @@ def load(example: Example, **options: Any) -> Any:
 
 
 @pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The operations that took memory."""
-    called: list[str] = []
-    original = fakes.FakeOperation.load
-
-    def noted(self: Any, *args: Any) -> int:
-        called.append(self.path)
-        return original(self, *args)
-
-    monkeypatch.setattr(fakes.FakeOperation, "load", noted)
-    return called
-
-
-@pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 

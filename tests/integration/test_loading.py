@@ -223,20 +223,6 @@ def test_embeddings_that_double_as_the_output_fill_both(kt_rules: Any, tmp_path:
 # --- Checks before memory is taken ---
 
 
-@pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The operations whose load() was called."""
-    called: list[str] = []
-    original = fakes.FakeOperation.load
-
-    def noted(self: Any, *args: Any) -> int:
-        called.append(self.path)
-        return original(self, *args)
-
-    monkeypatch.setattr(fakes.FakeOperation, "load", noted)
-    return called
-
-
 def test_weights_that_do_not_fit_are_refused_with_numbers_before_any_is_read(
     v3: Example, loads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

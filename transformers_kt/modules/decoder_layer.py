@@ -27,6 +27,9 @@ from transformers_kt.modules.latent_cache import growing_layers
 from transformers_kt.modules.norm import KtRMSNorm
 from transformers_kt.modules.rotary import as_rope_table
 
+_LAYERS = (DeepseekV2DecoderLayer, DeepseekV3DecoderLayer)
+_BASE_MODELS = (DeepseekV2Model, DeepseekV3Model)
+
 # Tokens of a forward pass that goes through all layers in one call; a longer one can be stopped between layers.
 _FEW_TOKENS = 32
 
@@ -156,10 +159,6 @@ def _joined_class(stock: type[nn.Module]) -> Any:
         names = {key: getattr(stock, key) for key in ("__module__", "__qualname__", "__doc__")}
         _JOINED_CLASSES[stock] = type(stock.__name__, (ours, stock), names)
     return _JOINED_CLASSES[stock]
-
-
-_LAYERS = (DeepseekV2DecoderLayer, DeepseekV3DecoderLayer)
-_BASE_MODELS = (DeepseekV2Model, DeepseekV3Model)
 
 
 def join_decoder_layers(model: nn.Module) -> None:
