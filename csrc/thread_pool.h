@@ -21,9 +21,9 @@ Topology topology();
 // For tests: the pool takes the machine to be another one, or with null the real one again.
 void use_topology(const Topology* other);
 
-// Calls body(task) for every task in [0, tasks) and returns when all are done. Tasks are handed out from a counter, a few
-// neighbours at a time: which thread runs which is not fixed, so no result may depend on it. Callable from several threads at once
-// (loops then run one after the other) but not from inside a body. Bodies must not throw.
+// Calls body(task) for every task in [0, tasks), tasks < 2^32, and returns when all are done. A thread begins with
+// neighbouring tasks and then helps others: which thread runs which is not fixed, so no result may depend on it. Callable
+// from several threads at once (loops then run one after the other) but not from inside a body. Bodies must not throw.
 void parallel_for(int64_t tasks, const std::function<void(int64_t task)>& body);
 
 // The same for tasks whose data lies on NUMA nodes: calls body(node, task) for every task in [0, tasks[node]), with nodes
