@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from torch import nn
 
 from transformers_kt.errors import RuleError
+from transformers_kt.model_tree import dotted, tree_of
 from transformers_kt.rules import load_rules, make_plan
 
 
@@ -39,26 +41,23 @@ class Model(nn.Module):
         self.norm = nn.LayerNorm(4)
 
 
-class LinearOp(nn.Module):
-    replaces = (nn.Linear,)
+TREE = tree_of(Model())
 
-
-class AttentionOp(nn.Module):
-    replaces = (Attention,)
-
-
-OPERATIONS: Any = {"linear_cpu": LinearOp, "attention_cpu": AttentionOp}
+OPERATIONS: Any = {
+    name: SimpleNamespace(replaces=(dotted(replaced),))
+    for name, replaced in (("linear_cpu", nn.Linear), ("attention_cpu", Attention))
+}
 
 LINEARS = [f"layers.{layer}.{name}" for layer in (0, 1) for name in ("attn.q_proj", "attn.o_proj", "mlp.up")]
 
 
 def plan_of(*rule_dicts: dict[str, Any], **options: Any) -> dict[str, str]:
-    plan = make_plan(Model(), load_rules(list(rule_dicts), OPERATIONS), OPERATIONS, **options)
+    plan = make_plan(TREE, load_rules(list(rule_dicts), OPERATIONS), OPERATIONS, **options)
     return {entry.module: entry.op for entry in plan.entries}
 
 
 def devices_of(*rule_dicts: dict[str, Any], **options: Any) -> dict[str, str]:
-    plan = make_plan(Model(), load_rules(list(rule_dicts), OPERATIONS), OPERATIONS, **options)
+    plan = make_plan(TREE, load_rules(list(rule_dicts), OPERATIONS), OPERATIONS, **options)
     return {entry.module: entry.device for entry in plan.entries}
 
 

@@ -32,8 +32,7 @@ def run(*args: str) -> str:
 
 
 def transformers_kt_command(*args: str) -> subprocess.CompletedProcess[str]:
-    code = "from transformers_kt.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "transformers_kt.cli", *args], capture_output=True, text=True)
 
 
 def test_plan_prints_the_table_of_plan() -> None:

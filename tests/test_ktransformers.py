@@ -17,7 +17,8 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCa
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3Model
 
 from transformers_kt.errors import RuleError
-from transformers_kt.modules import OPERATIONS
+from transformers_kt.model_tree import tree_of
+from transformers_kt.operations import OPERATIONS
 from transformers_kt.rules import Plan, load_rules, make_plan
 
 FILES = Path(__file__).parent / "ktransformers"
@@ -45,7 +46,7 @@ def skeleton(name: str) -> Any:
 
 
 def plan_of(kt_rules: Any, model: str, **options: Any) -> Plan:
-    return make_plan(skeleton(model), load_rules(kt_rules, OPERATIONS), OPERATIONS, **options)
+    return make_plan(tree_of(skeleton(model)), load_rules(kt_rules, OPERATIONS), OPERATIONS, **options)
 
 
 def path_of(name: str) -> Path:
@@ -182,9 +183,9 @@ def test_what_has_no_meaning_here_is_said_once() -> None:
 
 
 def test_a_plan_for_v3_is_made_in_half_a_second() -> None:
-    model, rules = skeleton("v3"), load_rules(path_of("v2-four-gpus"), OPERATIONS)
+    tree, rules = tree_of(skeleton("v3")), load_rules(path_of("v2-four-gpus"), OPERATIONS)
     started = time.process_time()
-    make_plan(model, rules, OPERATIONS)  # 26 rules, most of which match nothing: the slowest case
+    make_plan(tree, rules, OPERATIONS)  # 26 rules, most of which match nothing: the slowest case
     assert time.process_time() - started < 0.5
 
 
@@ -309,7 +310,7 @@ def test_rules_of_both_forms_keep_to_their_own() -> None:
 def test_a_model_without_head_has_the_names_of_one_with_it() -> None:
     with torch.device("meta"):
         model = DeepseekV3Model(DeepseekV3Config(num_hidden_layers=5))
-    plan = make_plan(model, load_rules(path_of("v3-two-gpus"), OPERATIONS), OPERATIONS)
+    plan = make_plan(tree_of(model), load_rules(path_of("v3-two-gpus"), OPERATIONS), OPERATIONS)
     assert places(plan)["layers.4.mlp"] == "moe_gpu cuda:0"
     assert places(plan)["embed_tokens"] == "embedding_cpu cpu"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from rules_model import OPERATIONS, RULE_1, Model, message_of, rule, written
+from rules_model import OPERATIONS, RULE_1, TREE, message_of, rule, written
 
 from transformers_kt import rules_files, rules_yaml
 from transformers_kt.errors import RuleError
@@ -31,8 +31,8 @@ GOOD_YAML = """
 
 def test_a_yaml_file_says_what_a_list_says(tmp_path: Path) -> None:
     path = written(tmp_path, GOOD_YAML)
-    from_file = make_plan(Model(), load_rules(path, OPERATIONS), OPERATIONS)
-    from_list = make_plan(Model(), load_rules(yaml.safe_load(GOOD_YAML), OPERATIONS), OPERATIONS)
+    from_file = make_plan(TREE, load_rules(path, OPERATIONS), OPERATIONS)
+    from_list = make_plan(TREE, load_rules(yaml.safe_load(GOOD_YAML), OPERATIONS), OPERATIONS)
     assert from_file.entries == from_list.entries
     assert from_file.source == str(path)
 
@@ -68,18 +68,36 @@ def test_a_yaml_file_says_what_a_list_says(tmp_path: Path) -> None:
 def test_an_error_in_a_file_names_file_rule_and_line(tmp_path: Path, broken: str, said: str) -> None:
     path = written(tmp_path, RULE_1 + broken)
     with pytest.raises(RuleError) as caught:
-        make_plan(Model(), load_rules(str(path), OPERATIONS), OPERATIONS)
+        make_plan(TREE, load_rules(str(path), OPERATIONS), OPERATIONS)
     assert f"{path}, rule 2 (line 4)" in str(caught.value)
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("broken", "line"),
+    [
+        ("- match: {name: x\n  replace: torch\n", 5),
+        ("- match:\n    name: x\n\treplace: torch\n", 6),
+        ('- match: {name: "\\.x"}\n  replace: torch\n- match: {}\n', 4),
+    ],
+)
+@pytest.mark.parametrize("opening", ["", "rules:\n"])
+def test_text_that_is_no_yaml_is_refused_with_file_rule_and_line(
+    tmp_path: Path, opening: str, broken: str, line: int
+) -> None:
+    path = written(tmp_path, opening + RULE_1 + broken)
+    below = opening.count("\n")
+    with pytest.raises(RuleError, match=rf"rule 2 \(line {4 + below}\) is not valid YAML in line {line + below}: "):
+        load_rules(path, OPERATIONS)
+
+
 def test_an_entry_has_the_label_of_its_rule(tmp_path: Path) -> None:
     path = written(tmp_path, RULE_1 + "- {match: {name: q_proj}, replace: linear}")
-    plan = make_plan(Model(), load_rules(path, OPERATIONS), OPERATIONS)
+    plan = make_plan(TREE, load_rules(path, OPERATIONS), OPERATIONS)
     labels = {entry.module: plan.label(entry) for entry in plan.entries}
     assert labels["layers.1.attn.q_proj"] == f"{path}, rule 2 (line 4)"
     assert labels["norm"] is None
-    auto = make_plan(Model(), load_rules("auto", OPERATIONS), OPERATIONS)
+    auto = make_plan(TREE, load_rules("auto", OPERATIONS), OPERATIONS)
     assert {auto.label(entry) for entry in auto.entries} == {None}
 
 
@@ -113,7 +131,7 @@ def test_a_file_that_is_no_list_of_rules_is_refused_by_name(tmp_path: Path, text
 def test_a_regex_that_would_take_years_is_refused_after_a_second(tmp_path: Path) -> None:
     path = written(tmp_path, RULE_1 + r"- {match: {name: '^(\w|[a-z]|[a-y]|[a-x]|[a-w]|\.)+[^\w.]'}, replace: torch}")
     with pytest.raises(RuleError, match=r"rule 2 \(line 4\), match\.name takes more than 1 s"):
-        make_plan(Model(), load_rules(path, OPERATIONS), OPERATIONS)
+        make_plan(TREE, load_rules(path, OPERATIONS), OPERATIONS)
 
 
 def test_aliases_that_multiply_are_refused_fast_and_in_few_words(tmp_path: Path) -> None:
@@ -140,7 +158,7 @@ def test_merge_keys_that_multiply_are_refused(tmp_path: Path) -> None:
 
 def test_an_alias_saves_writing_a_rule_twice(tmp_path: Path) -> None:
     text = "- {match: {name: q_proj}, replace: &order {op: linear}}\n- {match: {name: o_proj}, replace: *order}"
-    plan = make_plan(Model(), load_rules(written(tmp_path, text), OPERATIONS), OPERATIONS)
+    plan = make_plan(TREE, load_rules(written(tmp_path, text), OPERATIONS), OPERATIONS)
     assert plan.uses("linear_cpu")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from rules_model import OPERATIONS, RULE_1, Model, message_of, written
+from rules_model import OPERATIONS, RULE_1, TREE, message_of, written
 
 from transformers_kt import rules_files
 from transformers_kt.errors import RuleError
@@ -24,7 +24,7 @@ rules:
 
 
 def devices(kt_rules: Any, **options: Any) -> dict[str, str]:
-    plan = make_plan(Model(), load_rules(kt_rules, OPERATIONS, **options), OPERATIONS)
+    plan = make_plan(TREE, load_rules(kt_rules, OPERATIONS, **options), OPERATIONS)
     return {entry.module: entry.device for entry in plan.entries}
 
 
@@ -132,7 +132,7 @@ def test_included_rules_stand_where_the_include_stands(tmp_path: Path) -> None:
         f"{tmp_path / 'inner' / 'more.yaml'}, rule 1 (line 1)",
         f"{path}, rule 3 (line 3)",
     ]
-    plan = make_plan(Model(), loaded, OPERATIONS)
+    plan = make_plan(TREE, loaded, OPERATIONS)
     assert {entry.module: entry.rule for entry in plan.entries}["layers.1.mlp.up"] == 2
 
 

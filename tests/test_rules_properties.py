@@ -9,7 +9,7 @@ import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from rules_model import OPERATIONS, Model
+from rules_model import OPERATIONS, TREE, Model
 
 from transformers_kt.errors import RuleError
 from transformers_kt.rules import load_rules, make_plan
@@ -65,7 +65,7 @@ hazards = st.sampled_from(
 
 def try_out(kt_rules: Any) -> None:
     with contextlib.suppress(RuleError):
-        make_plan(Model(), load_rules(kt_rules, OPERATIONS), OPERATIONS)
+        make_plan(TREE, load_rules(kt_rules, OPERATIONS), OPERATIONS)
 
 
 @given(kt_rules=kt_rules_alike | names | st.binary(max_size=5))
@@ -96,7 +96,7 @@ def test_no_text_raises_anything_but_a_rule_error(text: str, tmp_path_factory: p
 @settings(max_examples=50, deadline=None)
 def test_a_plan_has_one_entry_for_every_tensor_and_names_rules_that_were_given(rules: Any) -> None:
     try:
-        plan = make_plan(Model(), load_rules(rules, OPERATIONS), OPERATIONS)
+        plan = make_plan(TREE, load_rules(rules, OPERATIONS), OPERATIONS)
     except RuleError:
         return
     assert {entry.rule for entry in plan.entries} <= {None, *range(1, len(rules) + 1)}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
 from typing_extensions import Self
 
 from transformers_kt.errors import RuleError, UnsupportedOperationError
@@ -30,6 +29,7 @@ from transformers_kt.rules_devices import DEVICES_ACCEPTED, parse_device
 if TYPE_CHECKING:
     from transformers_kt.gguf.names import TensorSlot
     from transformers_kt.gguf.reader import TensorInfo
+    from transformers_kt.model_tree import ModelTree
     from transformers_kt.rules import Plan, PlanEntry
 
 _MOST_NAMES_SHOWN = 5
@@ -73,28 +73,28 @@ class PlacementWish:
     def settled(
         self,
         plan_is_auto: bool,
-        model: nn.Module,
+        tree: ModelTree,
+        layers: int,
         slots: Sequence[TensorSlot],
         tensors: Mapping[str, TensorInfo],
         hardware: Hardware,
         needs: FastMemory,
     ) -> dict[str, str] | None:
-        """The device map for the skeleton ``model``; None where rules alone decide.
+        """The device map for a model of that many ``layers``; None where rules alone decide.
 
         Raises `RuleError` if the map leaves out modules or names others, or a number is none that the model has layers
         for; `UnsupportedOperationError` where experts are to lie on GPUs that are not there.
         """
-        owners = [name for name, module in model.named_modules() if owns_tensors(module)]
+        owners = [path for path, node in tree.modules() if node.owns_tensors]
         if isinstance(self.device_map, Mapping):
-            require_coverage(self.device_map, (name for name, _ in model.named_modules()), owners)
+            require_coverage(self.device_map, (path for path, _ in tree.modules()), owners)
             return dict(self.device_map)
         if not plan_is_auto:
             return None
         stored = gpu_bytes(slots, tensors)
         sizes = {owner: stored.get(owner, stored.get(f"model.{owner}", 0)) for owner in owners}
         moe_layers = sorted({layer_number(slot.module) for slot in slots if slot.module.endswith(".experts")})
-        config: Any = model.config
-        cpu_layers = cpu_expert_layers(config.num_hidden_layers, moe_layers, self.kt_cpu_layers, self.kt_gpu_experts)
+        cpu_layers = cpu_expert_layers(layers, moe_layers, self.kt_cpu_layers, self.kt_gpu_experts)
         if self.kt_gpu_experts and not hardware.gpus:
             raise UnsupportedOperationError(
                 f"kt_gpu_experts={self.kt_gpu_experts} puts routed experts on GPUs, but there is none to use. Leave it "
@@ -123,13 +123,6 @@ def bytes_on_gpu(key: str, info: TensorInfo) -> int:
     if module == _KV_B or role in _KV_B_HALVES:
         return 2 * math.prod(info.shape)
     return info.nbytes
-
-
-def owns_tensors(module: nn.Module) -> bool:
-    return (
-        next(module.parameters(recurse=False), None) is not None
-        or next(module.buffers(recurse=False), None) is not None
-    )
 
 
 def require_devices(plan: Plan, present: Iterable[str], by_map: bool, remedy: str) -> None:
@@ -174,7 +167,8 @@ def device_name(device: Any, what: str) -> str:
             f"{what} is 'disk', but weights of a GGUF are held in memory. Name a device, and take a smaller file if it "
             "is too big for it"
         )
-    name = parse_device(str(device) if isinstance(device, torch.device) else device)
+    torch = sys.modules.get("torch")  # who has a torch.device has imported it
+    name = parse_device(str(device) if torch is not None and isinstance(device, torch.device) else device)
     if name is None:
         accepted = ", ".join(repr(mode) for mode in AUTOMATIC_DEVICE_MAPS)
         raise RuleError(

@@ -1,64 +1,54 @@
 """The seam to transformers; the only file that imports its internals.
 
-A thin wrapper round ``from_pretrained`` finds config and GGUF and hands both back to transformers, with a quantizer
-that replaces modules in the skeleton and fills them. Calls without our arguments pass through untouched.
+What the wrapper round ``from_pretrained`` (in `hooks`) calls finds config and GGUF and hands both back to transformers,
+with a quantizer that replaces modules in the skeleton and fills them.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     DeepseekV2Config,
     DeepseekV3Config,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.auto_factory import _BaseAutoModelClass, _get_model_class
+from transformers.models.auto.auto_factory import _get_model_class
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging as transformers_logging
 from transformers.utils.loading_report import LoadStateDictInfo
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from transformers_kt import loading, placement
+from transformers_kt import assignments, loading, placement
 from transformers_kt.device_map import PlacementWish, device_refusal
-from transformers_kt.errors import (
-    CheckpointError,
-    CheckpointNotFoundError,
-    RuleError,
-    UnsupportedModelError,
-    UnsupportedOperationError,
-)
-from transformers_kt.gguf.checkpoint import Checkpoint, open_checkpoint
+from transformers_kt.errors import UnsupportedModelError, UnsupportedOperationError
+from transformers_kt.gguf.checkpoint import Checkpoint
 from transformers_kt.gguf.config import config_from_gguf, generation_config_from_gguf
 from transformers_kt.gguf.names import TensorSlot, check_tensors
 from transformers_kt.gguf.tokenizer import tokenizer_from_gguf
 from transformers_kt.loaded_model import InputGuard, KtGenerationMixin, KtModelMixin, refuse_training
 from transformers_kt.loading import KtReport
-from transformers_kt.rules import AUTO, DeviceMap, KtRules, Plan, RuleList, load_rules, make_plan
+from transformers_kt.model_tree import ModelTree, tree_of
+from transformers_kt.request import HUB_OPTIONS, MOOT_OPTIONS, Call, Request, folder_of
+from transformers_kt.rules import AUTO, DeviceMap, Plan, RuleList, load_rules
 
 if TYPE_CHECKING:
-    from transformers_kt.rules import Operations
+    from transformers_kt.loading import Modules
+    from transformers_kt.operations import Operation
 
 _METHOD = "kt"  # quant_method, and the name of our attention in transformers' registries
-_ATTENTION_OP = "attention_cpu"
-_ROTARY_OP = "rotary_cpu"
 _CONFIG_CLASSES = {cls.model_type: cls for cls in (DeepseekV2Config, DeepseekV3Config)}
 _NOT_FOR_TOKENIZERS = (
     "config",
@@ -71,20 +61,6 @@ _NOT_FOR_TOKENIZERS = (
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
-# Where from_pretrained looks for files. A GGUF is found by its own path, in a repository of its own.
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-_GGUF_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")  # and revision, in the same repository
-_PLACEMENT_NUMBERS = ("kt_cpu_layers", "kt_gpu_experts")
-_SOURCE_OPTIONS = (
-    "pretrained_model_name_or_path",
-    "gguf_path",
-    "gguf_file",
-    "kt_rules",
-    *_PLACEMENT_NUMBERS,
-    *_HUB_OPTIONS,
-)
-# Of no meaning here: which code to run is settled by the GGUF's architecture, how to save memory by the plan.
-_MOOT_OPTIONS = ("trust_remote_code", "code_revision", "adapter_kwargs", "_commit_hash", "low_cpu_mem_usage")
 _REFUSED_OPTIONS = {
     "quantization_config": "the weights of a GGUF are quantized already",
     "state_dict": "the weights come from the GGUF",
@@ -94,22 +70,20 @@ _REFUSED_OPTIONS = {
     "tp_size": "one process computes the whole model",
 }
 
-_WRAPPED = "_wrapped_by_transformers_kt"
-
 logger = logging.getLogger(__name__)
 
 
 def install() -> None:
-    """Register config and quantizer with transformers and wrap ``from_pretrained``. A second call changes nothing."""
+    """Register config and quantizer with transformers. A second call changes nothing."""
     _register(AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config, KtConfig)
     _register(AUTO_QUANTIZER_MAPPING, register_quantizer, KtHfQuantizer)
-    _wrap(PreTrainedModel, _load_model)
-    # Every Auto class has its own copy of from_pretrained.
-    for auto_class in vars(modeling_auto).values():
-        if isinstance(auto_class, type) and issubclass(auto_class, _BaseAutoModelClass):
-            _wrap(auto_class, _load_auto_model)
-    _wrap(AutoConfig, _load_config)
-    _wrap(AutoTokenizer, _load_tokenizer)
+
+
+def skeleton(config: DeepseekV2Config | DeepseekV3Config) -> PreTrainedModel:
+    """The stock causal language model of ``config`` on the meta device."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 def register_attention(name: str, attention_fn: Callable[..., Any], mask_fn: Callable[..., Any]) -> None:
@@ -123,163 +97,17 @@ def register_attention(name: str, attention_fn: Callable[..., Any], mask_fn: Cal
 
 def _register(mapping: dict[str, Any], register: Callable[[str], Callable[[type], type]], cls: type) -> None:
     registered = mapping.get(_METHOD)
+    if registered is cls:
+        return
     if registered is not None and f"{registered.__module__}.{registered.__name__}" == f"{__name__}.{cls.__name__}":
-        del mapping[_METHOD]  # this class, or what it was before this module was reloaded
+        del mapping[_METHOD]  # what this class was before this module was reloaded
     register(_METHOD)(cls)
 
 
-# --- Arguments -------------------------------------------------------------------------------------------------------
+# --- What the wrapper calls ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """What a call of from_pretrained asks of us.
-
-    ``folder`` is the folder or hub id that has the config, None where the GGUF is all there is; ``hub`` says how to get
-    files from there, ``gguf_hub`` how to get the GGUF. ``numbers`` are kt_cpu_layers and kt_gpu_experts.
-    """
-
-    folder: str | None
-    gguf: str
-    rules: KtRules
-    numbers: tuple[Any, ...]
-    hub: dict[str, Any]
-    gguf_hub: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return self.folder or self.gguf
-
-    def open(self) -> Checkpoint:
-        return open_checkpoint(self.gguf, **self.gguf_hub)
-
-
-def _request(name: Any, options: Mapping[str, Any]) -> _Request | None:
-    """What ``from_pretrained(name, **options)`` asks of us; None if nothing."""
-    gguf_path, rules, gguf_file = (options.get(key) for key in ("gguf_path", "kt_rules", "gguf_file"))
-    numbers = tuple(options.get(key) for key in _PLACEMENT_NUMBERS)
-    if all(given is None for given in (gguf_path, rules, *numbers)) and not _is_gguf_alone(name):
-        return None
-    hub = {key: options[key] for key in _HUB_OPTIONS if options.get(key) is not None}
-    gguf_hub = {key: hub[key] for key in _GGUF_HUB_OPTIONS if key in hub}
-    name = None if name is None else os.fspath(name)
-    folder = name if name is not None and _has_config(name, hub) else None
-    if gguf_path is not None:
-        gguf = os.fspath(gguf_path)
-        if name is not None and folder is None and Path(name).is_file() and name != gguf:
-            raise CheckpointError(f"two GGUF files are named, {name} and gguf_path={gguf}; name one of them")
-    else:
-        gguf = _gguf_at(name, gguf_file, hub)
-        if "revision" in hub:
-            gguf_hub["revision"] = hub["revision"]
-        if gguf_file is not None and not Path(gguf).exists():
-            folder = None  # for transformers, too, gguf_file= is the source of config and tokenizer
-    return _Request(folder, gguf, AUTO if rules is None else rules, numbers, hub, gguf_hub)
-
-
-def _gguf_at(name: str | None, gguf_file: str | None, hub: Mapping[str, Any]) -> str:
-    """Where the GGUF is when ``name`` has to lead to it."""
-    if name is not None:
-        path = Path(name)
-        if gguf_file is not None:
-            return str(_folder(name, hub) / gguf_file) if path.is_dir() else f"{name}:{gguf_file}"
-        if path.exists() or ":" in name:
-            return name
-    raise CheckpointNotFoundError(
-        f"there is no GGUF: {name} is no local file or folder. Name the weights with gguf_path= (a file, a folder, or "
-        'hub "org/repo:file.gguf")'
-    )
-
-
-def _is_gguf_alone(name: Any) -> bool:
-    """Whether ``name`` can be nothing but a GGUF: such a file, or a folder with one and without config."""
-    if not isinstance(name, str | os.PathLike):
-        return False
-    path = Path(name)
-    if path.suffix == ".gguf":
-        return path.is_file()
-    return path.is_dir() and not (path / "config.json").exists() and next(path.glob("*.gguf"), None) is not None
-
-
-def _has_config(name: str, hub: Mapping[str, Any]) -> bool:
-    path = Path(name)
-    if path.is_dir():
-        return (_folder(name, hub) / "config.json").is_file()
-    if path.is_file():
-        return path.suffix == ".json"
-    return ":" not in name  # a hub id, not a GGUF on the hub
-
-
-def _folder(name: str, hub: Mapping[str, Any]) -> Path:
-    return Path(name, hub.get("subfolder", ""))
-
-
-# --- For plans -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A model that could be loaded: headers only."""
-
-    title: str
-    config: DeepseekV2Config | DeepseekV3Config
-    checkpoint: Checkpoint
-    slots: list[TensorSlot]
-
-
-def open_source(name: Any, options: Mapping[str, Any]) -> Source:
-    """What ``from_pretrained(name, **options)`` would load. Raises as that does."""
-    request = _request(name, {"kt_rules": AUTO, **options})
-    assert request is not None  # kt_rules is there
-    checkpoint = request.open()
-    config, unknown = _resolve_config(request, None, _without(options, _SOURCE_OPTIONS), checkpoint)
-    if unknown:
-        raise TypeError(f"plan() got unexpected arguments: {', '.join(unknown)}")
-    return Source(_title(request), config, checkpoint, check_tensors(checkpoint, config))
-
-
-def skeleton(config: DeepseekV2Config | DeepseekV3Config) -> PreTrainedModel:
-    """The stock model of ``config`` on the meta device."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
-
-
-# --- The wrapper -----------------------------------------------------------------------------------------------------
-
-
-class _Call(NamedTuple):
-    """A call of from_pretrained: ``stock(cls, name, *args, **options)``, without the options that `_Request` has."""
-
-    stock: Callable[..., Any]  # the function that was there before ours
-    cls: Any
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-
-
-def _without(options: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key not in keys}
-
-
-def _wrap(owner: type, load: Callable[[_Call, _Request], Any]) -> None:
-    """Let ``load`` answer those calls of ``owner.from_pretrained`` that concern us."""
-    bound = vars(owner).get("from_pretrained")
-    if bound is None or hasattr(bound.__func__, _WRAPPED):
-        return
-    stock = bound.__func__
-
-    @functools.wraps(stock)
-    def from_pretrained(cls: type, *args: Any, **options: Any) -> Any:
-        request = _request(args[0] if args else options.get("pretrained_model_name_or_path"), options)
-        if request is None:
-            return stock(cls, *args, **options)
-        return load(_Call(stock, cls, args[1:], _without(options, _SOURCE_OPTIONS)), request)
-
-    setattr(from_pretrained, _WRAPPED, True)
-    owner.from_pretrained = classmethod(from_pretrained)  # type: ignore[attr-defined]
-
-
-def _load_auto_model(call: _Call, request: _Request) -> Any:
+def load_auto_model(call: Call, request: Request) -> Any:
     def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         mapping = call.cls._model_mapping
         if type(config) not in mapping:
@@ -293,7 +121,7 @@ def _load_auto_model(call: _Call, request: _Request) -> Any:
     return _load(model_class, request, call.args, call.options)
 
 
-def _load_model(call: _Call, request: _Request) -> Any:
+def load_model(call: Call, request: Request) -> Any:
     def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         cls: type[PreTrainedModel] = call.cls
         if cls.config_class is not type(config):
@@ -306,15 +134,15 @@ def _load_model(call: _Call, request: _Request) -> Any:
     return _load(model_class, request, call.args, call.options)
 
 
-def _load_config(call: _Call, request: _Request) -> Any:
+def load_config(call: Call, request: Request) -> Any:
     options = {key: value for key, value in call.options.items() if key not in ("dtype", "torch_dtype")}
     wants_unused, attention = options.pop("return_unused_kwargs", False), options.pop("attn_implementation", None)
-    config, unused = _resolve_config(request, None, options)
+    config, unused = resolved_config(request, None, options)
     config._attn_implementation = attention
     return (config, unused) if wants_unused else config
 
 
-def _load_tokenizer(call: _Call, request: _Request) -> Any:
+def load_tokenizer(call: Call, request: Request) -> Any:
     if request.folder is not None and _has_tokenizer(request.folder, request.hub):
         return call.stock(call.cls, request.folder, *call.args, **request.hub, **call.options)
     known = {key: value for key, value in call.options.items() if key not in _NOT_FOR_TOKENIZERS and key[0] != "_"}
@@ -324,7 +152,7 @@ def _load_tokenizer(call: _Call, request: _Request) -> Any:
 def _has_tokenizer(folder: str, hub: Mapping[str, Any]) -> bool:
     if not Path(folder).exists():
         return True  # on the hub: transformers will see
-    return any((_folder(folder, hub) / name).is_file() for name in _TOKENIZER_FILES)
+    return any((folder_of(folder, hub) / name).is_file() for name in _TOKENIZER_FILES)
 
 
 # --- Loading ---------------------------------------------------------------------------------------------------------
@@ -337,19 +165,23 @@ class _Job:
     checkpoint: Checkpoint
     slots: list[TensorSlot]
     rules: RuleList
-    operations: Operations
+    modules: Modules
     title: str
     attention: str | None  # the attn_implementation that is to stand in place of ours
     wish: PlacementWish
     device_map: DeviceMap | None = None
     notes: tuple[str, ...] = ()
-    assignments: list[loading.Assignment] = field(default_factory=list)
+    assignments: list[assignments.Assignment] = field(default_factory=list)
     lost_outputs: tuple[str, ...] = ()
+
+    @property
+    def operations(self) -> dict[str, Operation]:
+        return {name: module.operation for name, module in self.modules.items()}
 
 
 def _load(
     model_class: Callable[[PreTrainedConfig], type[PreTrainedModel]],
-    request: _Request,
+    request: Request,
     args: tuple[Any, ...],
     options: dict[str, Any],
 ) -> Any:
@@ -361,14 +193,14 @@ def _load(
         request.rules, options.pop("device_map", None), options.pop("max_memory", None), *request.numbers
     )
     _settle_dtype(options)
-    operations = _operations()
-    rules = load_rules(request.rules, operations)
+    modules = _modules()
+    rules = load_rules(request.rules, modules)
     checkpoint = request.open()
     given, attention = options.pop("config", None), options.pop("attn_implementation", None)
     trust_remote_code = options.get("trust_remote_code")
-    config, rest = _resolve_config(request, given, options, checkpoint)
+    config, rest = resolved_config(request, given, options, checkpoint)
     config._attn_implementation = attention = _stock_attention(attention, config)
-    job = _Job(checkpoint, check_tensors(checkpoint, config), rules, operations, _title(request), attention, wish)
+    job = _Job(checkpoint, check_tensors(checkpoint, config), rules, modules, request.title, attention, wish)
     result = _kt_class(model_class(config)).from_pretrained(
         None,
         *args,
@@ -385,16 +217,15 @@ def _load(
     return result
 
 
-def _operations() -> Operations:
-    # Here, for the modules import the models of transformers, which nobody needs who loads none.
-    from transformers_kt.modules import OPERATIONS
+def _modules() -> Modules:
+    # Here, for they import the models of transformers, which nobody needs who loads none.
+    from transformers_kt.modules import MODULES
     from transformers_kt.modules.attention import ranges_mask
     from transformers_kt.modules.base import require_supported_cpu
 
     require_supported_cpu()
     register_attention(_METHOD, _refuse_stock_attention, ranges_mask)
-    operations: Operations = OPERATIONS
-    return operations
+    return MODULES
 
 
 def _refuse_stock_attention(*args: Any, **kwargs: Any) -> NoReturn:
@@ -410,11 +241,11 @@ def _settle_dtype(options: dict[str, Any]) -> None:
         logger.warning("dtype=%s is not used: on the CPU activations are float32, whatever the weights are", others[0])
 
 
-def _resolve_config(
-    request: _Request, given: Any, options: Mapping[str, Any], checkpoint: Checkpoint | None = None
+def resolved_config(
+    request: Request, given: Any, options: Mapping[str, Any], checkpoint: Checkpoint | None = None
 ) -> tuple[DeepseekV2Config | DeepseekV3Config, dict[str, Any]]:
     """The config, with those ``options`` applied that name its attributes, and the other options."""
-    options = {key: value for key, value in options.items() if key not in _MOOT_OPTIONS}
+    options = {key: value for key, value in options.items() if key not in MOOT_OPTIONS}
     folder = request.folder
     if given is not None and not isinstance(given, PreTrainedConfig):
         folder = os.fspath(given)
@@ -453,10 +284,6 @@ def _config_from_dict(facts: Mapping[str, Any], where: str) -> DeepseekV2Config 
     return config
 
 
-def _title(request: _Request) -> str:
-    return Path(os.path.abspath(request.name)).name.removesuffix(".gguf")
-
-
 def _stock_attention(asked: str | None, config: PreTrainedConfig) -> str | None:
     """The attention of transformers that the user wants in place of ours, if any.
 
@@ -475,12 +302,12 @@ def _restore_names(model: PreTrainedModel, name: str) -> None:
 
 
 def _restore_generation_config(
-    model: Any, request: _Request, checkpoint: Checkpoint, trust_remote_code: bool | None, options: Mapping[str, Any]
+    model: Any, request: Request, checkpoint: Checkpoint, trust_remote_code: bool | None, options: Mapping[str, Any]
 ) -> None:
     if request.folder is None or Path(request.folder).is_file():
         model.generation_config = generation_config_from_gguf(checkpoint)
         return
-    hub = {**dict.fromkeys(_HUB_OPTIONS), "force_download": False, "local_files_only": False, "subfolder": ""}
+    hub = {**dict.fromkeys(HUB_OPTIONS), "force_download": False, "local_files_only": False, "subfolder": ""}
     model.adjust_generation_fn(
         None,
         options.get("_from_auto", False),
@@ -532,20 +359,22 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         job = self._job
         assert job is not None
-        plan = _plan_on_the_cpu(model, job)
+        tree = tree_of(model)
+        plan = _plan_on_the_cpu(tree, model.config.num_hidden_layers, job)
         job.notes = plan.notes
         if plan.notes:
             logger.warning("%s does not do all that its rules say:\n%s", job.title, "\n".join(plan.notes))
-        if plan.uses(_ATTENTION_OP) and not _keeps_attention(model, plan, job.operations):
+        if plan.uses(assignments.ATTENTION_OP) and not assignments.keeps_attention(tree, plan, job.operations):
             # Masks in our own short form. Where stock attention shares them they stay as transformers makes them,
             # which our attention reads too.
             model.config._attn_implementation = _METHOD
-        job.assignments = loading.assign_tensors(plan, model, job.slots, job.checkpoint.tensors)
+        job.assignments = assignments.assign_tensors(plan, tree, job.slots, job.checkpoint.tensors)
+        assignments.require_supported(tree, model.config, job.assignments, job.operations)
         recorded = _recorded_modules(model)
-        loading.apply_plan(model, job.assignments, job.operations)
+        loading.apply_plan(model, job.assignments, job.modules)
         job.lost_outputs = tuple(key for key, count in _recorded_modules(model).items() if count < recorded[key])
-        loading.check_types(model, job.assignments, job.operations)
-        needed = loading.memory_needed(model, job.assignments, job.operations)
+        assignments.check_types(job.assignments, job.operations)
+        needed = assignments.memory_needed(job.assignments, job.operations, model.config)
         placement.require_memory(needed, job.title, job.wish.tightest(placement.free_memory()))
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
@@ -560,7 +389,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         total = sum(assignment.stored_bytes for assignment in job.assignments)
         description = f"Loading {job.title} ({placement.format_bytes(total)})"
         with transformers_logging.tqdm(total=total, desc=description, unit="B", unit_scale=True) as bar:
-            rows = loading.fill(model, job.assignments, job.operations, job.checkpoint, bar)
+            rows = loading.fill(model, job.assignments, job.modules, job.checkpoint, bar)
         join_decoder_layers(model)
         model.kt_report = KtReport(job.title, job.rules.source, rows, job.notes)
         guard = InputGuard(model.config, job.lost_outputs)
@@ -584,15 +413,15 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         )
 
 
-def _plan_on_the_cpu(model: PreTrainedModel, job: _Job) -> Plan:
+def _plan_on_the_cpu(tree: ModelTree, layers: int, job: _Job) -> Plan:
     """The plan, and in ``job`` the device map. Raises where the plan names another device than the CPU."""
     # No GPU is offered to the automatic placement: transformers would dispatch over the devices of the map, but the
     # operations of this version compute on the CPU.
     no_gpus = placement.Hardware((), placement.free_memory().nbytes)
     is_auto = job.rules.source == AUTO
     tensors = job.checkpoint.tensors
-    job.device_map = job.wish.settled(is_auto, model, job.slots, tensors, no_gpus, placement.FastMemory(0, 0))
-    plan = settled_plan(model, job.rules, job.operations, job.attention, job.device_map)
+    job.device_map = job.wish.settled(is_auto, tree, layers, job.slots, tensors, no_gpus, placement.FastMemory(0, 0))
+    plan = assignments.settled_plan(tree, job.rules, job.operations, job.attention, job.device_map)
     elsewhere = next((entry for entry in plan.entries if entry.device != placement.CPU), None)
     present = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     if elsewhere is not None:
@@ -607,38 +436,6 @@ def _plan_on_the_cpu(model: PreTrainedModel, job: _Job) -> Plan:
     if is_auto and present:
         logger.info("all of %s is on the CPU: this version leaves %s unused", job.title, ", ".join(present))
     return plan
-
-
-def settled_plan(
-    model: PreTrainedModel, rules: RuleList, operations: Operations, attention: str | None, device_map: DeviceMap | None
-) -> Plan:
-    """The plan for the skeleton ``model``, after settling what attention and its neighbours must agree on.
-
-    ``attention`` is the attn_implementation that is to stand in place of ours, None for ours.
-    """
-    not_by_itself = [_ATTENTION_OP, _ROTARY_OP] if attention else []
-    plan = make_plan(model, rules, operations, not_by_itself, device_map=device_map)
-    if attention and plan.uses(_ATTENTION_OP):
-        raise RuleError(
-            f"{plan.source} gives attention to {_ATTENTION_OP}, but attn_implementation={attention!r} asks for "
-            "transformers' own; leave one of them out"
-        )
-    if plan.uses(_ROTARY_OP) and _keeps_attention(model, plan, operations):
-        # Its one table of cosines and sines is nothing that stock attention could read.
-        plan = make_plan(model, rules, operations, [*not_by_itself, _ROTARY_OP], device_map=device_map)
-        if plan.uses(_ROTARY_OP):
-            raise RuleError(
-                f"{plan.source} gives rotary embeddings to {_ROTARY_OP}, which feeds {_ATTENTION_OP} only, and keeps "
-                "some attention stock; keep the rotary embedding (op: torch) as well"
-            )
-    return plan
-
-
-def _keeps_attention(model: nn.Module, plan: Plan, operations: Operations) -> bool:
-    """Whether some attention of the skeleton stays stock."""
-    stock = operations[_ATTENTION_OP].replaces
-    in_all = sum(isinstance(module, stock) for module in model.modules())
-    return in_all > sum(entry.op == _ATTENTION_OP for entry in plan.entries)
 
 
 # --- The class of a loaded model -------------------------------------------------------------------------------------

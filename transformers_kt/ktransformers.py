@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from transformers_kt.errors import RuleError
+from transformers_kt.model_tree import V2, V3
 from transformers_kt.rules_devices import CPU, DEVICES_ACCEPTED, parse_device
 from transformers_kt.rules_files import nearest, require_keys
 from transformers_kt.rules_yaml import brief
@@ -71,8 +72,6 @@ _REPLACEMENTS: Mapping[str, str] = {
 # What a replacement of the class does where its rule says no device: the experts were made for the CPU.
 _DEFAULT_DEVICES = {"experts": CPU}
 
-_V2 = "transformers.models.deepseek_v2.modeling_deepseek_v2."
-_V3 = "transformers.models.deepseek_v3.modeling_deepseek_v3."
 _V2_CLASSES = {
     "DeepseekV2RMSNorm": "DeepseekV2RMSNorm",
     "DeepseekV2RotaryEmbedding": "DeepseekV2RotaryEmbedding",
@@ -108,20 +107,20 @@ _V3_CLASSES = {
 # Class of their copies of the models -> transformers' own. Their V3 file had another name at first.
 _STOCK_CLASSES: Mapping[str, str] = {
     # The first files for V3 looked for this class in the file of V2.
-    _MODELS + "modeling_deepseek.DeepseekV3YarnRotaryEmbedding": _V3 + "DeepseekV3RotaryEmbedding",
+    _MODELS + "modeling_deepseek.DeepseekV3YarnRotaryEmbedding": V3 + "DeepseekV3RotaryEmbedding",
 } | {
     f"{_MODELS}{file}.{theirs}": stock + ours
     for file, stock, classes in (
-        ("modeling_deepseek", _V2, _V2_CLASSES),
-        ("modeling_deepseek_v3", _V3, _V3_CLASSES),
-        ("modeling_deepseekv3", _V3, _V3_CLASSES),
+        ("modeling_deepseek", V2, _V2_CLASSES),
+        ("modeling_deepseek_v3", V3, _V3_CLASSES),
+        ("modeling_deepseekv3", V3, _V3_CLASSES),
     )
     for theirs, ours in classes.items()
 }
 # Families that none of our operations stands for -> the classes that they are for.
 CLASSES_OF = {
-    ROUTER: (_V2 + "DeepseekV2TopkRouter", _V3 + "DeepseekV3TopkRouter"),
-    MODEL: (_V2 + "DeepseekV2Model", _V3 + "DeepseekV3Model"),
+    ROUTER: (V2 + "DeepseekV2TopkRouter", V3 + "DeepseekV3TopkRouter"),
+    MODEL: (V2 + "DeepseekV2Model", V3 + "DeepseekV3Model"),
 }
 
 _OPS = {

@@ -187,8 +187,14 @@ class InputGuard:
                         else "kt_rules that keep them (op: torch)"
                     )
                 )
+        for name in ("input_ids", "inputs_embeds"):
+            if (given := kwargs.get(name)) is not None and not given.numel():
+                raise InputError(
+                    f"{name} is empty, of shape {tuple(given.shape)}; at least one token is needed, such as the one "
+                    "that begins a text (tokenizer.bos_token_id)"
+                )
         input_ids = kwargs.get("input_ids")
-        if input_ids is not None and input_ids.numel():
+        if input_ids is not None:
             self._check_ids(input_ids)
         last = self._last_position(kwargs, input_ids)
         if last >= self._positions:

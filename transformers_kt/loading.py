@@ -7,8 +7,7 @@ dequantized by the `gguf` package; the others take the stored blocks as they are
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -18,28 +17,17 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from transformers_kt.errors import UnsupportedModelError, UnsupportedTypeError
+from transformers_kt.assignments import STOCK_PARAMETERS, ZERO_WHERE_ABSENT, Assignment
 from transformers_kt.placement import format_bytes
 from transformers_kt.tables import grouped, new_table, rendered
 
 if TYPE_CHECKING:
-    from transformers_kt.gguf.names import TensorSlot
     from transformers_kt.gguf.reader import TensorInfo
     from transformers_kt.modules.base import KtModule
-    from transformers_kt.rules import Operations, Plan, PlanEntry
 
+    Modules = Mapping[str, type[KtModule]]
     Data = Callable[[TensorInfo], npt.NDArray[np.uint8]]
 
-# What transformers keeps in one parameter and GGUF in several tensors, and the other way round: role to parameter.
-_STOCK_PARAMETERS = {
-    "gate": "gate_up_proj",
-    "up": "gate_up_proj",
-    "down": "down_proj",
-    "k_b": "weight",
-    "v_b": "weight",
-}
-# Buffers that files leave out where they would be zero.
-_ZERO_WHERE_ABSENT = ("e_score_correction_bias",)
 _DEQUANTIZED_AT_ONCE = 1 << 22  # elements: 16 MB of float32, so that the copy in flight is small beside any model
 
 
@@ -54,23 +42,6 @@ class ProgressBar(Protocol):
     """What loading needs of tqdm."""
 
     def update(self, n: int) -> Any: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """One entry of the plan with its tensors. The keys are paths relative to the module: "kv_b_proj.k_b".
-
-    ``rule`` names file, number and line of the rule that decided, for messages; None where "auto" did.
-    """
-
-    entry: PlanEntry
-    tensors: Mapping[str, TensorInfo]
-    rule: str | None = None
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes to read from the checkpoint."""
-        return sum(info.nbytes for info in self.tensors.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,70 +86,20 @@ class KtReport:
         return rendered(f"{self.title}, rules: {self.rules}", table, *(f"Note: {note}" for note in self.notes))
 
 
-def assign_tensors(
-    plan: Plan, model: nn.Module, slots: Sequence[TensorSlot], tensors: Mapping[str, TensorInfo]
-) -> list[Assignment]:
-    """The tensors of every entry of ``plan``, made for the untouched skeleton ``model``.
-
-    Slots of the head go nowhere where the model has none (AutoModel). Raises `UnsupportedModelError` if
-    the model has weights that no slot fills (a classification head).
-    """
-    names = {name for name, _ in model.named_modules()}
-    base = "" if "model" in names else "model."
-    of_entry: dict[str, dict[str, TensorInfo]] = {entry.module: {} for entry in plan.entries}
-    filled = set()
-    for slot in slots:
-        module = slot.module.removeprefix(base)
-        if module not in names and not slot.module.startswith("model."):
-            continue
-        owner = _owner(module, of_entry)
-        key = f"{module}.{slot.role}"
-        of_entry[owner][key[len(owner) + 1 :]] = tensors[slot.gguf_name]
-        filled.add(f"{module}.{_STOCK_PARAMETERS.get(slot.role, slot.role)}")
-    for name in model.state_dict():
-        if name not in filled and not name.endswith(_ZERO_WHERE_ABSENT):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has the weight {name}, which no GGUF of this architecture holds; load "
-                "AutoModelForCausalLM, or AutoModel for the hidden states"
-            )
-    return [Assignment(entry, of_entry[entry.module], plan.label(entry)) for entry in plan.entries]
-
-
-def memory_needed(model: nn.Module, assignments: Iterable[Assignment], operations: Operations) -> int:
-    """Bytes that the weights will take: what each operation says, float32 in stock modules. Plan applied."""
-    return sum(
-        _operation_at(model, assignment.entry.module).memory_needed(assignment.tensors)
-        if assignment.entry.op in operations
-        else sum(4 * int(np.prod(info.shape)) for info in assignment.tensors.values())
-        for assignment in assignments
-    )
-
-
-def apply_plan(model: nn.Module, assignments: Iterable[Assignment], operations: Operations) -> None:
-    """Put the operations that ``assignments`` name into the skeleton ``model``, without weights.
-
-    Raises `UnsupportedModelError` if an operation cannot stand for its module, or has no use for one of its tensors.
-    """
+def apply_plan(model: nn.Module, assignments: Iterable[Assignment], modules: Modules) -> None:
+    """Put the operations that ``assignments`` name into the skeleton ``model``, without weights."""
+    config: Any = model.config
     for assignment in assignments:
-        if assignment.entry.op in operations:
-            with _naming_its_rule(assignment):
-                _replace(model, assignment, operations[assignment.entry.op])
-
-
-def check_types(model: nn.Module, assignments: Iterable[Assignment], operations: Operations) -> None:
-    """Raise `UnsupportedTypeError` if a module cannot take the types it would get. ``model`` has the plan applied."""
-    for assignment in assignments:
-        with _naming_its_rule(assignment):
-            if assignment.entry.op in operations:
-                _operation_at(model, assignment.entry.module).check(assignment.tensors)
-            else:
-                _check_dequantizable(assignment)
+        path = assignment.entry.module
+        if assignment.entry.op in modules:
+            stock = model.get_submodule(path)
+            model.set_submodule(path, modules[assignment.entry.op].from_module(stock, config, path))
 
 
 def fill(
     model: nn.Module,
     assignments: Sequence[Assignment],
-    operations: Operations,
+    modules: Modules,
     source: TensorSource,
     progress: ProgressBar,
 ) -> tuple[ReportRow, ...]:
@@ -192,7 +113,7 @@ def fill(
         for assignment in assignments:
             entry = assignment.entry
             reader = _Reader(source, progress)
-            if entry.op in operations:
+            if entry.op in modules:
                 nbytes = _operation_at(model, entry.module).load(assignment.tensors, reader)
             else:
                 nbytes = _load_stock(model.get_submodule(entry.module), assignment.tensors, reader)
@@ -231,38 +152,6 @@ class _Reader:
         self._unreported = 0
 
 
-@contextmanager
-def _naming_its_rule(assignment: Assignment) -> Iterator[None]:
-    """Let refusals begin with the rule that gave the module to what refuses it."""
-    try:
-        yield
-    except (UnsupportedModelError, UnsupportedTypeError) as error:
-        if assignment.rule is None:
-            raise
-        raise type(error)(f"{assignment.rule}: {error}") from None
-
-
-def _replace(model: nn.Module, assignment: Assignment, operation_class: type[KtModule]) -> None:
-    path = assignment.entry.module
-    operation = operation_class.from_module(model.get_submodule(path), model.config, path)
-    if unused := assignment.tensors.keys() - operation.roles():
-        raise UnsupportedModelError(
-            f"{assignment.entry.op} at {path} has no use for {', '.join(sorted(unused))}; keep that module with a "
-            "rule (op: torch)"
-        )
-    model.set_submodule(path, operation)
-
-
-def _owner(module: str, of_entry: Mapping[str, object]) -> str:
-    """The path of the entry at ``module`` or above it."""
-    owner = module
-    while owner not in of_entry:
-        if not owner:
-            raise UnsupportedModelError(f"transformers' model has no module {module}, which the GGUF has a tensor for")
-        owner = owner.rpartition(".")[0]
-    return owner
-
-
 def _operation_at(model: nn.Module, path: str) -> KtModule:
     return cast("KtModule", model.get_submodule(path))
 
@@ -278,8 +167,8 @@ def _load_stock(module: nn.Module, tensors: Mapping[str, TensorInfo], data: Data
             continue  # came with its other half
         else:
             values = _dequantized(info, data)
-        _set_tensor(module, _STOCK_PARAMETERS.get(role, role), values)
-    for name in _ZERO_WHERE_ABSENT:
+        _set_tensor(module, STOCK_PARAMETERS.get(role, role), values)
+    for name in ZERO_WHERE_ABSENT:
         buffer = module._buffers.get(name)
         if buffer is not None and buffer.is_meta:
             module._buffers[name] = torch.zeros_like(buffer, device="cpu")
@@ -322,19 +211,6 @@ def _set_tensor(module: nn.Module, name: str, values: torch.Tensor) -> None:
         module._parameters[name] = nn.Parameter(values, requires_grad=False)
     else:
         module._buffers[name] = values
-
-
-def _check_dequantizable(assignment: Assignment) -> None:
-    for role, info in assignment.tensors.items():
-        _, block_bytes = gguf.GGML_QUANT_SIZES[info.ggml_type]
-        try:
-            gguf.dequantize(np.zeros((1, block_bytes), dtype=np.uint8), info.ggml_type)
-        except NotImplementedError:
-            raise UnsupportedTypeError(
-                f"{info.path}: tensor {info.name} ({role} of {assignment.entry.module}) has type "
-                f"{info.ggml_type.name}, which the gguf package cannot dequantize; give the module to an operation "
-                "that takes the type, or take another quantization"
-            ) from None
 
 
 def _require_complete(model: nn.Module) -> None:

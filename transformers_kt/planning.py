@@ -1,30 +1,43 @@
-"""``plan()``: what loading a model would do, from headers alone, on hardware that need not be there."""
+"""``plan()``: what loading a model would do, from headers alone, on hardware that need not be there.
+
+Made without torch and transformers, which together take ten times as long and as much memory as everything else here;
+where `model_config` or `outlines` does not know the model, they are asked.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from transformers_kt import integration, loading, placement
+from transformers_kt import assignments as assigning
+from transformers_kt import placement
+from transformers_kt.assignments import Assignment
 from transformers_kt.device_map import PlacementWish, bytes_on_gpu, require_devices
 from transformers_kt.errors import InputError, UnsupportedTypeError
-from transformers_kt.loading import Assignment
-from transformers_kt.modules import OPERATIONS
+from transformers_kt.gguf.config import config_values
+from transformers_kt.gguf.names import check_tensors
+from transformers_kt.model_config import plain_config, read_config
+from transformers_kt.model_tree import ModelTree, tree_of
+from transformers_kt.operations import OPERATIONS
+from transformers_kt.outlines import is_known_class, outline
 from transformers_kt.placement import CPU, FastMemory, Hardware
 from transformers_kt.plan_report import DeviceUse, PlanReport, PlanRow, shortages
-from transformers_kt.rules import AUTO, TORCH, KtRules, Plan, load_rules
+from transformers_kt.request import MOOT_OPTIONS, SOURCE_OPTIONS, Request, read_request, without
+from transformers_kt.rules import AUTO, TORCH, KtRules, Plan, RuleList, load_rules
 
 if TYPE_CHECKING:
+    from transformers_kt.gguf.checkpoint import Checkpoint
     from transformers_kt.gguf.reader import TensorInfo
 
 DEFAULT_CONTEXT = 32768
 
 _GPU = "cuda:"
+# What is there where a driver of NVIDIA, of AMD, or of either under WSL is loaded.
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 _RAM, _GPUS = "RAM", "GPUs"  # in notes
 
 # Bytes per second, where nobody says. Eight channels of DDR4 or two of fast DDR5 read about 100 GB/s, a graphics card
@@ -80,25 +93,46 @@ def plan(
     if type(context) is not int or context < 1:
         raise InputError(f"context={context!r}; a number of tokens, at least 1, is accepted")
     rules = load_rules(kt_rules, OPERATIONS)
-    source = integration.open_source(model, {"gguf_path": gguf_path, **hub})
-    skeleton = integration.skeleton(source.config)
+    request = read_request(model, {"kt_rules": AUTO, "gguf_path": gguf_path, **hub})
+    assert request is not None  # kt_rules is there
+    checkpoint = request.open()
+    config, tree = _model(request, checkpoint, without(hub, (*SOURCE_OPTIONS, *MOOT_OPTIONS)), rules)
+    slots, tensors = check_tensors(checkpoint, config), checkpoint.tensors
     speeds = _bandwidths(bandwidth)
-    context = min(context, source.config.max_position_embeddings)
-    costs = _Costs(source.config, context)
+    context = min(context, config.max_position_embeddings)
+    costs = _Costs(config, context)
 
-    tensors = source.checkpoint.tensors
-    chosen = wish.settled(rules.source == AUTO, skeleton, source.slots, tensors, hardware, costs.on_gpus)
-    found = integration.settled_plan(skeleton, rules, OPERATIONS, None, chosen)
+    is_auto, layers = rules.source == AUTO, config.num_hidden_layers
+    chosen = wish.settled(is_auto, tree, layers, slots, tensors, hardware, costs.on_gpus)
+    found = assigning.settled_plan(tree, rules, OPERATIONS, None, chosen)
     require_devices(
         found, hardware.capacities, chosen is not None, 'Name more with gpus= (--gpu), or pass device_map="cpu"'
     )
-    assignments = loading.assign_tensors(found, skeleton, source.slots, tensors)
-    loading.apply_plan(skeleton, assignments, OPERATIONS)
-    problems = _unsupported_types(skeleton, assignments)
-    rows = tuple(_row(skeleton, assignment, costs) for assignment in assignments)
+    assignments = assigning.assign_tensors(found, tree, slots, tensors)
+    assigning.require_supported(tree, config, assignments, OPERATIONS)
+    problems = _unsupported_types(assignments)
+    rows = tuple(_row(config, assignment, costs) for assignment in assignments)
     devices = _device_uses(assignments, rows, hardware, speeds, costs)
     notes = (*_notes(found, devices, speeds), *found.notes)
-    return PlanReport(source.title, rules.source, context, rows, devices, notes, (*shortages(devices), *problems))
+    return PlanReport(request.title, rules.source, context, rows, devices, notes, (*shortages(devices), *problems))
+
+
+def _model(
+    request: Request, checkpoint: Checkpoint, options: Mapping[str, Any], rules: RuleList
+) -> tuple[Any, ModelTree]:
+    """Config and tree of the model that ``request`` names; ``options`` are what is left of those of the call."""
+    if not options:  # else they are values of the config, which transformers knows
+        facts = config_values(checkpoint) if request.folder is None else read_config(request.folder, request.hub)
+        config = None if facts is None else plain_config(facts)
+        tree = None if config is None else outline(config)
+        if tree is not None and all(map(is_known_class, rules.class_names)):
+            return config, tree
+    from transformers_kt import integration
+
+    real_config, unknown = integration.resolved_config(request, None, options, checkpoint)
+    if unknown:
+        raise TypeError(f"plan() got unexpected arguments: {', '.join(unknown)}")
+    return real_config, tree_of(integration.skeleton(real_config))
 
 
 class _Costs:
@@ -139,8 +173,9 @@ def _values_per_token(config: Any) -> int:
 def _hardware(gpus: Sequence[int | str] | None, ram: int | str | None, max_memory: Mapping[str, int]) -> Hardware:
     if isinstance(gpus, str):
         gpus = [gpus]
-    if gpus is None and torch.cuda.is_available():
-        sizes = tuple(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
+    here = _free_gpu_memory() if gpus is None else ()
+    if here:
+        sizes = here
     elif gpus is None:  # max_memory alone can describe a machine
         numbers = [int(device.removeprefix(_GPU)) for device in max_memory if device.startswith(_GPU)]
         sizes = tuple(max_memory.get(f"{_GPU}{number}", 0) for number in range(max(numbers, default=-1) + 1))
@@ -149,6 +184,18 @@ def _hardware(gpus: Sequence[int | str] | None, ram: int | str | None, max_memor
     if ram is None:
         return Hardware(sizes, max_memory.get(CPU, placement.free_memory().nbytes))
     return Hardware(sizes, placement.parse_bytes(ram, "ram"))
+
+
+def _free_gpu_memory() -> tuple[int, ...]:
+    """Bytes free on each GPU of this machine."""
+    is_driverless = sys.platform == "linux" and not any(map(os.path.exists, _GPU_DRIVERS))
+    if is_driverless and "torch" not in sys.modules:
+        return ()
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    return tuple(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
 
 
 class _Bandwidths(NamedTuple):
@@ -163,7 +210,7 @@ def _bandwidths(bandwidth: float | Sequence[float] | str | None) -> _Bandwidths:
     if bandwidth is None:
         return _Bandwidths(_ASSUMED_RAM_BANDWIDTH, _ASSUMED_GPU_BANDWIDTH, {"assumed": (_RAM, _GPUS)})
     if bandwidth == "measure":
-        if torch.cuda.is_available():
+        if _free_gpu_memory():
             measured = _measured_bandwidth(CPU), _measured_bandwidth("cuda:0")
             return _Bandwidths(*measured, {"measured on this machine": (_RAM, _GPUS)})
         unstated = {"measured on this machine": (_RAM,), "assumed": (_GPUS,)}
@@ -184,6 +231,8 @@ def _bandwidths(bandwidth: float | Sequence[float] | str | None) -> _Bandwidths:
 
 def _measured_bandwidth(device: str) -> float:
     """Bytes per second that torch reads in a sum, the best of a few rounds."""
+    import torch
+
     values = torch.ones(_MEASURED_BYTES // 4, dtype=torch.float32, device=device)
     times = []
     for _ in range(_MEASURED_ROUNDS):
@@ -193,18 +242,18 @@ def _measured_bandwidth(device: str) -> float:
     return _MEASURED_BYTES / min(times)
 
 
-def _unsupported_types(model: Any, assignments: Sequence[Assignment]) -> tuple[str, ...]:
+def _unsupported_types(assignments: Sequence[Assignment]) -> tuple[str, ...]:
     problems: dict[str, str] = {}  # one per type: 58 layers would say the same
     for assignment in assignments:
         try:
-            loading.check_types(model, [assignment], OPERATIONS)
+            assigning.check_types([assignment], OPERATIONS)
         except UnsupportedTypeError as error:
             types = {info.ggml_type for info in assignment.tensors.values()}
             problems.setdefault(f"{assignment.entry.op} {sorted(types)}", f"Cannot be loaded: {error}.")
     return tuple(problems.values())
 
 
-def _row(model: Any, assignment: Assignment, costs: _Costs) -> PlanRow:
+def _row(config: Any, assignment: Assignment, costs: _Costs) -> PlanRow:
     entry = assignment.entry
     stored = {
         key: _bytes_of(entry.op, entry.device, f"{entry.module}.{key}", info)
@@ -212,7 +261,7 @@ def _row(model: Any, assignment: Assignment, costs: _Costs) -> PlanRow:
     }
     nbytes = sum(stored.values())
     if entry.op in OPERATIONS:
-        nbytes = model.get_submodule(entry.module).memory_needed(assignment.tensors)
+        nbytes = OPERATIONS[entry.op].memory_needed(assignment.tensors, config)
     scale = nbytes / (sum(stored.values()) or 1)
     parts: dict[str, int] = {}
     read = 0.0

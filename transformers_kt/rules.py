@@ -35,9 +35,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from torch import nn
-
 from transformers_kt.errors import RuleError
+from transformers_kt.model_tree import ModelTree
 from transformers_kt.rules_files import AUTO, KtRules, bundled_rules, load_items
 from transformers_kt.rules_matching import root_site
 from transformers_kt.rules_plan import DeviceMap, Operations, Plan, PlanEntry, Planner, RuleList
@@ -60,7 +59,7 @@ __all__ = [
 _MOST_RULES = 10_000
 
 
-def load_rules(kt_rules: KtRules, operations: Operations, variables: Mapping[str, int] | None = None) -> RuleList:
+def load_rules(kt_rules: KtRules, operations: Collection[str], variables: Mapping[str, int] | None = None) -> RuleList:
     """Validated rules from what a user passes as ``kt_rules``.
 
     That is "auto"; a YAML path or bundled name, with variables behind it or not ("deepseek-v3?gpus=4"); or what such a
@@ -79,14 +78,14 @@ def load_rules(kt_rules: KtRules, operations: Operations, variables: Mapping[str
 
 
 def make_plan(
-    model: nn.Module,
+    tree: ModelTree,
     rule_list: RuleList,
     operations: Operations,
     not_by_itself: Collection[str] = (),
     *,
     device_map: DeviceMap | None = None,
 ) -> Plan:
-    """What computes each module of ``model`` (a skeleton on the meta device will do) under ``rule_list``, and where.
+    """What computes each module of the model under ``rule_list``, and where.
 
     ``auto`` chooses none of ``not_by_itself``, which are names of operations; a rule of our form that names one of them
     still gets it. Devices in ``device_map`` go before those of rules.
@@ -94,4 +93,4 @@ def make_plan(
     Raises `RuleError` if a rule of our form decides about no module, gives a module to an operation made for other
     classes, or to one operation what the device map divides.
     """
-    return Planner(root_site(model), rule_list, operations, not_by_itself, device_map or {}).plan()
+    return Planner(root_site(tree), rule_list, operations, not_by_itself, device_map or {}).plan()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from torch import nn
-
 from transformers_kt.errors import RuleError
+from transformers_kt.model_tree import TORCH_CLASSES, ModelTree, ModuleNode, dotted
 from transformers_kt.rules_files import nearest
 from transformers_kt.rules_syntax import Rule
 
@@ -24,29 +23,28 @@ class Site(NamedTuple):
     path: str
     name: str
     layer: int | None
-    module: nn.Module
+    node: ModuleNode
 
     def below(self) -> Iterator[Site]:
-        for name, child in self.module.named_children():
+        for name, child in self.node.children.items():
             dot = "." if self.path else ""
             yield _site(f"{self.path}{dot}{name}", f"{self.name}{'.' if self.name else ''}{name}", child)
 
     @property
     def holds_tensors(self) -> bool:
-        return _any(self.module.parameters()) or _any(self.module.buffers())
+        return self.node.holds_tensors
 
     @property
     def owns_tensors(self) -> bool:
-        return _any(self.module.parameters(recurse=False)) or _any(self.module.buffers(recurse=False))
+        return self.node.owns_tensors
 
     def __str__(self) -> str:
         return self.path or "the model itself"
 
 
-def root_site(model: nn.Module) -> Site:
+def root_site(tree: ModelTree) -> Site:
     """The model. One without head, as AutoModel gives, has the names that it would have inside one with a head."""
-    is_base = getattr(model, "base_model_prefix", None) == _BASE and getattr(model, "base_model", None) is model
-    return _site("", _BASE if is_base else "", model)
+    return _site("", _BASE if tree.is_base else "", tree.root)
 
 
 def walk(site: Site) -> Iterator[Site]:
@@ -56,9 +54,9 @@ def walk(site: Site) -> Iterator[Site]:
         yield from walk(child)
 
 
-def _site(path: str, name: str, module: nn.Module) -> Site:
+def _site(path: str, name: str, node: ModuleNode) -> Site:
     match = _LAYER.search(name)
-    return Site(path, name, None if match is None else int(match[1]), module)
+    return Site(path, name, None if match is None else int(match[1]), node)
 
 
 class Matcher:
@@ -66,31 +64,32 @@ class Matcher:
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self._rules = rules
-        self._for_class: dict[type, tuple[Rule, ...]] = {}
+        self._for_class: dict[tuple[str, ...], tuple[Rule, ...]] = {}
 
     def first(self, site: Site) -> Rule | None:
-        cls = type(site.module)
-        if cls not in self._for_class:
-            self._for_class[cls] = tuple(rule for rule in self._rules if _fits_class(rule, cls))
-        return next((rule for rule in self._for_class[cls] if _fits_place(rule, site)), None)
+        classes = site.node.classes
+        if classes not in self._for_class:
+            self._for_class[classes] = tuple(rule for rule in self._rules if _fits_class(rule, classes))
+        return next((rule for rule in self._for_class[classes] if _fits_place(rule, site)), None)
 
 
 def matches(rule: Rule, site: Site) -> bool:
-    return _fits_place(rule, site) and _fits_class(rule, type(site.module))
+    return _fits_place(rule, site) and _fits_class(rule, site.node.classes)
 
 
-def is_subclass(cls: type, class_name: str) -> bool:
-    """Whether ``cls`` is the class of that dotted name or derived from it. Nothing is imported."""
-    if any(dotted(base) == class_name for base in cls.__mro__):
-        return True
-    # torch.nn.Linear is defined in torch.nn.modules.linear; a module that is not loaded has no instances to find.
+def is_subclass(classes: Collection[str], class_name: str) -> bool:
+    """Whether a class that derives from all of ``classes`` is that of the dotted name. Nothing is imported."""
+    return class_name in classes or _defined_as(class_name) in classes
+
+
+def _defined_as(class_name: str) -> str:
+    """Where a class is defined: torch.nn.Linear in torch.nn.modules.linear."""
     package, _, name = class_name.rpartition(".")
+    if package == "torch.nn" and name in TORCH_CLASSES:
+        return TORCH_CLASSES[name]
+    # A model that has other classes has brought in the module that defines them.
     alias = vars(sys.modules[package]).get(name) if package in sys.modules else None
-    return isinstance(alias, type) and issubclass(cls, alias)
-
-
-def dotted(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+    return dotted(alias) if isinstance(alias, type) else class_name
 
 
 def why_idle(rule: Rule, rules: Sequence[Rule], root: Site, examples: Sequence[str]) -> tuple[str, str]:
@@ -123,7 +122,7 @@ def why_idle(rule: Rule, rules: Sequence[Rule], root: Site, examples: Sequence[s
 
 def _nearest_class(rule: Rule, root: Site) -> str:
     """A hint if the class is one that no module of the model has, but which looks like one of theirs."""
-    classes = {dotted(type(site.module)) for site in walk(root)}
+    classes = {site.node.class_name for site in walk(root)}
     return "" if rule.class_name in classes else nearest(rule.class_name, sorted(classes))
 
 
@@ -139,8 +138,8 @@ def _matched(rule: Rule, site: Site, above: tuple[Site, ...]) -> Iterator[tuple[
         yield from _matched(rule, child, (*above, site))
 
 
-def _fits_class(rule: Rule, cls: type) -> bool:
-    return rule.class_name is None or is_subclass(cls, rule.class_name)
+def _fits_class(rule: Rule, classes: Collection[str]) -> bool:
+    return rule.class_name is None or is_subclass(classes, rule.class_name)
 
 
 def _fits_place(rule: Rule, site: Site) -> bool:
@@ -170,10 +169,6 @@ def _criteria(rule: Rule) -> str:
 
 def _shown(other: Rule, rule: Rule) -> str:
     return f"rule {other.place.number}" if other.place.source == rule.place.source else other.label
-
-
-def _any(iterator: Iterator[object]) -> bool:
-    return next(iterator, None) is not None
 
 
 def longest_prefix(path: str, values: Mapping[str, str]) -> str | None:

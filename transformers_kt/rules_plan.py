@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Protocol, TypeAlias
 
 from transformers_kt import ktransformers
 from transformers_kt.errors import RuleError
 from transformers_kt.rules_devices import CPU, DEVICES_ACCEPTED, Spread, parse_device
 from transformers_kt.rules_files import AUTO
-from transformers_kt.rules_matching import Matcher, Site, dotted, is_subclass, longest_prefix, walk, why_idle
+from transformers_kt.rules_matching import Matcher, Site, is_subclass, longest_prefix, walk, why_idle
 from transformers_kt.rules_syntax import GPU_SUFFIX, TORCH, Rule, families
 from transformers_kt.rules_yaml import brief
 
-if TYPE_CHECKING:
-    from transformers_kt.modules.base import KtModule
 
-Operations: TypeAlias = "Mapping[str, type[KtModule]]"
-"""Name -> module, coarse before fine."""
+class Replacing(Protocol):
+    """What rules have to know of an operation: the dotted names of the classes that it can stand for."""
+
+    @property
+    def replaces(self) -> tuple[str, ...]: ...
+
+
+Operations: TypeAlias = "Mapping[str, Replacing]"
+"""Name -> operation, coarse before fine."""
 
 DeviceMap: TypeAlias = "Mapping[str, str]"
 """Prefixes of module paths -> device, as accelerate has them: the longest that fits decides, "" is the rest."""
@@ -48,6 +53,11 @@ class RuleList:
 
     rules: tuple[Rule, ...]
     source: str
+
+    @property
+    def class_names(self) -> set[str]:
+        """The classes that they match."""
+        return {rule.class_name for rule in self.rules if rule.class_name is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +121,7 @@ class Planner:
         self._device_map = {prefix: _mapped_device(prefix, device) for prefix, device in device_map.items()}
         self._is_theirs = any(rule.theirs for rule in rule_list.rules)
         self._matcher = Matcher(rule_list.rules)
-        self._family_of: dict[type, str | None] = {}
+        self._family_of: dict[str, str | None] = {}
         self._layers = {site.layer for site in walk(root) if site.layer is not None}
         self._rows_of: dict[int, dict[int, int]] = {}  # rule -> layer -> which of the rule's layers it is
         self._is_past_a_layer = False
@@ -141,7 +151,7 @@ class Planner:
         below = self._inside(rule, inherited)
         for child in site.below():
             parts.extend(self._visit(child, below))
-        family = None if keeps else self._family(type(site.module))
+        family = None if keeps else self._family(site.node.class_name)
         return parts if family is None else self._coarsest(site, family, rule, parts)
 
     @staticmethod
@@ -213,35 +223,32 @@ class Planner:
         rows = self._rows_of[rule.number]
         if site.layer is not None:
             row = rows.get(site.layer, 0)
-        elif self._is_past_a_layer and self._family(type(site.module)) != _ROTARY:
+        elif self._is_past_a_layer and self._family(site.node.class_name) != _ROTARY:
             row = len(rows) - 1
         else:
             row = 0  # the rotary embedding stands behind the layers in the tree, and feeds them
         return spread.device(row, max(1, len(rows)))
 
-    def _family(self, cls: type) -> str | None:
+    def _family(self, class_name: str) -> str | None:
         """The family that ``auto`` takes for a class: the exact class, for a subclass may compute something else."""
-        if cls not in self._family_of:
+        if class_name not in self._family_of:
             claims = (
                 family
                 for family, op in self._families.items()
-                if cls in self._operations[op].replaces and op not in self._not_by_itself
+                if class_name in self._operations[op].replaces and op not in self._not_by_itself
             )
-            self._family_of[cls] = next(claims, None)
-        return self._family_of[cls]
+            self._family_of[class_name] = next(claims, None)
+        return self._family_of[class_name]
 
     def _check_class(self, rule: Rule, site: Site) -> None:
         """Raise `RuleError` if ``rule`` names an operation, or a class of KTransformers, that is for other modules."""
-        cls = type(site.module)
         if rule.op in self._families:
-            accepted = self._operations[self._families[rule.op]].replaces
-            fits, names = issubclass(cls, accepted), tuple(map(dotted, accepted))
+            names = self._operations[self._families[rule.op]].replaces
         else:
             names = ktransformers.CLASSES_OF.get(rule.op, ())
-            fits = not names or any(is_subclass(cls, name) for name in names)
-        if not fits:
+        if names and not any(is_subclass(site.node.classes, name) for name in names):
             raise RuleError(
-                f"{rule.label}: {rule.op} cannot stand for {site}, which is a {dotted(cls)}; it stands for "
+                f"{rule.label}: {rule.op} cannot stand for {site}, which is a {site.node.class_name}; it stands for "
                 f"{', '.join(names)}. Narrow the match by class"
             )
 

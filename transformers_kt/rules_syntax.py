@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import regex
-import torch
 
 from transformers_kt import ktransformers
 from transformers_kt.errors import RuleError
+from transformers_kt.model_tree import TORCH_CLASSES
 from transformers_kt.rules_devices import CPU, DEVICES_ACCEPTED, Spread, parse_spread
 from transformers_kt.rules_files import AUTO, Item, Place, nearest, require_keys
 from transformers_kt.rules_yaml import brief
@@ -177,10 +177,17 @@ def _class_name(name: str, label: str) -> str:
     package, dot, cls = name.rpartition(".")
     if not dot:
         raise RuleError(f"{where} has the class {brief(name)}; a dotted name such as torch.nn.Linear is expected")
-    if package == "torch.nn" and not isinstance(vars(torch.nn).get(cls), type):
-        hint = nearest(cls, [key for key, value in vars(torch.nn).items() if isinstance(value, type)])
-        raise RuleError(f"{where} has the unknown class {brief(name)}{hint}; torch.nn has no {brief(cls)}")
+    if package == "torch.nn" and cls not in TORCH_CLASSES:
+        _require_class_of_torch(cls, name, where)
     return ktransformers.stock_class(name, where)
+
+
+def _require_class_of_torch(cls: str, name: str, where: str) -> None:
+    from torch import nn  # only here: a second, for what hardly any rule names
+
+    if not isinstance(vars(nn).get(cls), type):
+        hint = nearest(cls, [key for key, value in vars(nn).items() if isinstance(value, type)])
+        raise RuleError(f"{where} has the unknown class {brief(name)}{hint}; torch.nn has no {brief(cls)}")
 
 
 def _layers(value: Any, label: str) -> tuple[tuple[int, int | None], ...]:

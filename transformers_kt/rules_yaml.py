@@ -5,6 +5,7 @@ PyYAML's errors for text that nobody meant as YAML are of many classes; here eac
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ _MOST_BYTES = 1 << 18  # 733 lines, the longest file that KTransformers shipped,
 _MOST_VALUES = 100_000  # with each alias counted as what it stands for
 _DEEPEST = 32
 _LONGEST_QUOTE = 200
+_DASH = re.compile(r"( *)-(?:\s|$)")
 # Part of PyYAML's words -> what to do.
 _REMEDIES = {
     "found unknown escape character": "in double quotes a backslash counts for YAML; put regexes in single quotes",
@@ -47,7 +49,7 @@ def read_yaml(path: Path, rules_key: str) -> Document:
     measure through aliases.
     """
     text = _text(path)
-    with _in_rule_errors(path):
+    with _in_rule_errors(path, text):
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
@@ -58,18 +60,28 @@ def read_yaml(path: Path, rules_key: str) -> Document:
 
 
 @contextmanager
-def _in_rule_errors(path: Path) -> Iterator[None]:
+def _in_rule_errors(path: Path, text: str) -> Iterator[None]:
     try:
         yield
     except RuleError:
         raise
     except yaml.MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1},"
+        line = None if error.problem_mark is None else error.problem_mark.line + 1
         problem = str(error.problem or error.context)
         remedy = "".join(f" ({remedy})" for words, remedy in _REMEDIES.items() if words in problem)
-        raise RuleError(f"{path}{line} is not valid YAML: {problem[:_LONGEST_QUOTE]}{remedy}") from None
+        said = f"{problem[:_LONGEST_QUOTE]}{remedy}"
+        where = "" if line is None else f" in line {line}"
+        raise RuleError(f"{path}{_rule_before(text, line)} is not valid YAML{where}: {said}") from None
     except Exception as error:  # !!bool with another word in it is a KeyError, a date in month 99 a ValueError
         raise RuleError(f"{path} is not valid YAML: {brief(error)}") from None
+
+
+def _rule_before(text: str, line: int | None) -> str:
+    """ ", rule 2 (line 5)": the last that starts up to ``line`` in a text that is no YAML; "" where none does."""
+    found = enumerate(map(_DASH.match, text.splitlines()[:line]), start=1)
+    dashes = [(len(match[1]), number) for number, match in found if match is not None]
+    starts = [number for indent, number in dashes if indent == dashes[0][0]]
+    return f", rule {len(starts)} (line {starts[-1]})" if starts and line is not None else ""
 
 
 def brief(value: object) -> str:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 
-_GREATEST_WIDTHS = {"types": 16}  # of three; what names of modules need is more
+# Of three types, or two beside a rule: names of modules need the width more.
+_TYPES, _RULE = "types", "rule"
+_WIDEST_TYPES, _WIDEST_TYPES_BESIDE_A_RULE = 16, 10
 _LAYER_NORM = re.compile(r"\.\w+_layernorm$")
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -45,13 +47,13 @@ def new_table(*columns: str, numbers: Collection[str] = ()) -> Table:
     from rich import box
     from rich.table import Table
 
+    widest_types = _WIDEST_TYPES_BESIDE_A_RULE if _RULE in columns else _WIDEST_TYPES
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, show_edge=False, pad_edge=False, collapse_padding=True)
     for column in columns:
         is_number = column in numbers
         justify: Literal["left", "right"] = "right" if is_number else "left"
-        table.add_column(
-            column, justify=justify, overflow="fold", no_wrap=is_number, max_width=_GREATEST_WIDTHS.get(column)
-        )
+        widest = widest_types if column == _TYPES else None
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=is_number, max_width=widest)
     return table
 
 

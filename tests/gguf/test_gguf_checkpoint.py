@@ -9,13 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 from gguf_handmade import TINY_V3, tiny_tensors, write_model
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from transformers_kt.errors import CheckpointError, CheckpointNotFoundError, GgufFormatError
-from transformers_kt.gguf import checkpoint as checkpoint_module
 from transformers_kt.gguf.checkpoint import open_checkpoint
 
 SHAPES = tiny_tensors(TINY_V3)
@@ -257,8 +257,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     write_model(fake.repository / "m-[odd].gguf")
     write_model(fake.repository / "mmproj-Q8_0.gguf", {}, {}, architecture="clip")
     (fake.repository / "README.md").touch()
-    monkeypatch.setattr(checkpoint_module, "list_repo_files", fake.list_repo_files)
-    monkeypatch.setattr(checkpoint_module, "snapshot_download", fake.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", fake.list_repo_files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
     monkeypatch.chdir(tmp_path)
     return fake
 

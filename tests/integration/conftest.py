@@ -53,7 +53,7 @@ SIZES: dict[str, Any] = {
     "pad_token_id": PAD,
 }
 
-REAL_OPERATIONS = integration._operations
+REAL_MODULES = integration._modules
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def fake_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     masks = integration.AttentionMaskInterface._global_mapping
     monkeypatch.setitem(mapping, "kt", sdpa_attention_forward)
     monkeypatch.setitem(masks, "kt", sdpa_mask)
-    monkeypatch.setattr(integration, "_operations", lambda: fakes.OPERATIONS)
+    monkeypatch.setattr(integration, "_modules", lambda: fakes.MODULES)
 
 
 @pytest.fixture(params=["fakes", "kernels"])
@@ -160,7 +160,7 @@ def either_operations(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     """Runs a test on the fakes, and on the real operations where the extension is built."""
     if request.param == "kernels":
         pytest.importorskip("transformers_kt._C")
-        monkeypatch.setattr(integration, "_operations", REAL_OPERATIONS)
+        monkeypatch.setattr(integration, "_modules", REAL_MODULES)
     return str(request.param)
 
 

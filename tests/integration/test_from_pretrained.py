@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from transformers import (
     pipeline,
 )
 
-from transformers_kt import errors, integration
+from transformers_kt import errors, hooks, integration, request
 
 
 def logits(model: Any, prompt: torch.Tensor) -> torch.Tensor:
@@ -131,9 +132,9 @@ def test_the_name_may_be_a_keyword(v3: Example) -> None:
 def test_the_operations_compute_the_model(v3: Example) -> None:
     model = AutoModelForCausalLM.from_pretrained(v3.folder, kt_rules="auto")
     logits(model, v3.prompt)
-    operations = [module for module in model.modules() if isinstance(module, fakes.FakeOperation)]
-    assert {module.op for module in operations} == set(fakes.OPERATIONS) - {"experts_cpu"}  # these are inside moe_cpu
-    assert all(module.calls == 1 for module in operations)
+    modules = [module for module in model.modules() if isinstance(module, fakes.FakeOperation)]
+    assert {module.operation.op for module in modules} == set(fakes.MODULES) - {"experts_cpu"}  # inside moe_cpu
+    assert all(module.calls == 1 for module in modules)
     assert model.config._attn_implementation == "kt"
 
 
@@ -204,7 +205,7 @@ def test_hub_options_reach_the_gguf_but_another_repositorys_revision_does_not(mo
         opened.append((gguf, options))
         raise errors.CheckpointNotFoundError("no hub here")
 
-    monkeypatch.setattr(integration, "open_checkpoint", refuse)
+    monkeypatch.setattr(request, "open_checkpoint", refuse)
     options: dict[str, Any] = {"revision": "abc", "token": "secret", "kt_rules": "auto"}
     for name, named in [
         ("some/model", {"gguf_path": "some/gguf:Q4_K_M"}),
@@ -221,9 +222,9 @@ def test_hub_options_reach_the_gguf_but_another_repositorys_revision_does_not(mo
 
 
 def test_gguf_file_on_the_hub_is_the_source_of_config_and_tokenizer_as_for_transformers() -> None:
-    request = integration._request("some/gguf", {"gguf_file": "model.gguf", "kt_rules": "auto"})
-    assert request is not None
-    assert request.folder is None
+    found = request.read_request("some/gguf", {"gguf_file": "model.gguf", "kt_rules": "auto"})
+    assert found is not None
+    assert found.folder is None
 
 
 def test_a_config_file_may_stand_in_the_models_place(v3: Example) -> None:
@@ -551,7 +552,7 @@ def test_rules_come_from_a_file(v3: Example, tmp_path: Path) -> None:
 def test_an_unknown_rule_name_is_refused_before_the_gguf_is_opened(
     v3: Example, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(integration, "open_checkpoint", lambda *args, **options: pytest.fail("opened"))
+    monkeypatch.setattr(request, "open_checkpoint", lambda *args, **options: pytest.fail("opened"))
     with pytest.raises(errors.RuleError, match="no rules named 'atuo'"):
         AutoModelForCausalLM.from_pretrained(v3.folder, kt_rules="atuo")
 
@@ -634,7 +635,8 @@ def test_calls_without_our_arguments_reach_transformers_untouched(
         return "stock"
 
     monkeypatch.setattr(owner, "from_pretrained", classmethod(stock))
-    integration._wrap(owner, lambda *args: pytest.fail("ours"))
+    monkeypatch.setattr(integration, "load_config", lambda *args: pytest.fail("ours"))
+    hooks.wrap(owner, "load_config")
     token, config = object(), object()
     for name in (str(v3.folder), "some/model", "some/model-GGUF", Path("nowhere")):
         assert owner.from_pretrained(name, 1, config=config, gguf_file="x.gguf", token=token) == "stock"
@@ -656,15 +658,17 @@ def test_installing_twice_changes_nothing() -> None:
     def wrapped() -> list[Any]:
         return [owner.__dict__["from_pretrained"] for owner in entries().values()]
 
-    before = wrapped()
+    before, finders = wrapped(), list(sys.meta_path)
+    hooks.install()
     integration.install()
+    assert sys.meta_path == finders
     assert wrapped() == before
 
 
 def test_reloading_the_module_registers_no_second_time_and_goes_on_working(v3: Example) -> None:
     before = AutoModelForCausalLM.__dict__["from_pretrained"]
     reloaded = importlib.reload(integration)
-    reloaded._operations = lambda: fakes.OPERATIONS
+    reloaded._modules = lambda: fakes.MODULES
     reloaded.install()
     assert AutoModelForCausalLM.__dict__["from_pretrained"] is before
     assert reloaded.AUTO_QUANTIZER_MAPPING["kt"] is reloaded.KtHfQuantizer
@@ -681,7 +685,7 @@ def test_every_auto_class_for_models_is_wrapped() -> None:
     names = [name for name in dir(transformers) if name.startswith("AutoModel")]
     assert len(names) > 20
     for name in names:
-        assert hasattr(getattr(transformers, name).from_pretrained.__func__, integration._WRAPPED), name
+        assert hasattr(getattr(transformers, name).from_pretrained.__func__, hooks.WRAPPED), name
 
 
 def test_the_wrapper_keeps_signature_and_documentation() -> None:

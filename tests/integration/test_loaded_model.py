@@ -9,7 +9,7 @@ from typing import Any
 import fakes
 import pytest
 import torch
-from conftest import BOS, REAL_OPERATIONS, VOCAB, Example
+from conftest import BOS, REAL_MODULES, VOCAB, Example
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.trainer_utils import validate_quantization_for_training
 
@@ -129,6 +129,15 @@ def test_a_token_id_out_of_range_is_refused_before_anything_is_computed(model: A
         model(ids)
     with pytest.raises(InputError, match=f"token id {bad}"):
         model.generate(ids, max_new_tokens=1)
+    assert calls(model) == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (0, 5)])
+def test_no_token_at_all_is_refused_before_anything_is_computed(model: Any, shape: tuple[int, int]) -> None:
+    with pytest.raises(InputError, match=rf"input_ids is empty, of shape \({shape[0]}, {shape[1]}\)"):
+        model(torch.zeros(shape, dtype=torch.long))
+    with pytest.raises(InputError, match="inputs_embeds is empty"):
+        model(inputs_embeds=torch.zeros((*shape, 64)))
     assert calls(model) == 0
 
 
@@ -267,7 +276,7 @@ def test_hidden_states_are_those_of_the_stock_model(model: Any, v3: Example) -> 
 
 def test_our_attention_cannot_be_switched_on_for_stock_modules(v3: Example, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers_kt._C")
-    monkeypatch.setattr(integration, "_operations", REAL_OPERATIONS)
+    monkeypatch.setattr(integration, "_modules", REAL_MODULES)
     model = AutoModelForCausalLM.from_pretrained(v3.folder, kt_rules="auto", attn_implementation="sdpa")
     model.set_attn_implementation("kt")
     with pytest.raises(UnsupportedOperationError, match='choose "sdpa" or "eager"'):

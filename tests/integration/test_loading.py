@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import weakref
 from collections import Counter
@@ -16,10 +17,10 @@ import torch
 import transformers
 from conftest import Example, make_example, make_stock, make_tokenizer
 from gguf import GGMLQuantizationType as GgmlType
-from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from transformers_kt import loading, placement
+from transformers_kt import assignments, loading, operations, placement
 from transformers_kt.errors import KtError, OutOfMemoryError, UnsupportedModelError, UnsupportedTypeError
 from transformers_kt.gguf.checkpoint import Checkpoint
 from transformers_kt.gguf.export import export_gguf
@@ -198,7 +199,7 @@ def test_dequantizing_in_pieces_gives_what_it_gives_at_once(
 def test_a_correction_bias_that_the_file_leaves_out_is_zero() -> None:
     config = make_stock("v3").config
     with torch.device("meta"):
-        router = fakes.v3.DeepseekV3TopkRouter(config)
+        router = DeepseekV3TopkRouter(config)
     info = TensorInfo("w", GgmlType.F32, (8, 64), 0, 8 * 64 * 4, Path("x.gguf"))
     nbytes = loading._load_stock(router, {"weight": info}, lambda _: np.ones(8 * 64 * 4, dtype=np.uint8))
     assert torch.equal(router.e_score_correction_bias, torch.zeros(8))
@@ -245,10 +246,10 @@ def test_what_stays_stock_is_counted_as_float32(v3_f16: Example, monkeypatch: py
 def test_a_type_without_kernel_is_refused_with_file_and_tensor_before_any_is_read(
     v3_f16: Example, loads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fakes, "TYPE_WITHOUT_KERNEL", GgmlType.F16)
+    monkeypatch.delitem(operations.KERNEL_TYPES, int(GgmlType.F16))
     with pytest.raises(UnsupportedTypeError) as caught:
         load(v3_f16)
-    for part in (".gguf", "token_embd.weight", "embedding_cpu", "accepted"):
+    for part in (".gguf", "blk.0.attn_kv_a_mqa.weight", "F16", "types with kernels: "):
         assert part in str(caught.value)
     assert loads == []
 
@@ -256,7 +257,7 @@ def test_a_type_without_kernel_is_refused_with_file_and_tensor_before_any_is_rea
 def test_a_type_without_kernel_names_the_rule_that_decided(
     v3_f16: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fakes, "TYPE_WITHOUT_KERNEL", GgmlType.F16)
+    monkeypatch.delitem(operations.KERNEL_TYPES, int(GgmlType.F16))
     rules = tmp_path / "my.yaml"
     rules.write_text(
         "# heads first\n- {match: {name: lm_head}, replace: torch}\n- {match: {name: ''}, replace: auto}\n"
@@ -268,9 +269,9 @@ def test_a_type_without_kernel_names_the_rule_that_decided(
 
 def test_a_type_that_cannot_be_dequantized_is_refused_with_file_tensor_and_module() -> None:
     info = TensorInfo("blk.0.x", GgmlType.Q8_K, (1, 256), 0, 292, Path("model.gguf"))
-    assignment = loading.Assignment(PlanEntry("model.x", "torch", "cpu", None), {"weight": info})
+    assignment = assignments.Assignment(PlanEntry("model.x", "torch", "cpu", None), {"weight": info})
     with pytest.raises(UnsupportedTypeError) as caught:
-        loading.check_types(nn.Module(), [assignment], {})
+        assignments.check_types([assignment], {})
     for part in ("model.gguf", "blk.0.x", "weight of model.x", "Q8_K", "cannot dequantize"):
         assert part in str(caught.value)
 
@@ -278,7 +279,8 @@ def test_a_type_that_cannot_be_dequantized_is_refused_with_file_tensor_and_modul
 def test_a_tensor_that_an_operation_cannot_use_is_refused_with_both_names(
     v3: Example, loads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fakes.FakeMoe, "roles", lambda self: {"gate.weight"})
+    narrow = dataclasses.replace(fakes.FakeMoe.operation, roles=frozenset({"gate.weight"}))
+    monkeypatch.setattr(fakes.FakeMoe, "operation", narrow)
     with pytest.raises(UnsupportedModelError, match=r"moe_cpu at model\.layers\.1\.mlp has no use for experts\.down"):
         load(v3)
     assert loads == []

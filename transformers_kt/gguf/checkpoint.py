@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
-from huggingface_hub import list_repo_files, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 from transformers_kt.errors import CheckpointError, CheckpointNotFoundError, KtError
 from transformers_kt.gguf.reader import GgufFile, Metadata, TensorInfo
@@ -208,6 +206,15 @@ def _fits(name: str, wanted: str) -> bool:
 
 def _names_on_hub(repo: str, hub: HubOptions) -> list[str]:
     """All file names in the repository; those in the cache where the hub cannot be asked."""
+    # Imported here, for it takes half a second and most models are local.
+    from huggingface_hub import list_repo_files
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     if not hub.get("local_files_only"):
         try:
             names: list[str] = list_repo_files(repo, revision=hub.get("revision"), token=hub.get("token"))
@@ -225,6 +232,8 @@ def _names_on_hub(repo: str, hub: HubOptions) -> list[str]:
 
 
 def _snapshot(repo: str, allow_patterns: list[str] | None, hub: HubOptions) -> str:
+    from huggingface_hub import snapshot_download
+
     try:
         return str(snapshot_download(repo, allow_patterns=allow_patterns, **hub))
     except Exception as error:

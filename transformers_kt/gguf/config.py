@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from huggingface_hub.errors import StrictDataclassError
-from transformers import DeepseekV2Config, DeepseekV3Config, GenerationConfig
 
 from transformers_kt.errors import GgufFormatError, UnsupportedModelError
 from transformers_kt.gguf.checkpoint import Checkpoint
 from transformers_kt.gguf.reader import GgufFile, StringArray, TensorInfo
+
+if TYPE_CHECKING:
+    from transformers import DeepseekV2Config, DeepseekV3Config, GenerationConfig
 
 ARCHITECTURES = ("deepseek2",)
 
@@ -66,6 +67,20 @@ def config_from_gguf(
     Raises `UnsupportedModelError` for another architecture or a feature those classes lack, `GgufFormatError` for
     metadata that is missing or makes no sense.
     """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import DeepseekV2Config, DeepseekV3Config
+
+    values = config_values(source)
+    config_class = {cls.model_type: cls for cls in (DeepseekV2Config, DeepseekV3Config)}[values.pop("model_type")]
+    try:
+        return config_class(**values)
+    except StrictDataclassError as error:
+        raise GgufFormatError(f"{_Facts(source).name}: the metadata makes no valid config: {error}") from error
+
+
+def config_values(source: Checkpoint | GgufFile | Mapping[str, Any]) -> dict[str, Any]:
+    """What `config_from_gguf` states, as a config.json would have it, without transformers. Raises as that does, but
+    not for what transformers alone refuses."""
     facts = _Facts(source)
     hidden_size = facts.integer("embedding_length", most=_MOST_WIDTH)
     heads = facts.integer("attention.head_count", most=_MOST_WIDTH)
@@ -110,30 +125,31 @@ def config_from_gguf(
         **_token_ids(facts),
     }
     normalized = facts.boolean("expert_weights_norm", default=False)
-    try:
-        if gating == _SIGMOID:
-            return DeepseekV3Config(
-                architectures=["DeepseekV3ForCausalLM"],
-                norm_topk_prob=normalized,
-                rope_interleave=True,
-                num_mtp_layers=0,  # the class default is 1, and the prediction layers are not loaded
-                **common,
-            )
-        if normalized:
-            # transformers' V2 router has no such step and would silently leave it out.
-            raise facts.unsupported("expert_weights_norm", True, "false, with softmax routing")
-        return DeepseekV2Config(
-            architectures=["DeepseekV2ForCausalLM"],
-            norm_topk_prob=False,
-            topk_method="greedy" if n_group == 1 else "group_limited_greedy",
+    if gating == _SIGMOID:
+        return {
+            "model_type": "deepseek_v3",
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "norm_topk_prob": normalized,
+            "rope_interleave": True,
+            "num_mtp_layers": 0,  # the class default is 1, and the prediction layers are not loaded
             **common,
-        )
-    except StrictDataclassError as error:
-        raise GgufFormatError(f"{facts.name}: the metadata makes no valid config: {error}") from error
+        }
+    if normalized:
+        # transformers' V2 router has no such step and would silently leave it out.
+        raise facts.unsupported("expert_weights_norm", True, "false, with softmax routing")
+    return {
+        "model_type": "deepseek_v2",
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "norm_topk_prob": False,
+        "topk_method": "greedy" if n_group == 1 else "group_limited_greedy",
+        **common,
+    }
 
 
 def generation_config_from_gguf(source: Checkpoint | GgufFile | Mapping[str, Any]) -> GenerationConfig:
     """The token ids that start, end and pad generation. Every id that ends a turn is an end."""
+    from transformers import GenerationConfig
+
     return GenerationConfig(**_token_ids(_Facts(source)))
 
 

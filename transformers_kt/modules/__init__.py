@@ -1,4 +1,4 @@
-"""Modules whose weights are GGUF blocks, and the operations that placement rules may name."""
+"""Modules whose weights are GGUF blocks, one for each of the operations that placement rules may name."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from transformers_kt.modules.linear import KtLinear
 from transformers_kt.modules.norm import KtRMSNorm
 from transformers_kt.modules.rotary import KtRotaryEmbedding
 
-OPERATIONS: dict[str, type[KtModule]] = {
-    module.op: module
+MODULES: dict[str, type[KtModule]] = {
+    module.operation.op: module
     for module in (KtMlaAttention, KtMoe, KtMlp, KtExperts, KtLinear, KtEmbedding, KtRMSNorm, KtRotaryEmbedding)
 }
-"""Operation name -> module, coarse before fine."""
+"""Name of the operation -> module."""
 
 __all__ = [
-    "OPERATIONS",
+    "MODULES",
     "KtEmbedding",
     "KtExperts",
     "KtLinear",

@@ -13,7 +13,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 from typing_extensions import Self
 
 from transformers_kt import _C, ops
-from transformers_kt.errors import InputError, UnsupportedModelError
+from transformers_kt.errors import InputError
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 from transformers_kt.modules.base import (
     Handle,
@@ -23,14 +23,13 @@ from transformers_kt.modules.base import (
     float_values,
     pack_floats,
     pack_matrices,
-    require_kernel,
 )
 from transformers_kt.modules.latent_cache import grow_in_place
 from transformers_kt.modules.rotary import as_rope_table
+from transformers_kt.operations import OPERATIONS, is_wide
 
 _NORMS = ("q_a_layernorm.weight", "kv_a_layernorm.weight")
 _MATRICES = ("q_proj.weight", "q_a_proj.weight", "q_b_proj.weight", "kv_a_proj_with_mqa.weight", "o_proj.weight")
-_KV_B = ("kv_b_proj.weight", "kv_b_proj.k_b", "kv_b_proj.v_b")
 
 
 class KtMlaAttention(KtModule):
@@ -40,8 +39,7 @@ class KtMlaAttention(KtModule):
     (batch, 1, keys, qk_rope_head_dim), which is what transformers' own DeepSeek attention stores.
     """
 
-    op = "attention_cpu"
-    replaces = (DeepseekV2Attention, DeepseekV3Attention)
+    operation = OPERATIONS["attention_cpu"]
 
     def __init__(self, dims: Mapping[str, Any], layer_idx: int, name: str) -> None:
         super().__init__()
@@ -53,10 +51,6 @@ class KtMlaAttention(KtModule):
     @classmethod
     def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
         assert isinstance(module, DeepseekV2Attention | DeepseekV3Attention)
-        if config.attention_bias:
-            raise UnsupportedModelError(f"{name}: attention_bias is set; DeepSeek's GGUF layout has no biases")
-        if not getattr(config, "rope_interleave", True):
-            raise UnsupportedModelError(f"{name}: rope_interleave is off; GGUF files of DeepSeek are interleaved")
         dims = {
             "hidden": config.hidden_size,
             "heads": config.num_attention_heads,
@@ -68,23 +62,6 @@ class KtMlaAttention(KtModule):
             "norm_eps": module.kv_a_layernorm.variance_epsilon,
         }
         return cls(dims, module.layer_idx, name)
-
-    def roles(self) -> set[str]:
-        return {*_NORMS, *_MATRICES, *_KV_B}
-
-    def check(self, tensors: Mapping[str, TensorInfo]) -> None:
-        for role, tensor in tensors.items():
-            if role not in _NORMS:
-                require_kernel(tensor)
-
-    def memory_needed(self, tensors: Mapping[str, TensorInfo]) -> int:
-        needed = super().memory_needed(tensors)
-        if (tensor := tensors.get("kv_b_proj.weight")) is not None:
-            # The key half becomes float in place of its blocks, see _pack_kv_b.
-            nope, value = self._dims["nope_dim"], self._dims["value_dim"]
-            values = self._dims["heads"] * nope * self._dims["latent_dim"]
-            needed += (4 if _is_wide(tensor) else 2) * values - tensor.nbytes * nope // (nope + value)
-        return needed
 
     def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
         packed = {role: pack_matrices(tensors[role], data) for role in _MATRICES if role in tensors}
@@ -114,7 +91,7 @@ class KtMlaAttention(KtModule):
         # Absorbing needs the key half transposed, against the direction of its blocks. float16 holds the dequantized
         # values of a quantized file to 2^-12 of their size; requantizing to 8 bits would lose sixteen times that.
         keys = float_values(tensor, blocks).reshape(heads, nope + value, latent)[:, :nope]
-        k_b = pack_floats(keys.transpose(0, 2, 1), GgmlType.F32 if _is_wide(tensor) else GgmlType.F16)
+        k_b = pack_floats(keys.transpose(0, 2, 1), GgmlType.F32 if is_wide(tensor) else GgmlType.F16)
         v_b = _C.PackedMatrix(int(tensor.ggml_type), heads, value, latent)
         rows = blocks.reshape(heads, nope + value, -1)
         for head in range(heads):
@@ -173,11 +150,6 @@ class KtMlaAttention(KtModule):
         if attention_mask is None:
             return causal_ranges(earlier, batch, tokens)
         return visible_keys(attention_mask, batch, tokens, keys, self._name)
-
-
-def _is_wide(tensor: TensorInfo) -> bool:
-    """Whether the tensor may hold what float16 does not."""
-    return tensor.ggml_type in (GgmlType.F32, GgmlType.BF16)
 
 
 def causal_ranges(cached_keys: int, batch: int, tokens: int) -> torch.Tensor:

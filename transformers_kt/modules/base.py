@@ -12,14 +12,11 @@ from torch import nn
 from typing_extensions import Self
 
 from transformers_kt import _C, ops
-from transformers_kt.errors import UnsupportedModelError, UnsupportedTypeError
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
+from transformers_kt.operations import Operation
 
 TensorData = Callable[[TensorInfo], npt.NDArray[np.uint8]]
 """Gives a tensor's bytes: uint8, one-dimensional, exactly ``nbytes`` long."""
-
-KERNEL_TYPES: dict[int, str] = {number: name for name, number, _elements, _nbytes in _C.weight_types()}
-"""ggml type number -> name, for every type that can be multiplied with."""
 
 
 class KtModule(nn.Module):
@@ -29,30 +26,13 @@ class KtModule(nn.Module):
     filled once. Its outputs are float32, whatever dtype comes in.
     """
 
-    op: ClassVar[str]
-    """Name of the operation in placement rules."""
-
-    replaces: ClassVar[tuple[type[nn.Module], ...]]
-    """Stock classes this module can stand for."""
+    operation: ClassVar[Operation]
+    """What it computes, of which tensors. Whether it can is asked before it is made."""
 
     @classmethod
     def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
-        """Makes the replacement of `module`, found at path `name`. Raises UnsupportedModelError where it cannot."""
+        """Makes the replacement of `module`, found at path `name`."""
         raise NotImplementedError
-
-    def roles(self) -> set[str]:
-        """Paths, relative to this module, of every tensor it can consume."""
-        raise NotImplementedError
-
-    def check(self, tensors: Mapping[str, TensorInfo]) -> None:
-        """Raises UnsupportedTypeError where a tensor's type has no kernel. Default: every matrix needs one."""
-        for tensor in tensors.values():
-            if len(tensor.shape) > 1:
-                require_kernel(tensor)
-
-    def memory_needed(self, tensors: Mapping[str, TensorInfo]) -> int:
-        """Bytes that `load` will take, before it does. Default: what the tensors take in the file."""
-        return sum(tensor.nbytes for tensor in tensors.values())
 
     def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
         """Packs the weights; returns the bytes of memory they take."""
@@ -62,22 +42,6 @@ class KtModule(nn.Module):
 def require_supported_cpu() -> None:
     """Raises UnsupportedCpuError, naming the missing flag, where this CPU cannot run the kernels chosen for it."""
     _C.isa()
-
-
-def require_kernel(tensor: TensorInfo) -> None:
-    """Raises UnsupportedTypeError where `tensor` cannot be multiplied with."""
-    if int(tensor.ggml_type) in KERNEL_TYPES:
-        return
-    raise UnsupportedTypeError(
-        f"{tensor.path}: tensor {tensor.name} has type {tensor.ggml_type.name}, for which there is no kernel; "
-        f"types with kernels: {', '.join(KERNEL_TYPES.values())}. Use a file quantized to one of these"
-    )
-
-
-def require_silu(config: Any, name: str) -> None:
-    """Raises UnsupportedModelError unless the model's activation is SiLU, the only one the kernels compute."""
-    if config.hidden_act != "silu":
-        raise UnsupportedModelError(f"{name}: hidden_act is {config.hidden_act!r}; only 'silu' is supported")
 
 
 def float_values(tensor: TensorInfo, blocks: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

@@ -13,7 +13,8 @@ from typing_extensions import Self
 
 from transformers_kt import _C, ops
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
-from transformers_kt.modules.base import KERNEL_TYPES, Handle, KtModule, TensorData
+from transformers_kt.modules.base import Handle, KtModule, TensorData
+from transformers_kt.operations import KERNEL_TYPES, OPERATIONS
 
 
 class _EmbeddingTable:
@@ -36,8 +37,7 @@ class _EmbeddingTable:
 class KtEmbedding(KtModule):
     """``nn.Embedding``: integer ids (...) -> float32 (..., embedding_dim). Takes every type the gguf package knows."""
 
-    op = "embedding_cpu"
-    replaces = (nn.Embedding,)
+    operation = OPERATIONS["embedding_cpu"]
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         super().__init__()
@@ -49,12 +49,6 @@ class KtEmbedding(KtModule):
     def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
         assert isinstance(module, nn.Embedding)
         return cls(module.num_embeddings, module.embedding_dim)
-
-    def roles(self) -> set[str]:
-        return {"weight"}
-
-    def check(self, tensors: Mapping[str, TensorInfo]) -> None:
-        """Accepts every type: rows without a kernel are decoded by the gguf package."""
 
     def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
         tensor = tensors["weight"]

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2Moe
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts, DeepseekV3MLP, DeepseekV3MoE
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts, DeepseekV3MoE
 from typing_extensions import Self
 
 from transformers_kt import _C, ops
-from transformers_kt.errors import UnsupportedModelError
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 from transformers_kt.modules.base import (
     Handle,
@@ -22,9 +21,8 @@ from transformers_kt.modules.base import (
     float_values,
     pack_floats,
     pack_matrices,
-    require_kernel,
-    require_silu,
 )
+from transformers_kt.operations import OPERATIONS
 
 
 def _pack_experts(tensors: Mapping[str, TensorInfo], roles: tuple[str, str, str], data: TensorData) -> tuple[Any, int]:
@@ -35,8 +33,7 @@ def _pack_experts(tensors: Mapping[str, TensorInfo], roles: tuple[str, str, str]
 class KtExperts(KtModule):
     """Routed experts, called as transformers' MoE blocks call theirs: (tokens, hidden), indices, weights."""
 
-    op = "experts_cpu"
-    replaces = (DeepseekV2Experts, DeepseekV3Experts)
+    operation = OPERATIONS["experts_cpu"]
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -46,11 +43,7 @@ class KtExperts(KtModule):
     @classmethod
     def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
         assert isinstance(module, DeepseekV2Experts | DeepseekV3Experts)
-        require_silu(config, name)
         return cls(module.num_experts)
-
-    def roles(self) -> set[str]:
-        return {"gate", "up", "down"}
 
     def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
         experts, nbytes = _pack_experts(tensors, ("gate", "up", "down"), data)
@@ -70,8 +63,7 @@ class KtExperts(KtModule):
 class KtMlp(KtModule):
     """The SwiGLU MLP of dense layers and shared experts: float32 (..., hidden) -> float32 (..., hidden)."""
 
-    op = "mlp_cpu"
-    replaces = (DeepseekV2MLP, DeepseekV3MLP)
+    operation = OPERATIONS["mlp_cpu"]
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,11 +71,7 @@ class KtMlp(KtModule):
 
     @classmethod
     def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
-        require_silu(config, name)
         return cls()
-
-    def roles(self) -> set[str]:
-        return {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}
 
     def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
         mlp, nbytes = _pack_experts(tensors, ("gate_proj.weight", "up_proj.weight", "down_proj.weight"), data)
@@ -104,8 +92,7 @@ class KtMlp(KtModule):
 class KtMoe(KtModule):
     """Router, routed experts and shared experts of a DeepSeek layer in one call: (..., hidden) -> (..., hidden)."""
 
-    op = "moe_cpu"
-    replaces = (DeepseekV2Moe, DeepseekV3MoE)
+    operation = OPERATIONS["moe_cpu"]
 
     def __init__(self, router: Mapping[str, Any], num_experts: int) -> None:
         super().__init__()
@@ -115,15 +102,9 @@ class KtMoe(KtModule):
 
     @classmethod
     def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
-        require_silu(config, name)
         if isinstance(module, DeepseekV3MoE):
             limited, normalize = True, bool(config.norm_topk_prob)
         else:
-            methods = ("greedy", "group_limited_greedy")
-            if config.topk_method not in methods:
-                raise UnsupportedModelError(
-                    f"{name}: topk_method is {config.topk_method!r}; supported: {', '.join(methods)}"
-                )
             # transformers' DeepseekV2TopkRouter has no normalization, whatever norm_topk_prob says.
             limited, normalize = config.topk_method == "group_limited_greedy", False
         router = {
@@ -135,16 +116,6 @@ class KtMoe(KtModule):
             "scale": config.routed_scaling_factor,
         }
         return cls(router, config.n_routed_experts)
-
-    def roles(self) -> set[str]:
-        linears = {f"shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")}
-        experts = {f"experts.{part}" for part in ("gate", "up", "down")}
-        return {"gate.weight", "gate.e_score_correction_bias"} | experts | linears
-
-    def check(self, tensors: Mapping[str, TensorInfo]) -> None:
-        for role, tensor in tensors.items():
-            if not role.startswith("gate."):
-                require_kernel(tensor)
 
     def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
         # float32 whatever the file has: routing decides by small differences, and the matrix is small.

@@ -11,7 +11,6 @@ from torch import nn
 from typing_extensions import Self
 
 from transformers_kt import ops
-from transformers_kt.errors import UnsupportedModelError
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 from transformers_kt.modules.base import (
     Handle,
@@ -22,6 +21,7 @@ from transformers_kt.modules.base import (
     pack_floats,
     pack_matrices,
 )
+from transformers_kt.operations import OPERATIONS
 
 
 class KtLinear(KtModule):
@@ -31,8 +31,7 @@ class KtLinear(KtModule):
     split form stores its key half transposed, so its blocks run along the other axis.
     """
 
-    op = "linear_cpu"
-    replaces = (nn.Linear,)
+    operation = OPERATIONS["linear_cpu"]
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -43,12 +42,7 @@ class KtLinear(KtModule):
     @classmethod
     def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
         assert isinstance(module, nn.Linear)
-        if module.bias is not None:
-            raise UnsupportedModelError(f"{name}: linear layers with a bias are not supported by {cls.op}")
         return cls(module.in_features, module.out_features)
-
-    def roles(self) -> set[str]:
-        return {"weight", "k_b", "v_b"}
 
     def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
         if "weight" in tensors:

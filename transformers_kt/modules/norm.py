@@ -14,13 +14,13 @@ from typing_extensions import Self
 from transformers_kt import ops
 from transformers_kt.gguf.reader import TensorInfo
 from transformers_kt.modules.base import KtModule, TensorData, as_float32, float_values
+from transformers_kt.operations import OPERATIONS
 
 
 class KtRMSNorm(KtModule):
     """Root mean square norm (arXiv:1910.07467): float32 (..., hidden) -> float32 (..., hidden)."""
 
-    op = "norm_cpu"
-    replaces = (DeepseekV2RMSNorm, DeepseekV3RMSNorm)
+    operation = OPERATIONS["norm_cpu"]
 
     def __init__(self, hidden: int, eps: float) -> None:
         super().__init__()
@@ -32,9 +32,6 @@ class KtRMSNorm(KtModule):
     def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
         assert isinstance(module, DeepseekV2RMSNorm | DeepseekV3RMSNorm)
         return cls(module.weight.shape[0], module.variance_epsilon)
-
-    def roles(self) -> set[str]:
-        return {"weight"}
 
     def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
         values = torch.from_numpy(float_values(tensors["weight"], data(tensors["weight"])))

@@ -13,11 +13,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Rotar
 from typing_extensions import Self
 
 from transformers_kt import ops
-from transformers_kt.errors import UnsupportedModelError
 from transformers_kt.gguf.reader import TensorInfo
 from transformers_kt.modules.base import KtModule, TensorData
-
-_STATIC_ROPE_TYPES = ("default", "linear", "yarn")
+from transformers_kt.operations import OPERATIONS
 
 
 class KtRotaryEmbedding(KtModule):
@@ -27,8 +25,7 @@ class KtRotaryEmbedding(KtModule):
     those of transformers' own initialisation.
     """
 
-    op = "rotary_cpu"
-    replaces = (DeepseekV2RotaryEmbedding, DeepseekV3RotaryEmbedding)
+    operation = OPERATIONS["rotary_cpu"]
 
     def __init__(self, inv_freq: torch.Tensor, scaling: float) -> None:
         super().__init__()
@@ -40,17 +37,10 @@ class KtRotaryEmbedding(KtModule):
     def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
         assert isinstance(module, DeepseekV2RotaryEmbedding | DeepseekV3RotaryEmbedding)
         rope_type = config.rope_parameters["rope_type"]
-        if rope_type not in _STATIC_ROPE_TYPES:
-            raise UnsupportedModelError(
-                f"{name}: rope_type is {rope_type!r}; supported: {', '.join(_STATIC_ROPE_TYPES)}"
-            )
         initialize = ROPE_INIT_FUNCTIONS.get(rope_type, module.compute_default_rope_parameters)
         with torch.device("cpu"):
             inv_freq, scaling = initialize(config, device=torch.device("cpu"))
         return cls(inv_freq.to(torch.float32).contiguous(), float(scaling))
-
-    def roles(self) -> set[str]:
-        return set()
 
     def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
         return 0
