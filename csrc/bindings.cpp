@@ -239,6 +239,24 @@ int64_t stride_of(const StridedFloats& array, const char* name, py::ssize_t axis
   return array.strides(axis) / static_cast<py::ssize_t>(sizeof(float));
 }
 
+// Latents (batch, room, latent_dim) and rotary keys (batch, room, rope_dim) of one layer.
+struct KeyArrays {
+  int64_t batch;
+  LatentCache cache;  // `length` is the room
+  int64_t latent_dim;
+  int64_t rope_dim;
+};
+
+KeyArrays key_arrays(const StridedFloats& latents, const StridedFloats& ropes) {
+  if (latents.ndim() != 3) throw std::invalid_argument("latents must have shape (batch, keys, latent_dim)");
+  require_shape(ropes, "ropes", {latents.shape(0), latents.shape(1), ropes.ndim() == 3 ? ropes.shape(2) : 0});
+  return {latents.shape(0),
+          {latents.data(), stride_of(latents, "latents", 0), stride_of(latents, "latents", 1), ropes.data(),
+           stride_of(ropes, "ropes", 0), stride_of(ropes, "ropes", 1), latents.shape(1)},
+          latents.shape(2),
+          ropes.shape(2)};
+}
+
 // What attention is given besides its input, checked.
 struct AttentionInputs {
   int64_t batch;
@@ -247,34 +265,40 @@ struct AttentionInputs {
   Visibility visibility;
 };
 
+// `length` is the number of keys: the arrays may have room for more.
 AttentionInputs attention_inputs(const AttentionConfig& c, const Floats& x, const Floats& rope_table,
-                                 const StridedFloats& latents, const StridedFloats& ropes,
-                                 const std::optional<Int32s>& ranges, const std::optional<Bytes>& mask,
-                                 const Floats& out) {
+                                 const KeyArrays& keys, int64_t length, const std::optional<Int32s>& ranges,
+                                 const std::optional<Bytes>& mask, const Floats& out) {
   if (x.ndim() != 3) throw std::invalid_argument("x must have shape (batch, tokens, hidden), got " + shape_text(x));
   const int64_t batch = x.shape(0);
   const int64_t tokens = x.shape(1);
   require_shape(x, "x", {batch, tokens, c.hidden});
   require_shape(out, "out", {batch, tokens, c.hidden});
   require_shape(rope_table, "rope_table", {batch * tokens, c.rope_dim});
-  if (latents.ndim() != 3) throw std::invalid_argument("latents must have shape (batch, keys, latent_dim)");
-  const int64_t length = latents.shape(1);
-  require_shape(latents, "latents", {batch, length, c.latent_dim});
-  require_shape(ropes, "ropes", {batch, length, c.rope_dim});
+  if (keys.batch != batch || keys.latent_dim != c.latent_dim || keys.rope_dim != c.rope_dim || length < 0 ||
+      length > keys.cache.length) {
+    const auto size = [](int64_t batches, int64_t rows, int64_t latent, int64_t rope) {
+      return std::to_string(batches) + " x " + std::to_string(rows) + " x " + std::to_string(latent) + " and " +
+             std::to_string(rope);
+    };
+    throw std::invalid_argument("latents and ropes must have " + size(batch, length, c.latent_dim, c.rope_dim) +
+                                " values or room for more rows, got " +
+                                size(keys.batch, keys.cache.length, keys.latent_dim, keys.rope_dim));
+  }
   if (ranges.has_value() == mask.has_value()) throw std::invalid_argument("give either ranges or a mask");
   if (ranges) require_shape(*ranges, "ranges", {batch, tokens, 2});
   if (mask) require_shape(*mask, "mask", {batch, tokens, length});
-  return {batch,
-          tokens,
-          {latents.data(), stride_of(latents, "latents", 0), stride_of(latents, "latents", 1), ropes.data(),
-           stride_of(ropes, "ropes", 0), stride_of(ropes, "ropes", 1), length},
-          {ranges ? ranges->data() : nullptr, mask ? mask->data() : nullptr}};
+  AttentionInputs in{batch, tokens, keys.cache, {ranges ? ranges->data() : nullptr, mask ? mask->data() : nullptr}};
+  in.cache.length = length;
+  return in;
 }
 
 void attend_op(const MlaAttention& attention, const Floats& x, const Floats& rope_table, const StridedFloats& latents,
                const StridedFloats& ropes, const std::optional<Int32s>& ranges, const std::optional<Bytes>& mask,
                Floats& out) {
-  const AttentionInputs in = attention_inputs(attention.config(), x, rope_table, latents, ropes, ranges, mask, out);
+  const KeyArrays keys = key_arrays(latents, ropes);
+  const AttentionInputs in =
+      attention_inputs(attention.config(), x, rope_table, keys, keys.cache.length, ranges, mask, out);
   const float* from = x.data();
   const float* table = rope_table.data();
   float* to = out.mutable_data();
@@ -302,7 +326,9 @@ void require_norms(const DecoderLayer& layer, const Floats& input_norm, const Fl
 void layer_forward_op(const DecoderLayer& layer, const Floats& x, const Floats& input_norm, const Floats& post_norm,
                       const Floats& rope_table, const StridedFloats& latents, const StridedFloats& ropes,
                       const std::optional<Int32s>& ranges, const std::optional<Bytes>& mask, Floats& out) {
-  const AttentionInputs in = attention_inputs(layer.config(), x, rope_table, latents, ropes, ranges, mask, out);
+  const KeyArrays keys = key_arrays(latents, ropes);
+  const AttentionInputs in =
+      attention_inputs(layer.config(), x, rope_table, keys, keys.cache.length, ranges, mask, out);
   require_norms(layer, input_norm, post_norm);
   const float* from = x.data();
   const float* before = input_norm.data();
@@ -313,45 +339,78 @@ void layer_forward_op(const DecoderLayer& layer, const Floats& x, const Floats& 
   layer.forward(from, before, after, table, in.batch, in.tokens, in.cache, in.visibility, to);
 }
 
+// The keys of all layers of a cache, in arrays that stay where they are.
+class KeyBuffers {
+ public:
+  KeyBuffers(std::vector<StridedFloats> latents, std::vector<StridedFloats> ropes)
+      : latents_(std::move(latents)), ropes_(std::move(ropes)) {
+    if (latents_.size() != ropes_.size()) throw std::invalid_argument("each layer needs latents and ropes");
+    for (size_t i = 0; i < latents_.size(); ++i) {
+      layers_.push_back(key_arrays(latents_[i], ropes_[i]));
+      if (!latents_[i].writeable() || !ropes_[i].writeable()) throw std::invalid_argument("keys cannot be written");
+    }
+  }
+  const std::vector<KeyArrays>& layers() const { return layers_; }
+
+ private:
+  std::vector<StridedFloats> latents_;  // keep what the pointers in layers_ point to
+  std::vector<StridedFloats> ropes_;
+  std::vector<KeyArrays> layers_;
+};
+
 // The last rows of a cache, for the keys of as many tokens.
-KeyRows last_rows(const AttentionInputs& in, StridedFloats& latents, StridedFloats& ropes) {
+KeyRows last_rows(const AttentionInputs& in) {
   const LatentCache& cache = in.cache;
   const int64_t first = cache.length - in.tokens;
   if (first < 0) {
     throw std::invalid_argument("a cache of " + std::to_string(cache.length) + " keys has no room for those of " +
                                 std::to_string(in.tokens) + " tokens");
   }
-  return {latents.mutable_data() + first * cache.latent_stride, cache.latent_batch_stride, cache.latent_stride,
-          ropes.mutable_data() + first * cache.rope_stride,     cache.rope_batch_stride,   cache.rope_stride};
+  return {
+      const_cast<float*>(cache.latents) + first * cache.latent_stride, cache.latent_batch_stride, cache.latent_stride,
+      const_cast<float*>(cache.ropes) + first * cache.rope_stride,     cache.rope_batch_stride,   cache.rope_stride};
 }
 
-void append_and_forward_op(const std::vector<std::shared_ptr<DecoderLayer>>& layers, const Floats& x,
-                           const std::vector<Floats>& norms, const Floats& rope_table,
-                           std::vector<StridedFloats> latents, std::vector<StridedFloats> ropes,
-                           const std::optional<Int32s>& ranges, const std::optional<Bytes>& mask, Floats& out) {
-  const size_t count = layers.size();
-  if (count == 0 || norms.size() != 2 * count || latents.size() != count || ropes.size() != count) {
-    throw std::invalid_argument("each layer needs two norms, latents and ropes");
+// Decoder layers that follow each other, with the weights of their norms. Decoding calls it for every token, when the
+// weights have emptied the caches: what it needs lies together, apart from the Python objects it came from.
+class DecoderStack {
+ public:
+  DecoderStack(std::vector<std::shared_ptr<DecoderLayer>> layers, std::vector<Floats> norms)
+      : layers_(std::move(layers)), norms_(std::move(norms)) {
+    if (layers_.empty() || norms_.size() != 2 * layers_.size()) {
+      throw std::invalid_argument("each layer needs two norms");
+    }
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      require_norms(*layers_[i], norms_[2 * i], norms_[2 * i + 1]);
+      weights_.push_back(norms_[2 * i].data());
+      weights_.push_back(norms_[2 * i + 1].data());
+    }
   }
-  std::vector<AttentionInputs> in;
-  std::vector<KeyRows> new_keys;
-  std::vector<const float*> weights;
-  for (size_t i = 0; i < count; ++i) {
-    in.push_back(attention_inputs(layers[i]->config(), x, rope_table, latents[i], ropes[i], ranges, mask, out));
-    new_keys.push_back(last_rows(in[i], latents[i], ropes[i]));
-    require_norms(*layers[i], norms[2 * i], norms[2 * i + 1]);
-    weights.push_back(norms[2 * i].data());
-    weights.push_back(norms[2 * i + 1].data());
+
+  void append_and_forward(const Floats& x, const Floats& rope_table, const KeyBuffers& buffers, int64_t keys,
+                          const std::optional<Int32s>& ranges, const std::optional<Bytes>& mask, Floats& out) const {
+    if (buffers.layers().size() != layers_.size()) throw std::invalid_argument("each layer needs a cache");
+    std::vector<AttentionInputs> in;
+    std::vector<KeyRows> new_keys;
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      in.push_back(attention_inputs(layers_[i]->config(), x, rope_table, buffers.layers()[i], keys, ranges, mask, out));
+      new_keys.push_back(last_rows(in[i]));
+    }
+    const float* from = x.data();
+    const float* table = rope_table.data();
+    float* to = out.mutable_data();
+    const py::gil_scoped_release release;
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      layers_[i]->append_and_forward(i == 0 ? from : to, weights_[2 * i], weights_[2 * i + 1], table, in[i].batch,
+                                     in[i].tokens, new_keys[i], in[i].cache, in[i].visibility, to);
+    }
   }
-  const float* from = x.data();
-  const float* table = rope_table.data();
-  float* to = out.mutable_data();
-  const py::gil_scoped_release release;
-  for (size_t i = 0; i < count; ++i) {
-    layers[i]->append_and_forward(i == 0 ? from : to, weights[2 * i], weights[2 * i + 1], table, in[i].batch,
-                                  in[i].tokens, new_keys[i], in[i].cache, in[i].visibility, to);
-  }
-}
+
+ private:
+  std::vector<std::shared_ptr<DecoderLayer>> layers_;
+  std::vector<Floats> norms_;  // keep what the pointers in weights_ point to
+  std::vector<const float*> weights_;
+};
 
 void rope_table_op(const Int64s& positions, const Floats& inv_freq, float scaling, Floats& table) {
   const int64_t dim = inv_freq.size() * 2;
@@ -503,8 +562,12 @@ PYBIND11_MODULE(_C, m) {
            py::arg("post_norm").noconvert(), py::arg("rope_table").noconvert(), py::arg("latents").noconvert(),
            py::arg("ropes").noconvert(), py::arg("ranges").noconvert(), py::arg("mask").noconvert(),
            py::arg("out").noconvert());
-  m.def("append_and_forward", &append_and_forward_op, py::arg("layers"), py::arg("x").noconvert(),
-        py::arg("norms").noconvert(), py::arg("rope_table").noconvert(), py::arg("latents").noconvert(),
-        py::arg("ropes").noconvert(), py::arg("ranges").noconvert(), py::arg("mask").noconvert(),
-        py::arg("out").noconvert());
+  py::class_<KeyBuffers>(m, "KeyBuffers")
+      .def(py::init<std::vector<StridedFloats>, std::vector<StridedFloats>>(), py::arg("latents"), py::arg("ropes"));
+  py::class_<DecoderStack>(m, "DecoderStack")
+      .def(py::init<std::vector<std::shared_ptr<DecoderLayer>>, std::vector<Floats>>(), py::arg("layers"),
+           py::arg("norms"))
+      .def("append_and_forward", &DecoderStack::append_and_forward, py::arg("x").noconvert(),
+           py::arg("rope_table").noconvert(), py::arg("buffers"), py::arg("keys"), py::arg("ranges").noconvert(),
+           py::arg("mask").noconvert(), py::arg("out").noconvert());
 }

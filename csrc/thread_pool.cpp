@@ -192,7 +192,7 @@ class ThreadPool {
       const int64_t parts = static_cast<int64_t>(owners.size());
       for (int64_t part = 0; part < parts; ++part) {
         shares_[static_cast<size_t>(owners[static_cast<size_t>(part)])].give(q, tasks[q] * part / parts,
-                                                                              tasks[q] * (part + 1) / parts);
+                                                                             tasks[q] * (part + 1) / parts);
       }
     }
   }

@@ -89,18 +89,14 @@ def test_in_one_go_gives_the_bits_of_the_parts(
     assert len(singly) == 4 * len(model.model.layers)
 
 
-def test_a_dynamic_cache_is_written_in_place_and_few_tokens_go_through_all_layers_in_one_call(
-    model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    copied, in_place = counted(monkeypatch, "layer_forward"), counted(monkeypatch, "append_and_forward")
-    logits(model, DynamicCache())
-    layers = len(model.model.layers)
-    assert len(copied) == layers  # the first call makes the layers of the cache
-    assert len(in_place) == 1 + 1 + 1  # a step, 18 tokens, a step
+def test_a_dynamic_cache_is_written_in_place(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied, in_place = counted(monkeypatch, "layer_forward"), counted(monkeypatch, "layer_append_and_forward")
     with torch.no_grad():
         cache = model(PROMPTS[1], past_key_values=DynamicCache()).past_key_values
+        layers = len(model.model.layers)
+        assert len(copied) == layers  # the first call makes the layers of the cache
         model(PROMPTS[0], past_key_values=cache)
-    assert len(in_place) == 3 + layers
+    assert (len(copied), len(in_place)) == (layers, layers)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -119,30 +115,6 @@ def test_a_hook_on_a_layer_sees_its_own_output(model: Any, layer: int) -> None:
     with torch.no_grad():
         expected = model.model(ids, attention_mask=mask, output_hidden_states=True).hidden_states[layer + 1]
     assert torch.equal(torch.cat(found, dim=1), expected)
-
-
-def test_layers_called_by_hand_compute_themselves(model: Any) -> None:
-    """Nothing goes on through the others outside of the model's own forward pass."""
-    with torch.no_grad():
-        cache = model(PROMPTS[1], past_key_values=DynamicCache()).past_key_values
-        states = model.model(PROMPTS[2][:, :1], past_key_values=copy.deepcopy(cache), output_hidden_states=True)
-        position = torch.tensor([[cache.get_seq_length()]])
-        table = model.model.rotary_emb(states.hidden_states[0], position)
-        first = model.model.layers[0](states.hidden_states[0], past_key_values=cache, position_embeddings=table)
-    assert torch.equal(first, states.hidden_states[1])
-
-
-def test_a_failed_pass_leaves_nothing_behind(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with torch.no_grad():
-        cache = model(PROMPTS[1], past_key_values=DynamicCache()).past_key_values
-        with monkeypatch.context() as broken:
-            broken.setattr(ops, "rms_norm", fail)  # after the last layer
-            with pytest.raises(KeyboardInterrupt):
-                model(PROMPTS[2][:, :1], past_key_values=cache)
-    assert (decoder_layer._pass.layers, decoder_layer._pass.output) == ((), None)
 
 
 def test_a_cache_of_another_class_goes_through_its_own_update(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +173,7 @@ def test_a_wrapped_forward_method_is_called(model: Any, monkeypatch: pytest.Monk
         calls.append(None)
         return type(attention).forward(attention, *args, **kwargs)
 
-    monkeypatch.setattr(attention, "forward", wrapped, raising=False)
+    monkeypatch.setitem(vars(attention), "forward", wrapped)
     with torch.no_grad():
         model(PROMPTS[1])
     assert len(calls) == 1

@@ -88,15 +88,6 @@ def layer_arguments(make: Callable[..., torch.Tensor], weights: int) -> tuple[An
     return make(BATCH, TOKENS, HIDDEN), *norms, make(BATCH, TOKENS, ROPE), *cached_keys(), weights
 
 
-def layers_arguments(make: Callable[..., torch.Tensor], weights: int) -> tuple[Any, ...]:
-    """For the same layer twice."""
-    caches = [cached_keys() for _ in range(2)]
-    latents, ropes, visible = zip(*caches, strict=True)
-    norms = [random(HIDDEN) for _ in range(4)]
-    table = make(BATCH, TOKENS, ROPE)
-    return make(BATCH, TOKENS, HIDDEN), norms, table, list(latents), list(ropes), visible[0], [weights, weights]
-
-
 # Operator -> what holds its weights, and its other arguments for activations of a given make.
 OPERATORS: dict[str, tuple[Callable[[], Any], Callable[[Callable[..., torch.Tensor], int], tuple[Any, ...]]]] = {
     "linear": (lambda: packed(1, 37, HIDDEN), lambda make, weights: (make(BATCH, TOKENS, HIDDEN), weights, 37)),
@@ -139,7 +130,7 @@ OPERATORS: dict[str, tuple[Callable[[], Any], Callable[[Callable[..., torch.Tens
         ),
     ),
     "layer_forward": (make_layer, layer_arguments),
-    "append_and_forward": (make_layer, layers_arguments),
+    "layer_append_and_forward": (make_layer, layer_arguments),
 }
 
 

@@ -382,6 +382,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.all_tied_weights_keys = {}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        from transformers_kt.modules.base_model import join_base_models
         from transformers_kt.modules.decoder_layer import join_decoder_layers
 
         job, self._job = self._job, None
@@ -391,6 +392,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         with transformers_logging.tqdm(total=total, desc=description, unit="B", unit_scale=True) as bar:
             rows = loading.fill(model, job.assignments, job.modules, job.checkpoint, bar)
         join_decoder_layers(model)
+        join_base_models(model)
         model.kt_report = KtReport(job.title, job.rules.source, rows, job.notes)
         guard = InputGuard(model.config, job.lost_outputs)
         model.base_model.register_forward_pre_hook(guard, with_kwargs=True)

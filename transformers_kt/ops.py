@@ -47,6 +47,13 @@ def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
     return tensor.contiguous().numpy(force=tensor.requires_grad)
 
 
+def computes_at_once() -> bool:
+    """Whether operators run when they are called: nobody compiles, exports or traces, or otherwise looks at each."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0
+
+
 def _define(schema: str, fake: Callable[..., Any], kernel: Callable[..., Any]) -> Any:
     name = schema.split("(")[0]
     _library.define(schema)
@@ -126,7 +133,7 @@ def _mla_project_keys(
     return latents, ropes
 
 
-def _seen(visible: torch.Tensor) -> tuple[npt.NDArray[np.int32] | None, npt.NDArray[np.uint8] | None]:
+def seen(visible: torch.Tensor) -> tuple[npt.NDArray[np.int32] | None, npt.NDArray[np.uint8] | None]:
     """`visible` as either ranges or a mask."""
     seen = _array(visible)
     return (None, seen.view(np.uint8)) if visible.dtype == torch.bool else (seen, None)
@@ -142,7 +149,7 @@ def _mla_attend(
 ) -> torch.Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     caches = latents.numpy(), ropes.numpy()
-    _object(handle).attend(_array(x), _rows(rope_table), *caches, *_seen(visible), out.numpy())
+    _object(handle).attend(_array(x), _rows(rope_table), *caches, *seen(visible), out.numpy())
     return out
 
 
@@ -167,23 +174,24 @@ def _layer_forward(
 ) -> torch.Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     norms, caches = (_array(input_norm), _array(post_norm)), (latents.numpy(), ropes.numpy())
-    _object(handle).forward(_array(x), *norms, _rows(rope_table), *caches, *_seen(visible), out.numpy())
+    _object(handle).forward(_array(x), *norms, _rows(rope_table), *caches, *seen(visible), out.numpy())
     return out
 
 
-def _append_and_forward(
+def _layer_append_and_forward(
     x: torch.Tensor,
-    norms: list[torch.Tensor],
+    input_norm: torch.Tensor,
+    post_norm: torch.Tensor,
     rope_table: torch.Tensor,
-    latents: list[torch.Tensor],
-    ropes: list[torch.Tensor],
+    latents: torch.Tensor,
+    ropes: torch.Tensor,
     visible: torch.Tensor,
-    handles: list[int],
+    handle: int,
 ) -> torch.Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    caches = [tensor.numpy() for tensor in latents], [tensor.numpy() for tensor in ropes]
-    layers, weights = [_object(handle) for handle in handles], [_array(norm) for norm in norms]
-    _C.append_and_forward(layers, _array(x), weights, _rows(rope_table), *caches, *_seen(visible), out.numpy())
+    layer = _C.DecoderStack([_object(handle)], [_array(input_norm), _array(post_norm)])
+    caches = _C.KeyBuffers([latents.numpy()], [ropes.numpy()])
+    layer.append_and_forward(_array(x), _rows(rope_table), caches, latents.shape[1], *seen(visible), out.numpy())
     return out
 
 
@@ -269,13 +277,10 @@ layer_forward = _define(
 )
 """A whole decoder layer but for the cache: arguments as of `mla_attend`, norms float32 (hidden,)."""
 
-append_and_forward = _define(
-    "append_and_forward(Tensor x, Tensor[] norms, Tensor rope_table, Tensor(a!)[] latents, Tensor(b!)[] ropes,"
-    " Tensor visible, int[] handles) -> Tensor",
-    lambda x, norms, rope_table, latents, ropes, visible, handles: _fake_like(x),
-    _append_and_forward,
+layer_append_and_forward = _define(
+    "layer_append_and_forward(Tensor x, Tensor input_norm, Tensor post_norm, Tensor rope_table, Tensor(a!) latents,"
+    " Tensor(b!) ropes, Tensor visible, int handle) -> Tensor",
+    lambda x, input_norm, post_norm, rope_table, latents, ropes, visible, handle: _fake_like(x),
+    _layer_append_and_forward,
 )
-"""Decoder layers one after the other, each with its keys written to the last rows of its latents and ropes first.
-
-``norms`` are input and post norm of each layer in turn, the rest is as of `layer_forward`.
-"""
+"""`layer_forward`, after the keys of ``x`` were written to the last rows of ``latents`` and ``ropes``."""

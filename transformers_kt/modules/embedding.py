@@ -56,6 +56,12 @@ class KtEmbedding(KtModule):
         self._table = Handle(_EmbeddingTable(tensor.ggml_type, rows))
         return int(rows.nbytes)
 
+    @property
+    def table(self) -> _EmbeddingTable:
+        assert self._table is not None
+        table: _EmbeddingTable = self._table.packed
+        return table
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         assert self._table is not None
         out: torch.Tensor = ops.embedding(ids, self._table.number, self.embedding_dim)

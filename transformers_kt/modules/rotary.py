@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -12,7 +14,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Rotar
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 from typing_extensions import Self
 
-from transformers_kt import ops
+from transformers_kt import _C, ops
 from transformers_kt.gguf.reader import TensorInfo
 from transformers_kt.modules.base import KtModule, TensorData
 from transformers_kt.operations import OPERATIONS
@@ -32,6 +34,12 @@ class KtRotaryEmbedding(KtModule):
         # Not a buffer: the skeleton this lives in is materialized from the meta device, which would empty it.
         self._inv_freq = inv_freq
         self.scaling = scaling
+
+    def table(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """For positions (...) -> float32 (number of positions, rope_dim)."""
+        table = np.empty((positions.size, 2 * len(self._inv_freq)), np.float32)
+        _C.rope_table(positions.reshape(-1), self._inv_freq.numpy(), self.scaling, table)
+        return table
 
     @classmethod
     def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
