@@ -13,7 +13,6 @@
 namespace tkt {
 namespace {
 
-constexpr int64_t kLanes = 16;
 // Bounds the intermediate results of a long prompt (V3: 256 tokens x 128 heads x 576 floats = 75 MB).
 constexpr int64_t kChunkTokens = 256;
 
@@ -36,95 +35,6 @@ void check_shape(const std::shared_ptr<PackedMatrix>& w, const char* name, int64
   }
   throw std::invalid_argument(std::string(name) + " must be " + std::to_string(count) + " x " + std::to_string(rows) +
                               " x " + std::to_string(cols) + ", got " + found);
-}
-
-// Pointers to the rows of the keys that one query sees, in order.
-struct VisibleKeys {
-  std::vector<const float*> latents;
-  std::vector<const float*> ropes;
-
-  void reserve(int64_t keys) {
-    latents.reserve(static_cast<size_t>(keys));
-    ropes.reserve(static_cast<size_t>(keys));
-  }
-  void add(const LatentCache& cache, int64_t sequence, int64_t key) {
-    latents.push_back(cache.latents + sequence * cache.latent_batch_stride + key * cache.latent_stride);
-    ropes.push_back(cache.ropes + sequence * cache.rope_batch_stride + key * cache.rope_stride);
-  }
-};
-
-VisibleKeys visible_keys(const LatentCache& cache, const Visibility& visibility, int64_t sequence, int64_t query) {
-  VisibleKeys keys;
-  if (visibility.ranges != nullptr) {
-    const int64_t start = std::max<int64_t>(0, visibility.ranges[2 * query]);
-    const int64_t end = std::min<int64_t>(cache.length, visibility.ranges[2 * query + 1]);
-    keys.reserve(std::max<int64_t>(0, end - start));
-    for (int64_t key = start; key < end; ++key) keys.add(cache, sequence, key);
-    return keys;
-  }
-  for (int64_t key = 0; key < cache.length; ++key) {
-    if (visibility.mask[query * cache.length + key] != 0) keys.add(cache, sequence, key);
-  }
-  return keys;
-}
-
-// Running softmax state of 16 heads: max[16], sum[16], context[latent_dim][16].
-int64_t state_size(int64_t latent_dim) { return (2 + latent_dim) * kLanes; }
-
-void clear_state(float* state, int64_t latent_dim) {
-  std::fill_n(state, kLanes, -INFINITY);
-  std::fill_n(state + kLanes, (1 + latent_dim) * kLanes, 0.0f);
-}
-
-// Queries of 16 heads, lane = head, scaled; heads past the last are zero.
-void transpose_queries(const AttentionConfig& c, const float* queries, int64_t first_head, float* out) {
-  const int64_t width = c.latent_dim + c.rope_dim;
-  const int64_t heads = std::min(kLanes, c.heads - first_head);
-  if (heads < kLanes) std::fill_n(out, width * kLanes, 0.0f);
-  for (int64_t h = 0; h < heads; ++h) {
-    const float* q = queries + (first_head + h) * width;
-    for (int64_t i = 0; i < width; ++i) out[i * kLanes + h] = q[i] * c.softmax_scale;
-  }
-}
-
-void attend_keys(const KernelTable& table, const AttentionConfig& c, const float* query, const VisibleKeys& keys,
-                 int64_t first, int64_t count, float* scratch, float* state) {
-  AttentionSplitArgs args;
-  args.query = query;
-  args.latents = keys.latents.data() + first;
-  args.ropes = keys.ropes.data() + first;
-  args.keys = static_cast<int>(count);
-  args.keys_ahead = static_cast<int>(static_cast<int64_t>(keys.latents.size()) - first - count);
-  args.latent_dim = static_cast<int>(c.latent_dim);
-  args.rope_dim = static_cast<int>(c.rope_dim);
-  args.weights = scratch;
-  args.max = state;
-  args.sum = state + kLanes;
-  args.context = state + 2 * kLanes;
-  table.attend_split(args);
-}
-
-// A range of the latent's columns.
-struct Columns {
-  int64_t first;
-  int64_t count;
-};
-
-// Merges those columns of a split into a state that holds no others.
-void merge(const KernelTable& table, const Columns& columns, const float* split, float* state) {
-  table.merge_split(split, split + kLanes, split + (2 + columns.first) * kLanes, static_cast<int>(columns.count), state,
-                    state + kLanes, state + 2 * kLanes);
-}
-
-void write_context(const AttentionConfig& c, const Columns& columns, const float* state, int64_t first_head,
-                   bool sees_keys, float* contexts) {
-  const int64_t heads = std::min(kLanes, c.heads - first_head);
-  for (int64_t h = 0; h < heads; ++h) {
-    float* out = contexts + (first_head + h) * c.latent_dim + columns.first;
-    for (int64_t i = 0; i < columns.count; ++i) {
-      out[i] = sees_keys ? state[(2 + i) * kLanes + h] / state[kLanes + h] : 0.0f;
-    }
-  }
 }
 
 }  // namespace
@@ -207,94 +117,6 @@ void MlaAttention::absorbed_queries(const float* x, const float* rope_table, int
   run_linears(tasks);
 }
 
-void MlaAttention::contexts(const float* queries, int64_t first_token, int64_t tokens, int64_t tokens_per_sequence,
-                            const LatentCache& cache, const Visibility& visibility, float* contexts) const {
-  const AttentionConfig& c = config_;
-  const KernelTable& table = kernels();
-  const int64_t width = c.latent_dim + c.rope_dim;
-  const int64_t groups = (c.heads + kLanes - 1) / kLanes;
-  const int64_t state_floats = state_size(c.latent_dim);
-  const int64_t scratch_floats = kAttentionSplitKeys * kLanes;
-  const Columns whole{0, c.latent_dim};
-  const auto keys_of = [&](int64_t t) {
-    const int64_t query = first_token + t;
-    return visible_keys(cache, visibility, query / tokens_per_sequence, query);
-  };
-
-  // Many queries: one task each, splits in order. Few: splits in parallel, then merged in the same order, so that both
-  // ways give the same bits.
-  constexpr int64_t kFewTasks = 64;
-  if (tokens * groups >= kFewTasks) {
-    parallel_for(tokens * groups, [&](int64_t task) {
-      const int64_t t = task / groups;
-      const int64_t head = task % groups * kLanes;
-      const VisibleKeys keys = keys_of(t);
-      const int64_t count = static_cast<int64_t>(keys.latents.size());
-      const ScratchBuffer buffer(static_cast<size_t>(width * kLanes + 2 * state_floats + scratch_floats) *
-                                 sizeof(float));
-      float* query = buffer.floats();
-      float* state = query + width * kLanes;
-      float* split = state + state_floats;
-      float* scratch = split + state_floats;
-      transpose_queries(c, queries + t * c.heads * width, head, query);
-      clear_state(state, c.latent_dim);
-      for (int64_t first = 0; first < count; first += kAttentionSplitKeys) {
-        attend_keys(table, c, query, keys, first, std::min<int64_t>(kAttentionSplitKeys, count - first), scratch,
-                    split);
-        merge(table, whole, split, state);
-      }
-      write_context(c, whole, state, head, count > 0, contexts + t * c.heads * c.latent_dim);
-    });
-    return;
-  }
-
-  std::vector<VisibleKeys> keys;
-  std::vector<int64_t> first_split = {0};  // of each token, counted in splits
-  for (int64_t t = 0; t < tokens; ++t) {
-    keys.push_back(keys_of(t));
-    const int64_t count = static_cast<int64_t>(keys.back().latents.size());
-    first_split.push_back(first_split.back() + (count + kAttentionSplitKeys - 1) / kAttentionSplitKeys);
-  }
-  const int64_t splits = first_split.back();
-  const ScratchBuffer transposed(static_cast<size_t>(tokens * groups * width * kLanes) * sizeof(float));
-  parallel_for(tokens * groups, [&](int64_t task) {
-    transpose_queries(c, queries + task / groups * c.heads * width, task % groups * kLanes,
-                      transposed.floats() + task * width * kLanes);
-  });
-  const ScratchBuffer partial(static_cast<size_t>(splits * groups * state_floats) * sizeof(float));
-  parallel_for(splits * groups, [&](int64_t task) {
-    const int64_t split = task / groups;
-    const int64_t group = task % groups;
-    const int64_t t = std::upper_bound(first_split.begin(), first_split.end(), split) - first_split.begin() - 1;
-    const VisibleKeys& seen = keys[static_cast<size_t>(t)];
-    const int64_t first = (split - first_split[static_cast<size_t>(t)]) * kAttentionSplitKeys;
-    const int64_t count = std::min<int64_t>(kAttentionSplitKeys, static_cast<int64_t>(seen.latents.size()) - first);
-    const ScratchBuffer scratch(static_cast<size_t>(scratch_floats) * sizeof(float));
-    attend_keys(table, c, transposed.floats() + (t * groups + group) * width * kLanes, seen, first, count,
-                scratch.floats(), partial.floats() + task * state_floats);
-  });
-  // At 4,096 keys the splits of a token are 1 MB: merged by one thread they would hold up the others. A few are merged
-  // sooner than another thread gets to it.
-  constexpr int64_t kFewSplits = 4;
-  const int64_t merged_columns = splits > kFewSplits * tokens * groups ? 64 : c.latent_dim;
-  const int64_t ranges = (c.latent_dim + merged_columns - 1) / merged_columns;
-  parallel_for(tokens * groups * ranges, [&](int64_t task) {
-    const int64_t t = task / ranges / groups;
-    const int64_t group = task / ranges % groups;
-    const int64_t column = task % ranges * merged_columns;
-    const Columns columns{column, std::min(merged_columns, c.latent_dim - column)};
-    const ScratchBuffer buffer(static_cast<size_t>(state_size(columns.count)) * sizeof(float));
-    float* state = buffer.floats();
-    clear_state(state, columns.count);
-    const int64_t begin = first_split[static_cast<size_t>(t)];
-    const int64_t end = first_split[static_cast<size_t>(t) + 1];
-    for (int64_t split = begin; split < end; ++split) {
-      merge(table, columns, partial.floats() + (split * groups + group) * state_floats, state);
-    }
-    write_context(c, columns, state, group * kLanes, end > begin, contexts + t * c.heads * c.latent_dim);
-  });
-}
-
 void MlaAttention::output(const float* contexts, int64_t tokens, float* out) const {
   const AttentionConfig& c = config_;
   const Activations quantized(weights_.v_b->info().activation, contexts, tokens * c.heads, c.latent_dim, c.latent_dim);
@@ -320,7 +142,8 @@ void MlaAttention::attend(const float* x, const float* rope_table, int64_t batch
     const ScratchBuffer queries(static_cast<size_t>(count * c.heads * (c.latent_dim + c.rope_dim)) * sizeof(float));
     const ScratchBuffer attended(static_cast<size_t>(count * c.heads * c.latent_dim) * sizeof(float));
     absorbed_queries(x + first * c.hidden, rope_table + first * c.rope_dim, count, queries.floats());
-    contexts(queries.floats(), first, count, tokens, cache, visibility, attended.floats());
+    attend_latents({c.heads, c.latent_dim, c.rope_dim, c.softmax_scale}, queries.floats(), {first, count, tokens},
+                   cache, visibility, attended.floats());
     output(attended.floats(), count, out + first * c.hidden);
   }
 }

@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "latent_attention.h"
 #include "packed_matrix.h"
 
 namespace tkt {
@@ -32,18 +33,7 @@ struct AttentionWeights {
   std::shared_ptr<PackedMatrix> o;     // hidden x heads * value
 };
 
-// Cached keys of a batch. Row of key i of sequence s: latents + s * latent_batch_stride + i * latent_stride.
-struct LatentCache {
-  const float* latents;
-  int64_t latent_batch_stride;
-  int64_t latent_stride;
-  const float* ropes;
-  int64_t rope_batch_stride;
-  int64_t rope_stride;
-  int64_t length;  // keys per sequence
-};
-
-// Where new keys go, likewise: token i of sequence s.
+// Where new keys go: as in a LatentCache, key i of sequence s being that of its token i.
 struct KeyRows {
   float* latents;
   int64_t latent_batch_stride;
@@ -51,13 +41,6 @@ struct KeyRows {
   float* ropes;
   int64_t rope_batch_stride;
   int64_t rope_stride;
-};
-
-// Which keys each query sees: either ranges [start, end), or a mask; the order of summation starts at the first visible
-// key, so padding on the left changes nothing.
-struct Visibility {
-  const int32_t* ranges;  // [batch][tokens][2], or null
-  const uint8_t* mask;    // [batch][tokens][length], non-zero: visible; used where ranges is null
 };
 
 class MlaAttention {
@@ -78,8 +61,6 @@ class MlaAttention {
 
  private:
   void absorbed_queries(const float* x, const float* rope_table, int64_t tokens, float* queries) const;
-  void contexts(const float* queries, int64_t first_token, int64_t tokens, int64_t tokens_per_sequence,
-                const LatentCache& cache, const Visibility& visibility, float* contexts) const;
   void output(const float* contexts, int64_t tokens, float* out) const;
 
   AttentionConfig config_;

@@ -13,6 +13,9 @@ namespace tkt {
 // Keys that one attention split covers. Fixed, because it decides the order of additions.
 constexpr int kAttentionSplitKeys = 128;
 
+// Groups of 16 query heads that go over a split together at most.
+constexpr int kAttentionGroups = 4;
+
 // Dot products of 16 or 32 weight rows with `tokens` activation rows.
 struct DotArgs {
   const uint8_t* panels[2];           // packed panels; [1] is used where panel_count == 2
@@ -23,20 +26,26 @@ struct DotArgs {
   float* out;  // [tokens][32]: panel 0 in 0..15, panel 1 in 16..31
 };
 
-// One split of MLA attention for up to 16 query heads of one token (lane = head).
+// One split of MLA attention for groups of up to 16 query heads of one token, lane = head. Groups may be of different tokens
+// that see the same keys from the first on, some fewer than others.
 struct AttentionSplitArgs {
-  const float* query;           // [latent_dim + rope_dim][16], already times the softmax scale
-  const float* const* latents;  // [keys] rows of latent_dim floats
-  const float* const* ropes;    // [keys] rows of rope_dim floats
-  int keys;                     // 1..kAttentionSplitKeys
-  int keys_ahead;               // how many rows follow them in both lists, which a later split will want
+  int groups;                         // 1..kAttentionGroups
+  const float* query;                 // [groups][latent_dim + rope_dim][16], already times the softmax scale
+  const int* keys;                    // [groups] 1..kAttentionSplitKeys: how many of the rows a group sees
+  const float* const* latents;        // rows of latent_dim floats
+  const float* const* ropes;          // rows of rope_dim floats
+  const float* const* latents_ahead;  // [keys_ahead] rows that this thread will want next
+  const float* const* ropes_ahead;
+  int keys_ahead;
   int latent_dim;
   int rope_dim;
-  float* weights;  // scratch [kAttentionSplitKeys][16]
-  float* max;      // out [16]: largest score
-  float* sum;      // out [16]: sum of exp(score - max)
-  float* context;  // out [latent_dim][16]: sum of exp(score - max) * latent
+  float* weights;  // scratch [groups][kAttentionSplitKeys][16]
+  float* states;   // out [groups][attention_state_floats(latent_dim)]
 };
+
+// Softmax state of 16 heads: max[16], the largest score; sum[16], of exp(score - max); context[16][latent_dim], the sum of
+// exp(score - max) * latent.
+constexpr int64_t attention_state_floats(int64_t latent_dim) { return 16 * (2 + latent_dim); }
 
 struct KernelTable {
   const char* name;            // "scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni"
@@ -69,10 +78,9 @@ struct KernelTable {
   // score = fma over latent_dim, then rope_dim, in order; keys are summed in order.
   void (*attend_split)(const AttentionSplitArgs& args);
 
-  // Merges a split into the running state, in place: m' = max(m, sm); a = exp(m - m'), b = exp(sm - m');
-  // s = fma(ss, b, s * a), likewise the context.
-  void (*merge_split)(const float* split_max, const float* split_sum, const float* split_context, int latent_dim,
-                      float* max, float* sum, float* context);
+  // Merges heads [first, first + count) of a split into a state whose context has no others:
+  // m' = max(m, sm); a = exp(m - m'), b = exp(sm - m'); s = fma(ss, b, s * a), likewise the context.
+  void (*merge_split)(const float* split, int latent_dim, int first, int count, float* state);
 };
 
 namespace scalar {

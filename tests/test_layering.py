@@ -60,7 +60,7 @@ CPP_LAYERS = (
     ("dispatch", "memory", "topology"),
     ("thread_pool",),
     ("packed_matrix",),
-    ("linear",),
+    ("latent_attention", "linear"),
     ("attention", "experts"),
     ("decoder_layer",),
     ("bindings",),

@@ -15,12 +15,27 @@ struct Avx2Primitives {
   static constexpr int kTileTokensK = 4;
   static constexpr int kTilePanels = 1;
   static constexpr int kScoreKeys = 4;
-  static constexpr int kSumDims = 4;
+  static constexpr int kShuffledKeys = 0;  // a broadcast serves two registers
+  static constexpr int kScoreGroups = 1;
+  static constexpr int kGroupedScoreKeys = 4;
+  static constexpr int kSumVectors = 1;
+  static constexpr int kSumHeads = 4;
 
   TKT_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   TKT_INLINE F zero_f() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   TKT_INLINE F set_f(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
   TKT_INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  TKT_INLINE F load_four(const float* p) {
+    const __m256 four = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+    return {four, four};
+  }
+  TKT_INLINE __m256 one_of_four_8(__m256 x, int i) {
+    return i == 0   ? _mm256_permute_ps(x, 0x00)
+           : i == 1 ? _mm256_permute_ps(x, 0x55)
+           : i == 2 ? _mm256_permute_ps(x, 0xaa)
+                    : _mm256_permute_ps(x, 0xff);
+  }
+  TKT_INLINE F one_of_four(F x, int i) { return {one_of_four_8(x.low, i), one_of_four_8(x.high, i)}; }
   TKT_INLINE void store(float* p, F x) {
     _mm256_storeu_ps(p, x.low);
     _mm256_storeu_ps(p + 8, x.high);

@@ -7,12 +7,23 @@ struct Avx512Primitives {
   static constexpr int kTileTokensK = 6;
   static constexpr int kTilePanels = 2;
   static constexpr int kScoreKeys = 8;
-  static constexpr int kSumDims = 16;
+  static constexpr int kShuffledKeys = 2;  // one core of Zen 5, keys in L2: 220 GFLOPS with it, 210 without
+  static constexpr int kScoreGroups = 2;
+  static constexpr int kGroupedScoreKeys = 8;
+  static constexpr int kSumVectors = 2;
+  static constexpr int kSumHeads = 8;
 
   TKT_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   TKT_INLINE F zero_f() { return _mm512_setzero_ps(); }
   TKT_INLINE F set_f(float x) { return _mm512_set1_ps(x); }
   TKT_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+  TKT_INLINE F load_four(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+  TKT_INLINE F one_of_four(F x, int i) {
+    return i == 0   ? _mm512_permute_ps(x, 0x00)
+           : i == 1 ? _mm512_permute_ps(x, 0x55)
+           : i == 2 ? _mm512_permute_ps(x, 0xaa)
+                    : _mm512_permute_ps(x, 0xff);
+  }
   TKT_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   TKT_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
   TKT_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }

@@ -131,47 +131,54 @@ void add_scaled(const float* x, float scale, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = std::fma(scale, x[i], out[i]);
 }
 
-void attend_split(const AttentionSplitArgs& args) {
+// Of 16 heads.
+void attend_group(const AttentionSplitArgs& args, const float* queries, int keys, float* weights, float* state) {
   for (int lane = 0; lane < 16; ++lane) {
     float max = -INFINITY;
-    for (int key = 0; key < args.keys; ++key) {
+    for (int key = 0; key < keys; ++key) {
       float score = 0.0f;
-      const float* query = args.query + lane;
+      const float* query = queries + lane;
       for (int i = 0; i < args.latent_dim; ++i) score = std::fma(query[i * 16], args.latents[key][i], score);
       query += args.latent_dim * 16;
       for (int i = 0; i < args.rope_dim; ++i) score = std::fma(query[i * 16], args.ropes[key][i], score);
-      args.weights[key * 16 + lane] = score;
+      weights[key * 16 + lane] = score;
       max = std::fmax(max, score);
     }
     float sum = 0.0f;
-    for (int key = 0; key < args.keys; ++key) {
-      const float weight = exp_polynomial(args.weights[key * 16 + lane] - max);
-      args.weights[key * 16 + lane] = weight;
+    for (int key = 0; key < keys; ++key) {
+      const float weight = exp_polynomial(weights[key * 16 + lane] - max);
+      weights[key * 16 + lane] = weight;
       sum = sum + weight;
     }
+    state[lane] = max;
+    state[16 + lane] = sum;
     for (int i = 0; i < args.latent_dim; ++i) {
       float acc = 0.0f;
-      for (int key = 0; key < args.keys; ++key) {
-        acc = std::fma(args.weights[key * 16 + lane], args.latents[key][i], acc);
-      }
-      args.context[i * 16 + lane] = acc;
+      for (int key = 0; key < keys; ++key) acc = std::fma(weights[key * 16 + lane], args.latents[key][i], acc);
+      state[32 + lane * args.latent_dim + i] = acc;
     }
-    args.max[lane] = max;
-    args.sum[lane] = sum;
   }
 }
 
-void merge_split(const float* split_max, const float* split_sum, const float* split_context, int latent_dim, float* max,
-                 float* sum, float* context) {
+void attend_split(const AttentionSplitArgs& args) {
+  for (int group = 0; group < args.groups; ++group) {
+    attend_group(args, args.query + group * (args.latent_dim + args.rope_dim) * 16, args.keys[group],
+                 args.weights + group * kAttentionSplitKeys * 16,
+                 args.states + group * attention_state_floats(args.latent_dim));
+  }
+}
+
+void merge_split(const float* split, int latent_dim, int first, int count, float* state) {
   for (int lane = 0; lane < 16; ++lane) {
-    const float new_max = std::fmax(max[lane], split_max[lane]);
-    const float keep = exp_polynomial(max[lane] - new_max);
-    const float add = exp_polynomial(split_max[lane] - new_max);
-    max[lane] = new_max;
-    sum[lane] = std::fma(split_sum[lane], add, sum[lane] * keep);
+    const float new_max = std::fmax(state[lane], split[lane]);
+    const float keep = exp_polynomial(state[lane] - new_max);
+    const float add = exp_polynomial(split[lane] - new_max);
+    state[lane] = new_max;
+    state[16 + lane] = std::fma(split[16 + lane], add, state[16 + lane] * keep);
+    if (lane < first || lane >= first + count) continue;
     for (int i = 0; i < latent_dim; ++i) {
-      float& value = context[i * 16 + lane];
-      value = std::fma(split_context[i * 16 + lane], add, value * keep);
+      float& value = state[32 + (lane - first) * latent_dim + i];
+      value = std::fma(split[32 + lane * latent_dim + i], add, value * keep);
     }
   }
 }
