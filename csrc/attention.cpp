@@ -65,15 +65,19 @@ MlaAttention::MlaAttention(const AttentionConfig& config, AttentionWeights weigh
 
 void MlaAttention::project_keys(const float* x, const float* rope_table, int64_t batch, int64_t tokens,
                                 const KeyRows& keys) const {
-  const AttentionConfig& c = config_;
-  const int64_t width = c.latent_dim + c.rope_dim;
-  const ScratchBuffer compressed(static_cast<size_t>(batch * tokens * width) * sizeof(float));
+  const ScratchBuffer compressed(static_cast<size_t>(batch * tokens * weights_.kv_a->rows()) * sizeof(float));
   linear(*weights_.kv_a, 0, x, batch * tokens, compressed.floats());
+  store_keys(compressed.floats(), rope_table, batch, tokens, keys);
+}
+
+void MlaAttention::store_keys(const float* compressed, const float* rope_table, int64_t batch, int64_t tokens,
+                              const KeyRows& keys) const {
+  const AttentionConfig& c = config_;
   const KernelTable& table = kernels();
   parallel_for(batch * tokens, [&](int64_t row) {
     const int64_t sequence = row / tokens;
     const int64_t t = row % tokens;
-    const float* from = compressed.floats() + row * width;
+    const float* from = compressed + row * (c.latent_dim + c.rope_dim);
     table.rms_norm(from, weights_.kv_a_norm.data(), c.norm_eps, c.latent_dim,
                    keys.latents + sequence * keys.latent_batch_stride + t * keys.latent_stride);
     rotate(rope_table + row * c.rope_dim, c.rope_dim, from + c.latent_dim,
@@ -81,32 +85,30 @@ void MlaAttention::project_keys(const float* x, const float* rope_table, int64_t
   });
 }
 
-void MlaAttention::absorbed_queries(const float* x, const float* rope_table, int64_t tokens, float* queries) const {
+void MlaAttention::absorb_queries(float* first, const float* rope_table, int64_t tokens, float* queries) const {
   const AttentionConfig& c = config_;
   const KernelTable& table = kernels();
   const int64_t head_dim = c.nope_dim + c.rope_dim;
   const int64_t width = c.latent_dim + c.rope_dim;
-  const ScratchBuffer plain(static_cast<size_t>(tokens * c.heads * head_dim) * sizeof(float));
-  if (weights_.q_a != nullptr) {
+  const bool has_two = weights_.q_a != nullptr;
+  const ScratchBuffer second(static_cast<size_t>(has_two ? tokens * c.heads * head_dim : 0) * sizeof(float));
+  if (has_two) {
     const int64_t rank = weights_.q_a->rows();
-    const ScratchBuffer compressed(static_cast<size_t>(tokens * rank) * sizeof(float));
-    linear(*weights_.q_a, 0, x, tokens, compressed.floats());
     parallel_for(tokens, [&](int64_t t) {
-      float* row = compressed.floats() + t * rank;
+      float* row = first + t * rank;
       table.rms_norm(row, weights_.q_a_norm.data(), c.norm_eps, rank, row);
     });
-    linear(*weights_.q, 0, compressed.floats(), tokens, plain.floats());
-  } else {
-    linear(*weights_.q, 0, x, tokens, plain.floats());
+    linear(*weights_.q, 0, first, tokens, second.floats());
   }
+  const float* plain = has_two ? second.floats() : first;
   parallel_for(tokens, [&](int64_t t) {
     for (int64_t h = 0; h < c.heads; ++h) {
-      const float* rope_part = plain.floats() + (t * c.heads + h) * head_dim + c.nope_dim;
+      const float* rope_part = plain + (t * c.heads + h) * head_dim + c.nope_dim;
       rotate(rope_table + t * c.rope_dim, c.rope_dim, rope_part, queries + (t * c.heads + h) * width + c.latent_dim);
     }
   });
   // Row t * heads + h of the quantized activations is head h of token t; k_b takes them head by head.
-  const Activations nope(weights_.k_b->info().activation, plain.floats(), tokens * c.heads, c.nope_dim, head_dim);
+  const Activations nope(weights_.k_b->info().activation, plain, tokens * c.heads, c.nope_dim, head_dim);
   std::vector<const uint8_t*> rows(static_cast<size_t>(tokens * c.heads));
   std::vector<LinearTask> tasks;
   for (int64_t h = 0; h < c.heads; ++h) {
@@ -133,19 +135,50 @@ void MlaAttention::output(const float* contexts, int64_t tokens, float* out) con
   linear(*weights_.o, 0, values.floats(), tokens, out);
 }
 
+void MlaAttention::attend_chunk(float* first, const float* rope_table, const TokenRange& tokens,
+                                const LatentCache& cache, const Visibility& visibility, float* out) const {
+  const AttentionConfig& c = config_;
+  const ScratchBuffer queries(static_cast<size_t>(tokens.count * c.heads * (c.latent_dim + c.rope_dim)) *
+                              sizeof(float));
+  const ScratchBuffer attended(static_cast<size_t>(tokens.count * c.heads * c.latent_dim) * sizeof(float));
+  absorb_queries(first, rope_table, tokens.count, queries.floats());
+  attend_latents({c.heads, c.latent_dim, c.rope_dim, c.softmax_scale}, queries.floats(), tokens, cache, visibility,
+                 attended.floats());
+  output(attended.floats(), tokens.count, out);
+}
+
 void MlaAttention::attend(const float* x, const float* rope_table, int64_t batch, int64_t tokens,
                           const LatentCache& cache, const Visibility& visibility, float* out) const {
   const AttentionConfig& c = config_;
   const int64_t total = batch * tokens;
+  const ScratchBuffer first_rows(static_cast<size_t>(std::min(kChunkTokens, total) * first_query().rows()) *
+                                 sizeof(float));
   for (int64_t first = 0; first < total; first += kChunkTokens) {
     const int64_t count = std::min(kChunkTokens, total - first);
-    const ScratchBuffer queries(static_cast<size_t>(count * c.heads * (c.latent_dim + c.rope_dim)) * sizeof(float));
-    const ScratchBuffer attended(static_cast<size_t>(count * c.heads * c.latent_dim) * sizeof(float));
-    absorbed_queries(x + first * c.hidden, rope_table + first * c.rope_dim, count, queries.floats());
-    attend_latents({c.heads, c.latent_dim, c.rope_dim, c.softmax_scale}, queries.floats(), {first, count, tokens},
-                   cache, visibility, attended.floats());
-    output(attended.floats(), count, out + first * c.hidden);
+    linear(first_query(), 0, x + first * c.hidden, count, first_rows.floats());
+    attend_chunk(first_rows.floats(), rope_table + first * c.rope_dim, {first, count, tokens}, cache, visibility,
+                 out + first * c.hidden);
   }
+}
+
+void MlaAttention::append_and_attend(const float* x, const float* rope_table, int64_t batch, int64_t tokens,
+                                     const KeyRows& new_keys, const LatentCache& cache, const Visibility& visibility,
+                                     float* out) const {
+  const int64_t total = batch * tokens;
+  const PackedMatrix& keys = *weights_.kv_a;
+  const PackedMatrix& query = first_query();
+  if (total > kChunkTokens || keys.info().activation != query.info().activation) {
+    project_keys(x, rope_table, batch, tokens, new_keys);
+    attend(x, rope_table, batch, tokens, cache, visibility, out);
+    return;
+  }
+  const ScratchBuffer compressed(static_cast<size_t>(total * keys.rows()) * sizeof(float));
+  const ScratchBuffer first(static_cast<size_t>(total * query.rows()) * sizeof(float));
+  const Activations rows(keys.info().activation, x, total, keys.cols(), keys.cols());
+  run_linears({{&keys, 0, rows.rows(), total, compressed.floats(), keys.rows()},
+               {&query, 0, rows.rows(), total, first.floats(), query.rows()}});
+  store_keys(compressed.floats(), rope_table, batch, tokens, new_keys);
+  attend_chunk(first.floats(), rope_table, {0, total, tokens}, cache, visibility, out);
 }
 
 void fill_rope_table(const int64_t* positions, int64_t tokens, const float* inv_freq, int64_t dim, float scaling,

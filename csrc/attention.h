@@ -59,8 +59,20 @@ class MlaAttention {
   void attend(const float* x, const float* rope_table, int64_t batch, int64_t tokens, const LatentCache& cache,
               const Visibility& visibility, float* out) const;
 
+  // Both, with new_keys the last rows of the cache. Few tokens are projected to keys and queries in one loop.
+  void append_and_attend(const float* x, const float* rope_table, int64_t batch, int64_t tokens,
+                         const KeyRows& new_keys, const LatentCache& cache, const Visibility& visibility,
+                         float* out) const;
+
  private:
-  void absorbed_queries(const float* x, const float* rope_table, int64_t tokens, float* queries) const;
+  // What queries are projected with first.
+  const PackedMatrix& first_query() const { return weights_.q_a != nullptr ? *weights_.q_a : *weights_.q; }
+  // The rest of their way, and that of keys, in place of `first` and from `compressed`.
+  void absorb_queries(float* first, const float* rope_table, int64_t tokens, float* queries) const;
+  void store_keys(const float* compressed, const float* rope_table, int64_t batch, int64_t tokens,
+                  const KeyRows& keys) const;
+  void attend_chunk(float* first, const float* rope_table, const TokenRange& tokens, const LatentCache& cache,
+                    const Visibility& visibility, float* out) const;
   void output(const float* contexts, int64_t tokens, float* out) const;
 
   AttentionConfig config_;

@@ -57,35 +57,37 @@ void DecoderLayer::project_keys(const float* x, const float* input_norm, const f
   attention_->project_keys(normed.floats(), rope_table, batch, tokens, keys);
 }
 
-void DecoderLayer::attend_and_feed_forward(const float* x, const float* normed, const float* post_norm,
+void DecoderLayer::attend_and_feed_forward(const float* x, const float* input_norm, const float* post_norm,
                                            const float* rope_table, int64_t batch, int64_t tokens,
-                                           const LatentCache& cache, const Visibility& visibility, float* out) const {
+                                           const KeyRows* new_keys, const LatentCache& cache,
+                                           const Visibility& visibility, float* out) const {
   const int64_t rows = batch * tokens;
   const int64_t hidden = config().hidden;
+  const ScratchBuffer normed(static_cast<size_t>(rows * hidden) * sizeof(float));
   const ScratchBuffer middle(static_cast<size_t>(rows * hidden) * sizeof(float));
-  const ScratchBuffer normed_middle(static_cast<size_t>(rows * hidden) * sizeof(float));
-  attention_->attend(normed, rope_table, batch, tokens, cache, visibility, middle.floats());
+  norm(x, input_norm, input_norm_eps_, rows, normed.floats());
+  if (new_keys != nullptr) {
+    attention_->append_and_attend(normed.floats(), rope_table, batch, tokens, *new_keys, cache, visibility,
+                                  middle.floats());
+  } else {
+    attention_->attend(normed.floats(), rope_table, batch, tokens, cache, visibility, middle.floats());
+  }
   add_rows(x, rows, hidden, middle.floats());
-  norm(middle.floats(), post_norm, post_norm_eps_, rows, normed_middle.floats());
-  feed_forward(normed_middle.floats(), rows, out);
+  norm(middle.floats(), post_norm, post_norm_eps_, rows, normed.floats());
+  feed_forward(normed.floats(), rows, out);
   add_rows(middle.floats(), rows, hidden, out);
 }
 
 void DecoderLayer::forward(const float* x, const float* input_norm, const float* post_norm, const float* rope_table,
                            int64_t batch, int64_t tokens, const LatentCache& cache, const Visibility& visibility,
                            float* out) const {
-  const ScratchBuffer normed(static_cast<size_t>(batch * tokens * config().hidden) * sizeof(float));
-  norm(x, input_norm, input_norm_eps_, batch * tokens, normed.floats());
-  attend_and_feed_forward(x, normed.floats(), post_norm, rope_table, batch, tokens, cache, visibility, out);
+  attend_and_feed_forward(x, input_norm, post_norm, rope_table, batch, tokens, nullptr, cache, visibility, out);
 }
 
 void DecoderLayer::append_and_forward(const float* x, const float* input_norm, const float* post_norm,
                                       const float* rope_table, int64_t batch, int64_t tokens, const KeyRows& new_keys,
                                       const LatentCache& cache, const Visibility& visibility, float* out) const {
-  const ScratchBuffer normed(static_cast<size_t>(batch * tokens * config().hidden) * sizeof(float));
-  norm(x, input_norm, input_norm_eps_, batch * tokens, normed.floats());
-  attention_->project_keys(normed.floats(), rope_table, batch, tokens, new_keys);
-  attend_and_feed_forward(x, normed.floats(), post_norm, rope_table, batch, tokens, cache, visibility, out);
+  attend_and_feed_forward(x, input_norm, post_norm, rope_table, batch, tokens, &new_keys, cache, visibility, out);
 }
 
 }  // namespace tkt

@@ -34,9 +34,10 @@ class DecoderLayer {
                           const Visibility& visibility, float* out) const;
 
  private:
-  void attend_and_feed_forward(const float* x, const float* normed, const float* post_norm, const float* rope_table,
-                               int64_t batch, int64_t tokens, const LatentCache& cache, const Visibility& visibility,
-                               float* out) const;
+  // Writes the keys of x first where there is a place for them.
+  void attend_and_feed_forward(const float* x, const float* input_norm, const float* post_norm, const float* rope_table,
+                               int64_t batch, int64_t tokens, const KeyRows* new_keys, const LatentCache& cache,
+                               const Visibility& visibility, float* out) const;
   void norm(const float* x, const float* weight, float eps, int64_t tokens, float* out) const;
   void feed_forward(const float* x, int64_t tokens, float* out) const;
 
