@@ -139,3 +139,39 @@ def test_thread_count_and_batch_do_not_change_a_bit(isa: str, name: str) -> None
         _C.set_thread_count(before)
     for row in (0, 77, 149):
         np.testing.assert_array_equal(multiply(matrix, x[row : row + 1])[0], expected[row])
+
+
+@pytest.mark.parametrize("isa", VECTOR_ISAS)
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K", "Q6_K"])
+def test_however_tokens_divide_into_tiles_each_gets_the_same_bits(isa: str, name: str) -> None:
+    """From 6 tokens on K-quants are unpacked once for all of them, in tiles of two sizes."""
+    matrix = packed(name, random_blocks(name, 37, 512), 512)
+    x = np.random.default_rng(4).standard_normal((64, 512)).astype(np.float32)
+    _C.select_isa(isa)
+    expected = np.concatenate([multiply(matrix, x[row : row + 1]) for row in range(64)])
+    for tokens in (*range(4, 32), 63, 64):
+        np.testing.assert_array_equal(multiply(matrix, x[:tokens]), expected[:tokens])
+
+
+@pytest.mark.usefixtures("eight_cpus")
+def test_experts_give_a_token_the_same_bits_among_many_and_alone() -> None:
+    """Above 96 an expert's tokens are divided, and a task then has several pairs of output panels."""
+    hidden, intermediate, tokens = 800, 256, 200
+    gate, up = (packed("Q8_0", random_blocks("Q8_0", intermediate, hidden, seed), hidden) for seed in (0, 1))
+    experts = _C.Experts(gate, up, packed("Q6_K", random_blocks("Q6_K", hidden, intermediate), intermediate))
+    x = np.random.default_rng(5).standard_normal((tokens, hidden)).astype(np.float32)
+
+    def outputs(x: np.ndarray) -> np.ndarray:
+        out = np.full(x.shape, np.nan, np.float32)
+        experts.forward_routed(x, np.zeros((len(x), 1), np.int64), np.full((len(x), 1), 0.5, np.float32), out)
+        return out
+
+    before = _C.thread_count()
+    try:
+        expected = np.concatenate([outputs(x[row : row + 1]) for row in range(tokens)])
+        assert np.isfinite(expected).all()
+        for threads in (1, 2, 5):
+            _C.set_thread_count(threads)
+            np.testing.assert_array_equal(outputs(x), expected)
+    finally:
+        _C.set_thread_count(before)

@@ -359,10 +359,11 @@ static inline void dot_tile_k(const DotArgs& args, int token) {
 // output, Q4_K and Q5_K need 8 dot products, a product with the scale, and an fma each for the sum and for the minimum,
 // Q6_K two products and one fma. So this order of work can reach 71% of the dot products' peak (1,008 GOPS). Measured at
 // 64 tokens, 7,168 columns, with every tile unpacking for itself and so: Q4_K 580 and 650 GOPS, Q5_K 510 and 645, Q6_K
-// 470 and 620. With 16 tokens there is no difference, and for the 32-wide types, which need little unpacking, a loss.
+// 470 and 620; with weights from memory, for 6 tokens Q4_K 224 and 254, Q6_K 158 and 264, for 16 380 and 550, 280 and 500.
+// With 5 tokens there is no difference, and for the 32-wide types, which need little unpacking, a loss.
 
-constexpr int kUnpackTokens = 24;
-constexpr int kUnpackPassTokens = 64;  // their activations of one block (27 KB) and the weights (8 KB) fit in L1
+constexpr int kUnpackTokens = 6;
+constexpr int kUnpackPassTokens = 96;  // as fast as 64, and the experts of a prompt of 512 rarely have more
 
 template <int R>
 struct UnpackedBlock {
@@ -408,7 +409,6 @@ template <class Words, int R>
 static inline void unpack_block(const DotArgs& args, int64_t block, UnpackedBlock<R>& unpacked) {
   for (int r = 0; r < R; ++r) {
     const uint8_t* words = args.panels[r] + block * Words::kWords * 64;
-    for (int i = 0; i < Words::kWords; ++i) V::prefetch(words + (Words::kWords + i) * 64);
     typename Words::Scales scales;
     scales.read(words, args.panels[r] + args.blocks * Words::kWords * 64 + block * 32);
     V::store(unpacked.d[r], scales.d);
@@ -562,34 +562,70 @@ static inline DotArgs one_panel(const DotArgs& args, int panel) {
     }                                                                             \
   }
 
-template <class Words, int T, int R>
-static inline int unpacked_tiles(const UnpackedBlock<R>& unpacked, const DotArgs& args, int64_t block, int token) {
-  for (; token + T <= args.tokens; token += T) dot_tile_unpacked<Words, T, R>(unpacked, args, block, token);
-  return token;
+// Asks for the block that is unpacked next, a few lines before each tile: all of them at once would wait for each other.
+// Two threads, 64 tokens: Q4_K 1,105 and 1,210 GOPS; Q6_K, whose separate scales nobody asked for, 980 and 1,150.
+template <class Words, int R>
+struct NextBlock {
+  const uint8_t* words[R];
+  int lines_per_tile;
+  int line = 0;
+
+  NextBlock(const DotArgs& args, int64_t block, int tiles) : lines_per_tile((Words::kWords + tiles - 1) / tiles) {
+    for (int r = 0; r < R; ++r) {
+      words[r] = args.panels[r] + (block + 1) * Words::kWords * 64;
+      if constexpr (Words::kHasSeparateScales) {
+        V::prefetch(args.panels[r] + args.blocks * Words::kWords * 64 + (block + 1) * 32);
+      }
+    }
+  }
+  void prefetch() {
+    for (const int end = line + lines_per_tile; line < end; ++line) {
+      for (int r = 0; r < R; ++r) V::prefetch(words[r] + line * 64);
+    }
+  }
+};
+
+// One of the tiles of at most kTokens that share all tokens evenly: 7 = 4 + 3, 13 = 5 + 4 + 4; 9 = 3 + 3 + 3 where kTokens
+// is 4.
+template <class Words, int kTokens, int R, int T>
+TKT_INLINE void dot_even_tile(const UnpackedBlock<R>& unpacked, const DotArgs& args, int64_t block, int token,
+                              int tokens) {
+  constexpr int kSmallest = 3;
+  static_assert(kUnpackTokens >= 6 && kTokens >= 4 && kTokens <= 6, "smaller tiles would be needed");
+  if constexpr (T > kSmallest) {
+    if (tokens < T) return dot_even_tile<Words, kTokens, R, T - 1>(unpacked, args, block, token, tokens);
+  }
+  dot_tile_unpacked<Words, T, R>(unpacked, args, block, token);
 }
 
 template <class Words, int R>
 static inline void unpacked_pass(const DotArgs& args) {
   // Q6_K adds two products before they become floats, which takes registers: on Zen 5 it is 6% faster with 4 tokens.
   constexpr int kTokens = Words::kSubColumns == 32 ? V::kTileTokensK : 4;
+  const int tiles = (args.tokens + kTokens - 1) / kTokens;
   UnpackedBlock<R> unpacked;
   for (int64_t block = 0; block < args.blocks; ++block) {
     unpack_block<Words, R>(args, block, unpacked);
+    NextBlock<Words, R> next(args, block, tiles);
     int token = 0;
-    token = unpacked_tiles<Words, kTokens, R>(unpacked, args, block, token);
-    if constexpr (kTokens > 4) token = unpacked_tiles<Words, 4, R>(unpacked, args, block, token);
-    if constexpr (kTokens > 2) token = unpacked_tiles<Words, 2, R>(unpacked, args, block, token);
-    unpacked_tiles<Words, 1, R>(unpacked, args, block, token);
+    for (int tile = 1; tile <= tiles; ++tile) {
+      const int end = args.tokens * tile / tiles;
+      next.prefetch();
+      dot_even_tile<Words, kTokens, R, kTokens>(unpacked, args, block, token, end - token);
+      token = end;
+    }
   }
 }
 
 template <class Words>
 static inline void dot_many(const DotArgs& args) {
-  for (int begin = 0; begin < args.tokens; begin += kUnpackPassTokens) {
+  const int passes = (args.tokens + kUnpackPassTokens - 1) / kUnpackPassTokens;
+  for (int i = 0; i < passes; ++i) {
+    const int begin = args.tokens * i / passes;
     DotArgs pass = args;
     pass.activations += begin;
     pass.out += begin * 32;
-    pass.tokens = args.tokens - begin < kUnpackPassTokens ? args.tokens - begin : kUnpackPassTokens;
+    pass.tokens = args.tokens * (i + 1) / passes - begin;
     if (args.panel_count == 2 && V::kTilePanels == 2) {
       unpacked_pass<Words, V::kTilePanels>(pass);
     } else {
@@ -599,7 +635,7 @@ static inline void dot_many(const DotArgs& args) {
 }
 
 #define TKT_DEFINE_K_QUANT_DOT(function, words)      \
-  TKT_DEFINE_DOT(function##_few, dot_tile_k, words, V::kTileTokensK, 1) \
+  TKT_DEFINE_DOT(function##_few, dot_tile_k, words, 4, 1) \
   static void function(const DotArgs& args) {        \
     if (args.tokens < kUnpackTokens) {               \
       function##_few(args);                          \
