@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
+from accelerate.hooks import remove_hook_from_module
 from random_files import left_padded, random_tokens
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -253,3 +255,28 @@ def test_a_layer_of_another_cache_dissolves_the_group(model: Any) -> None:
     second.layers[0] = copy.deepcopy(first.layers[0])
     expected = by_modules(model, STEP, past_key_values=copy.deepcopy(second)).logits
     assert torch.equal(model(STEP, past_key_values=second).logits, expected)
+
+
+# ---- accelerate -----------------------------------------------------------------------------------------------------
+
+
+def test_hooks_of_accelerate_change_no_bit(model: Any, at_once: list[int]) -> None:
+    """`dispatch_model` wraps the forward method of every module in its device map."""
+    layers = [f"model.layers.{number}" for number in range(len(model.model.layers))]
+    device_map = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", *layers, "model.norm", "lm_head"], "cpu")
+    cache = prefilled(model)
+    other = copy.deepcopy(cache)
+    expected = [model(STEP, past_key_values=cache).logits for _ in range(2)]
+    assert at_once == [3, 3]
+    dispatch_model(model, device_map, force_hooks=True)
+    try:
+        assert model.hf_device_map == device_map
+        found = [model(STEP, past_key_values=other).logits for _ in range(2)]
+    finally:
+        remove_hook_from_module(model, recurse=True)
+        del model.hf_device_map
+    assert at_once == [3, 3]
+    for ours, reference in zip(found, expected, strict=True):
+        assert torch.equal(ours, reference)
+    model(STEP, past_key_values=cache)
+    assert at_once == [3, 3, 3]

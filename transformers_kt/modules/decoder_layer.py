@@ -66,7 +66,7 @@ class Shortcut:
             return False
         if any(self._hooks) and _somebody_looks(self._hooks):
             return False
-        if any("forward" in module.__dict__ for module in self._modules):  # wrapped, as accelerate does
+        if any("forward" in module.__dict__ and _is_wrapped(module) for module in self._modules):
             return False
         return all(modules[name] is part for modules, name, part in self._places)
 
@@ -78,6 +78,11 @@ def _somebody_looks(all_hooks: Sequence[Mapping[int, Any]]) -> bool:
         return True
     found = (hook for hooks in all_hooks for hook in hooks.values())
     return any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in found)
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """As by accelerate, which leaves the method of the class behind when its hooks are removed."""
+    return getattr(module.__dict__["forward"], "__func__", None) is not type(module).forward
 
 
 class _InOneGo:
