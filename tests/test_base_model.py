@@ -148,14 +148,19 @@ def test_a_wrapped_forward_method_is_called(model: Any, path: str, monkeypatch: 
     assert calls == [path]
 
 
+@pytest.mark.parametrize("was_called", [True, False])
 @pytest.mark.parametrize("path", ["norm", "layers.1", "layers.1.mlp"])
-def test_a_module_that_was_exchanged_is_used(model: Any, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_was_exchanged_is_used(
+    model: Any, path: str, was_called: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Zero(nn.Module):
         def forward(self, x: torch.Tensor, **_: Any) -> torch.Tensor:
             return torch.zeros_like(x)
 
     cache = prefilled(model)
     expected = model(STEP, past_key_values=copy.deepcopy(cache)).logits
+    if not was_called:
+        monkeypatch.setattr(model.model, "_packed_model", None)
     parent, _, name = path.rpartition(".")
     monkeypatch.setitem(model.model.get_submodule(parent)._modules, name, Zero())
     assert not torch.equal(model(STEP, past_key_values=cache).logits, expected)

@@ -105,13 +105,11 @@ class _WithoutTorch:
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        packed, keys = self._packed_model, None
-        if packed is None:
-            packed = self._packed_model = _PackedModel(self)
-        if inputs_embeds is None and _is_plain(self, input_ids, kwargs) and packed.is_all_of(self):
+        packed, keys = self._packed(), None
+        if packed and inputs_embeds is None and _is_plain(self, input_ids, kwargs) and packed.is_all_of(self):
             assert input_ids is not None
             keys = growing_layers(past_key_values, packed.cache_indices, len(input_ids))
-        if input_ids is None or keys is None or not _is_of_keys(attention_mask, input_ids, keys):
+        if packed is None or input_ids is None or keys is None or not _is_of_keys(attention_mask, input_ids, keys):
             return super().forward(  # type: ignore[misc]
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -130,6 +128,18 @@ class _WithoutTorch:
         positions = np.ascontiguousarray(np.broadcast_to(positions, shape))
         out = packed.forward(ids, positions, keys, *_visible(attention_mask, shape, keys.length))
         return MoeModelOutputWithPast(last_hidden_state=out, past_key_values=past_key_values)
+
+    def _packed(self) -> _PackedModel | None:
+        if self._packed_model is None and _is_ours(self):
+            self._packed_model = _PackedModel(self)
+        return self._packed_model
+
+
+def _is_ours(model: Any) -> bool:
+    """Whether all of its modules are such as were loaded here."""
+    around = isinstance(model.embed_tokens, KtEmbedding) and isinstance(model.rotary_emb, KtRotaryEmbedding)
+    layers = _layers_of(model)
+    return around and isinstance(model.norm, KtRMSNorm) and bool(layers) and all(map(is_joined, layers))
 
 
 def _layers_of(model: Any) -> list[Any]:
@@ -172,10 +182,6 @@ def _visible(
 def join_base_models(model: nn.Module) -> None:
     """Let the base models in the loaded ``model`` that are all ours compute few tokens without torch."""
     for module in model.modules():
-        if not isinstance(module, _BASE_MODELS):
-            continue
-        ours = isinstance(module.embed_tokens, KtEmbedding) and isinstance(module.rotary_emb, KtRotaryEmbedding)
-        layers = _layers_of(module)
-        if ours and isinstance(module.norm, KtRMSNorm) and layers and all(map(is_joined, layers)):
+        if isinstance(module, _BASE_MODELS) and _is_ours(module):
             module.__class__ = subclass_in_front(_WithoutTorch, type(module))
             module._packed_model = None
