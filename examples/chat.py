@@ -10,6 +10,7 @@ Ctrl-C stops an answer, Ctrl-D or "exit" leaves. The options are those of KTrans
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import sys
 import textwrap
@@ -85,8 +86,8 @@ class Chat:
             output = self.model.generate(
                 **inputs,
                 max_new_tokens=max(1, min(self.max_new_tokens, self._positions - tokens)),
-                past_key_values=self.cache,
                 streamer=streamer,
+                **{_cache_argument(self.model): self.cache},
             )
         except KeyboardInterrupt:
             streamer.end()
@@ -139,6 +140,11 @@ class Chat:
         """Leave the question out: a thought without an end would pass for an answer in later prompts."""
         self.messages.pop()
         console.print(f"[{why}; the conversation goes on without this question]", style="dim", markup=False)
+
+
+def _cache_argument(model: Any) -> str:
+    """What `generate` calls the cache to go on from: transformers renamed it in 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _timing(tokens: int, reused: int, times: list[float]) -> str:

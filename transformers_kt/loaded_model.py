@@ -162,7 +162,7 @@ class KtGenerationMixin:
 
 
 # The first arguments of a base model's forward, in order.
-_FORWARD_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+_FORWARD_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
 
 
 class InputGuard:
@@ -215,7 +215,7 @@ class InputGuard:
             if low < 0:
                 raise InputError(f"position_ids holds {low}; positions count from 0")
             return high
-        past = kwargs.get("past_key_values")
+        past = kwargs.get("cache", kwargs.get("past_key_values"))  # the name changed in transformers 5.24
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         length = 0 if tokens is None else tokens.shape[1]
         return length - 1 + (0 if past is None else int(past.get_seq_length()))

@@ -103,13 +103,15 @@ class KtMlaAttention(KtModule):
         hidden_states: torch.Tensor,
         position_embeddings: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
+        cache: Any = None,
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        cache = past_key_values if cache is None else cache
         x, handle = as_float32(hidden_states), self.weights.number
         table = as_rope_table(position_embeddings, len(x))
         latents, ropes = ops.mla_project_keys(x, table, handle, self.latent_dim, self.rope_dim)
-        latents, ropes, visible = self.cached_keys(latents, ropes, attention_mask, past_key_values)
+        latents, ropes, visible = self.cached_keys(latents, ropes, attention_mask, cache)
         out: torch.Tensor = ops.mla_attend(x, table, latents, ropes, visible, handle)
         return out, None
 
@@ -128,17 +130,17 @@ class KtMlaAttention(KtModule):
         return int(self._dims["rope_dim"])
 
     def cached_keys(
-        self, latents: torch.Tensor, ropes: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Any
+        self, latents: torch.Tensor, ropes: torch.Tensor, attention_mask: torch.Tensor | None, cache: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latents and rotary keys (batch, keys, ...), old and new, and what of them is visible.
 
         ``latents`` and ``ropes`` are the new ones; they are put into the cache, if there is one.
         """
         tokens, earlier = latents.shape[1], 0
-        if past_key_values is not None:
-            earlier = int(past_key_values.get_seq_length(self.layer_idx)) if attention_mask is None else 0
-            grow_in_place(past_key_values, self.layer_idx)
-            cached = past_key_values.update(latents.unsqueeze(1), ropes.unsqueeze(1), self.layer_idx)
+        if cache is not None:
+            earlier = int(cache.get_seq_length(self.layer_idx)) if attention_mask is None else 0
+            grow_in_place(cache, self.layer_idx)
+            cached = cache.update(latents.unsqueeze(1), ropes.unsqueeze(1), self.layer_idx)
             latents, ropes = (as_float32(states).squeeze(1) for states in cached)
         return latents, ropes, self.visible_keys(attention_mask, latents, tokens, earlier)
 

@@ -21,6 +21,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Model
 
 from transformers_kt import _C, ops
 from transformers_kt.modules.attention import ranges_mask, visible_keys
+from transformers_kt.modules.cache_argument import CACHE_ARGUMENT
 from transformers_kt.modules.decoder_layer import Shortcut, is_joined, subclass_in_front
 from transformers_kt.modules.embedding import KtEmbedding
 from transformers_kt.modules.latent_cache import GrowingLayers, growing_layers
@@ -100,23 +101,25 @@ class _WithoutTorch:
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
+        cache = past_key_values if cache is None else cache
         packed, keys = self._packed(), None
         if packed and inputs_embeds is None and _is_plain(self, input_ids, kwargs) and packed.is_all_of(self):
             assert input_ids is not None
-            keys = growing_layers(past_key_values, packed.cache_indices, len(input_ids))
+            keys = growing_layers(cache, packed.cache_indices, len(input_ids))
         if packed is None or input_ids is None or keys is None or not _is_of_keys(attention_mask, input_ids, keys):
             return super().forward(  # type: ignore[misc]
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
+                **{CACHE_ARGUMENT: cache},
                 **kwargs,
             )
         shape = input_ids.shape
@@ -127,7 +130,7 @@ class _WithoutTorch:
             positions = position_ids.numpy().astype(np.int64)
         positions = np.ascontiguousarray(np.broadcast_to(positions, shape))
         out = packed.forward(ids, positions, keys, *_visible(attention_mask, shape, keys.length))
-        return MoeModelOutputWithPast(last_hidden_state=out, past_key_values=past_key_values)
+        return MoeModelOutputWithPast(last_hidden_state=out, **{CACHE_ARGUMENT: cache})
 
     def _packed(self) -> _PackedModel | None:
         if self._packed_model is None and _is_ours(self):

@@ -21,6 +21,7 @@ from transformers.utils import output_capturing
 from transformers_kt import _C, ops
 from transformers_kt.modules.attention import KtMlaAttention
 from transformers_kt.modules.base import Handle, as_float32
+from transformers_kt.modules.cache_argument import CACHE_ARGUMENT
 from transformers_kt.modules.experts import KtMlp, KtMoe
 from transformers_kt.modules.latent_cache import growing_layer
 from transformers_kt.modules.norm import KtRMSNorm
@@ -96,19 +97,21 @@ class _InOneGo:
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool | None = False,
         position_embeddings: Any = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        cache = past_key_values if cache is None else cache
         if not self._shortcut.is_open():
             stock: torch.Tensor = super().forward(  # type: ignore[misc]
                 hidden_states,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                **{CACHE_ARGUMENT: cache},
                 **kwargs,
             )
             return stock
@@ -117,16 +120,16 @@ class _InOneGo:
         batch, tokens, _hidden = x.shape
         table = as_rope_table(position_embeddings, batch)
         norms = parts.input_norm.weight, parts.post_norm.weight
-        cache = growing_layer(past_key_values, attention.layer_idx, batch)
+        growing = growing_layer(cache, attention.layer_idx, batch)
         out: torch.Tensor
-        if cache is not None:
-            earlier = cache.get_seq_length()
-            latents, ropes = (states.squeeze(1) for states in cache.grow(tokens))
+        if growing is not None:
+            earlier = growing.get_seq_length()
+            latents, ropes = (states.squeeze(1) for states in growing.grow(tokens))
             visible = attention.visible_keys(attention_mask, latents, tokens, earlier)
             out = ops.layer_append_and_forward(x, *norms, table, latents, ropes, visible, handle)
             return out
         keys = ops.layer_project_keys(x, norms[0], table, handle, attention.latent_dim, attention.rope_dim)
-        new_latents, new_ropes, visible = attention.cached_keys(keys[0], keys[1], attention_mask, past_key_values)
+        new_latents, new_ropes, visible = attention.cached_keys(keys[0], keys[1], attention_mask, cache)
         out = ops.layer_forward(x, *norms, table, new_latents, new_ropes, visible, handle)
         return out
 

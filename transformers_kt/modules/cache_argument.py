@@ -1,0 +1,40 @@
+"""The name under which models take their cache: ``cache`` from transformers 5.24 on, ``past_key_values`` before."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import transformers
+from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
+
+from transformers_kt.errors import UnsupportedModelError
+
+_NAMES = ("cache", "past_key_values")
+
+
+def cache_argument(forwards: Iterable[Callable[..., Any]]) -> str:
+    """The name that all of ``forwards`` use.
+
+    Raises UnsupportedModelError where there is no such: a cache under a name that nobody reads is lost without a word,
+    and every token after the first comes out wrong.
+    """
+    parameters = [inspect.signature(forward).parameters for forward in forwards]
+    for name in _NAMES:
+        if all(name in taken for taken in parameters):
+            return name
+    raise UnsupportedModelError(
+        f"transformers {transformers.__version__} gives its DeepSeek models their cache under a name that this "
+        "transformers_kt does not know; 5.23 and 5.24 are tested: pip install 'transformers>=5.23,<5.25'"
+    )
+
+
+CACHE_ARGUMENT = cache_argument(
+    cls.forward
+    for cls in (
+        *(v2.DeepseekV2Attention, v2.DeepseekV2DecoderLayer, v2.DeepseekV2Model, v2.DeepseekV2ForCausalLM),
+        *(v3.DeepseekV3Attention, v3.DeepseekV3DecoderLayer, v3.DeepseekV3Model, v3.DeepseekV3ForCausalLM),
+    )
+)
