@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 # itself needs comes with the package.
 TORCH_INSTALL ?= torch==2.13.0 --no-deps --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 15
 
+# The release of transformers that is built on; .ci/run tests others too. The package itself takes any from 5.23 on.
+TRANSFORMERS ?= 5.23.0
+
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/kernels/*.h csrc/kernels/*.cpp)
 
 .DELETE_ON_ERROR:
@@ -29,6 +32,11 @@ chat: $(VENV)/.installed
 	@$(BIN)/python examples/chat.py
 
 test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+# The tests with another release of transformers, which then stays installed: make test-transformers-5.24.0
+test-transformers-%: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet transformers==$*
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-dev
@@ -53,6 +61,7 @@ $(VENV)/.torch:
 	@tools/check-tools.sh $(PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH_INSTALL)
+	$(BIN)/python -m pip install --quiet transformers==$(TRANSFORMERS)
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml CMakeLists.txt $(CXX_FILES)

@@ -16,8 +16,14 @@ from typing import Any, NamedTuple
 from transformers_kt.model_tree import TORCH_CLASSES, V2, V3, ModelTree, ModuleNode
 
 SEEN = {
-    "deepseek_v2": ("ba403d9aa84ec0fddb301887c22a77fd8f11a6c4e19fef3e3e67d8ac94b4b4e3",),
-    "deepseek_v3": ("e82f83084b8ff66589d7026741f4fd2ff0ef0682ccd87fe4a931283f200a950a",),
+    "deepseek_v2": (
+        "ba403d9aa84ec0fddb301887c22a77fd8f11a6c4e19fef3e3e67d8ac94b4b4e3",  # 5.23
+        "d15ff3e1700771a9bd8565b281c7416e8e698e9209b1007b8ce6c3dcd16856b1",  # 5.24
+    ),
+    "deepseek_v3": (
+        "e82f83084b8ff66589d7026741f4fd2ff0ef0682ccd87fe4a931283f200a950a",
+        "2ee61edcee9be267a9832822d2fd7b50a87aa6da5d0ed2b0bcb6c7a700fedb2d",
+    ),
 }
 """The `digest` of every transformers that the tests of outlines have passed with."""
 
