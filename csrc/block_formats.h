@@ -91,11 +91,18 @@ inline int64_t activation_row_bytes(ActivationFormat format, int64_t cols) {
 // ---- Types and their panel layout ---------------------------------------------------------------------------------
 //
 // A panel holds 16 rows, k-major, in exactly 16 times a row's bytes. A block is cut into `unit_count` units of
-// `unit_bytes`; unit u of block b of the 16 rows stands together, lane = row. So 4 consecutive int8 (or 8 nibbles) of 16
-// rows fill one 512-bit register. A block whose size is no multiple of 4 keeps its f16 scale apart: all scales of the
-// panel follow after all units, 16 lanes of 2 bytes per block, so that units stay 64-byte aligned. A unit that holds one
-// bit of each of 32 columns has its bits regrouped, so that the bits of 4 consecutive columns lie where a kernel wants
-// them, each in the byte of its column: bit 4 g + k of the file is bit g of byte k.
+// `unit_bytes`; a unit of the 16 rows stands together, lane = row. So 4 consecutive int8 (or 8 nibbles) of 16 rows fill one
+// 512-bit register.
+//
+// Bytes stand in the order in which a product of one token first reads them: it is bound by memory, and then nothing is
+// faster than what the hardware's prefetchers make of a single ascending stream (benchmarks/RESULTS.md, "One stream").
+// Therefore units that hold the upper bits of weights stand beside the units of their lower bits (`unit_place`), and f16
+// scales of blocks whose size is no multiple of 4, 32 bytes of a panel, lead two blocks at a time, so that units stay on
+// 64-byte lines: scales of blocks 0 and 1, units of block 0, units of block 1, scales of blocks 2 and 3, ... A last
+// block without a second is led by its own scales alone.
+//
+// A unit that holds one bit of each of 32 columns has its bits regrouped, so that the bits of 4 consecutive columns lie
+// where a kernel wants them, each in the byte of its column: bit 4 g + k of the file is bit g of byte k.
 
 constexpr int kPanelRows = 16;
 
@@ -111,7 +118,7 @@ struct WeightTypeInfo {
   int unit_offset;     // where the units start in a block
   int unit_bytes;      // 2 or 4
   int unit_count;      // per block
-  int scale_offset;    // where the separate f16 scale stands in a block; -1: there is none
+  int scale_offset;    // where the f16 scale stands in a block that has units beside it; -1: it is part of a unit
   int bit_unit;        // the unit of one bit per column; -1: there is none
   ActivationFormat activation;
 };
@@ -130,6 +137,21 @@ constexpr WeightTypeInfo kWeightTypeInfos[kWeightTypes] = {
 
 constexpr const WeightTypeInfo& info_of(WeightType type) { return kWeightTypeInfos[static_cast<int>(type)]; }
 
+// Where unit `unit` of a block of the file stands in a block of a panel.
+constexpr int unit_place(WeightType type, int unit) {
+  if (type == WeightType::kQ5_K && unit >= 4 && unit < 20) {  // qh, and the first 32 bytes of qs
+    return unit < 12 ? 4 + 2 * (unit - 4) : 5 + 2 * (unit - 12);
+  }
+  if (type == WeightType::kQ6_K) {
+    if (unit >= 48) return unit - 48;  // scales
+    const int half = unit < 32 ? unit / 16 : (unit - 32) / 8;
+    const int first = 4 + 24 * half;
+    if (unit >= 32) return first + 2 * (unit % 8);  // qh
+    return unit % 16 < 8 ? first + 1 + 2 * (unit % 16) : first + 8 + unit % 16;
+  }
+  return unit;
+}
+
 // nullptr where there is no kernel for that number.
 inline const WeightTypeInfo* find_ggml_type(int ggml_type) {
   for (const WeightTypeInfo& info : kWeightTypeInfos) {
@@ -144,6 +166,9 @@ constexpr bool table_is_consistent() {
     const int scale_bytes = info.scale_offset < 0 ? 0 : 2;
     if (static_cast<int>(info.type) != i) return false;
     if (info.unit_bytes * info.unit_count + scale_bytes != info.block_bytes) return false;
+    uint64_t places = 0;
+    for (int unit = 0; unit < info.unit_count; ++unit) places |= uint64_t{1} << unit_place(info.type, unit);
+    if (places != ~uint64_t{0} >> (64 - info.unit_count)) return false;
   }
   return true;
 }

@@ -8,16 +8,23 @@
 
 namespace tkt {
 
+constexpr int kMostUnits = 52;  // of a block, in Q6_K
+
 inline int64_t row_bytes(const WeightTypeInfo& info, int64_t cols) {
   return cols / info.block_elements * info.block_bytes;
 }
 
-inline int64_t unit_position(const WeightTypeInfo& info, int64_t block, int unit, int lane) {
-  return ((block * info.unit_count + unit) * kPanelRows + lane) * info.unit_bytes;
+// Where the scales of a block stand in a panel of `blocks` blocks, and its unit 0.
+inline int64_t scales_position(const WeightTypeInfo& info, int64_t block) {
+  const int64_t block_bytes = int64_t{info.block_bytes} * kPanelRows;
+  return block / 2 * 2 * block_bytes + block % 2 * kPanelRows * 2;
 }
-
-inline int64_t scale_position(const WeightTypeInfo& info, int64_t blocks, int64_t block, int lane) {
-  return blocks * info.unit_count * kPanelRows * info.unit_bytes + (block * kPanelRows + lane) * 2;
+inline int64_t units_position(const WeightTypeInfo& info, int64_t blocks, int64_t block) {
+  const int64_t block_bytes = int64_t{info.block_bytes} * kPanelRows;
+  if (info.scale_offset < 0) return block * block_bytes;
+  const int64_t even = block / 2 * 2;
+  const int64_t scale_bytes = (even + 1 < blocks ? 2 : 1) * kPanelRows * 2;
+  return even * block_bytes + scale_bytes + block % 2 * info.unit_count * kPanelRows * info.unit_bytes;
 }
 
 // The bit at index i goes to index i / 2 + 16 (i % 2): the 5 bits of the index turn right by one.
@@ -51,19 +58,22 @@ inline void ungroup_bits(uint8_t* word) {
 inline void pack_panel(const WeightTypeInfo& info, const uint8_t* source, int rows, int64_t blocks, uint8_t* panel) {
   const int64_t stride = blocks * info.block_bytes;
   if (rows < kPanelRows) std::memset(panel, 0, static_cast<size_t>(stride * kPanelRows));
+  int place[kMostUnits];  // in bytes
+  for (int u = 0; u < info.unit_count; ++u) place[u] = unit_place(info.type, u) * kPanelRows * info.unit_bytes;
   for (int64_t b = 0; b < blocks; ++b) {
+    uint8_t* units = panel + units_position(info, blocks, b);
     for (int lane = 0; lane < rows; ++lane) {
       const uint8_t* block = source + lane * stride + b * info.block_bytes;
-      uint8_t* target = panel + unit_position(info, b, 0, lane);
-      const uint8_t* units = block + info.unit_offset;
+      const uint8_t* from = block + info.unit_offset;
+      uint8_t* to = units + lane * info.unit_bytes;
       if (info.unit_bytes == 4) {
-        for (int u = 0; u < info.unit_count; ++u) std::memcpy(target + u * kPanelRows * 4, units + u * 4, 4);
+        for (int u = 0; u < info.unit_count; ++u) std::memcpy(to + place[u], from + u * 4, 4);
       } else {
-        for (int u = 0; u < info.unit_count; ++u) std::memcpy(target + u * kPanelRows * 2, units + u * 2, 2);
+        for (int u = 0; u < info.unit_count; ++u) std::memcpy(to + place[u], from + u * 2, 2);
       }
-      if (info.bit_unit >= 0) group_bits_by_byte(panel + unit_position(info, b, info.bit_unit, lane));
+      if (info.bit_unit >= 0) group_bits_by_byte(to + place[info.bit_unit]);
       if (info.scale_offset >= 0) {
-        std::memcpy(panel + scale_position(info, blocks, b, lane), block + info.scale_offset, 2);
+        std::memcpy(panel + scales_position(info, b) + lane * 2, block + info.scale_offset, 2);
       }
     }
   }
@@ -72,13 +82,14 @@ inline void pack_panel(const WeightTypeInfo& info, const uint8_t* source, int ro
 // Takes one block of one row back out, byte for byte as it stood in the file.
 inline void read_block(const WeightTypeInfo& info, const uint8_t* panel, int64_t blocks, int64_t block, int lane,
                        uint8_t* out) {
+  const uint8_t* units = panel + units_position(info, blocks, block) + lane * info.unit_bytes;
   for (int u = 0; u < info.unit_count; ++u) {
-    std::memcpy(out + info.unit_offset + u * info.unit_bytes, panel + unit_position(info, block, u, lane),
-                static_cast<size_t>(info.unit_bytes));
+    std::memcpy(out + info.unit_offset + u * info.unit_bytes,
+                units + unit_place(info.type, u) * kPanelRows * info.unit_bytes, static_cast<size_t>(info.unit_bytes));
   }
   if (info.bit_unit >= 0) ungroup_bits(out + info.unit_offset + info.bit_unit * info.unit_bytes);
   if (info.scale_offset >= 0) {
-    std::memcpy(out + info.scale_offset, panel + scale_position(info, blocks, block, lane), 2);
+    std::memcpy(out + info.scale_offset, panel + scales_position(info, block) + lane * 2, 2);
   }
 }
 

@@ -7,23 +7,17 @@
 // A tile is T tokens x R panels of 16 rows; lane = row, so no lane is ever reduced and every output sees the same
 // operations in the same order whatever T and R are.
 
-// Weights come from memory once per token, and a core works longer on a line than the hardware prefetchers look ahead. Each
-// step asks for the lines that the same step needs one page and eight pages later: the far one brings a line into L2
-// before the near one wants it in L1. Share of the read bandwidth of two cores of Zen 5 with none, near, near and far:
-// Q4_K 0.64, 0.84, 0.95, Q6_K 0.45, 0.70, 0.94, Q8_0 0.86, 0.92, 0.96. Other distances, other hints (T1, T2, NTA) and
-// every second or fourth line alone were all slower. With more tokens there is enough work to a line.
-constexpr int64_t kNear = 4096;
-constexpr int64_t kFar = 32768;
-
-template <int kLines, int kSteps, int step, int T, int R>
-TKT_INLINE void prefetch_ahead(const uint8_t* const (&words)[R]) {
-  constexpr int line = step * kLines / kSteps;
-  if constexpr (step == 0 || line != (step - 1) * kLines / kSteps) {
-  TKT_UNROLL for (int r = 0; r < R; ++r) {
-      V::prefetch(words[r] + line * 64 + kNear);
-      if constexpr (T == 1) V::prefetch(words[r] + line * 64 + kFar);
-    }
-  }
+// Where block `block` of a panel begins, and its f16 scales where they are not in it: block_formats.h has the layout.
+template <class Words>
+TKT_INLINE const uint8_t* block_words(const uint8_t* panel, int64_t blocks, int64_t block) {
+  constexpr int64_t kWordBytes = Words::kWords * 64;
+  if constexpr (!Words::kLeadingScales) return panel + block * kWordBytes;
+  const int64_t even = block / 2 * 2;
+  return panel + even * (kWordBytes + 32) + (even + 1 < blocks ? 64 : 32) + block % 2 * kWordBytes;
+}
+template <class Words>
+TKT_INLINE const uint8_t* block_scales(const uint8_t* panel, int64_t block) {
+  return panel + block / 2 * 2 * (Words::kWords * 64 + 32) + block % 2 * 32;
 }
 
 // dot += the products of one group of 4 columns. Without VNNI, byte products are first added in 16 bits, for as many
@@ -53,6 +47,7 @@ TKT_INLINE V::I shift_to_bit(V::I bytes) {
 // ---- 32-wide types: weight bytes are unsigned (q + offset), the offset is taken back through the block's sum. -------
 
 struct Q4_0Words {
+  static constexpr bool kLeadingScales = true;
   static constexpr int kWords = 4;
   static constexpr int kNarrowGroups = 8;  // 8 * 2 * 15 * 127 = 30,480
   static constexpr int kOffsetLog2 = 3;
@@ -64,6 +59,7 @@ struct Q4_0Words {
 };
 
 struct Q5_0Words {
+  static constexpr bool kLeadingScales = true;
   static constexpr int kWords = 5;
   static constexpr int kNarrowGroups = 4;  // 4 * 2 * 31 * 127 = 31,496
   static constexpr int kOffsetLog2 = 4;
@@ -77,6 +73,7 @@ struct Q5_0Words {
 };
 
 struct Q8_0Words {
+  static constexpr bool kLeadingScales = true;
   static constexpr int kWords = 8;
   static constexpr int kNarrowGroups = 0;  // 2 * 255 * 127 = 64,770, but signed 2 * 128 * 127 = 32,512
   static constexpr int kOffsetLog2 = V::kAddsIn16Bits ? -1 : 7;
@@ -91,7 +88,6 @@ template <class Words, int T, int R, int group>
 TKT_INLINE void add_groups_32(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uint8_t* const (&words)[R],
                               const int8_t* const (&q)[T]) {
   V::I w[R];
-  prefetch_ahead<Words::kWords, 8, group, T>(words);
   TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = Words::template weights<group>(words[r]);
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     const V::I a = V::broadcast_i(q[t] + 4 * group);
@@ -112,7 +108,6 @@ static inline void dot_tile_32(const DotArgs& args, int token) {
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     act[t] = reinterpret_cast<const ActivationQ8*>(args.activations[token + t]);
   }
-  const int64_t scales_offset = args.blocks * Words::kWords * 64;
   for (int64_t b = 0; b < args.blocks; ++b) {
     V::I dot[T][R];
     TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -123,13 +118,13 @@ static inline void dot_tile_32(const DotArgs& args, int token) {
       TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = start;
     }
     const uint8_t* words[R];
-    TKT_UNROLL for (int r = 0; r < R; ++r) words[r] = args.panels[r] + b * Words::kWords * 64;
+    TKT_UNROLL for (int r = 0; r < R; ++r) words[r] = block_words<Words>(args.panels[r], args.blocks, b);
     const int8_t* q[T];
     TKT_UNROLL for (int t = 0; t < T; ++t) q[t] = act[t][b].q;
     V::I narrow[T][R];
     add_groups_32<Words, T, R, 0>(dot, narrow, words, q);
     TKT_UNROLL for (int r = 0; r < R; ++r) {
-      const V::F d = V::load_f16(args.panels[r] + scales_offset + b * 32);
+      const V::F d = V::load_f16(block_scales<Words>(args.panels[r], b));
       TKT_UNROLL for (int t = 0; t < T; ++t) {
         acc[t][r] = V::fma(V::mul(d, V::set_f(act[t][b].d)), V::to_float(dot[t][r]), acc[t][r]);
       }
@@ -181,39 +176,50 @@ struct SixBitScales {
   }
 };
 
+// A chunk is 8 words whose low nibbles are 32 columns and whose high nibbles are 32 others; `upper_word` has the upper bits
+// of both, and of others. Blocks of 32 columns are counted over the 256.
+
+template <int nibble>
+TKT_INLINE V::I nibbles(V::I word) {
+  return V::and_i(nibble == 0 ? word : V::template shift_right<4>(word), V::set_i(0x0f0f0f0f));
+}
+
 struct Q4_KWords {
   static constexpr int kWords = 36;
-  static constexpr bool kHasSeparateScales = false;
+  static constexpr bool kLeadingScales = false;
   static constexpr int kNarrowGroups = 8;
   static constexpr int kSubColumns = 32;
   static constexpr int kOffsetLog2 = -1;  // quants are unsigned
   using Scales = SixBitScales;
-  template <int j, int group>
-  static V::I weights(const uint8_t* words) {
-    const V::I pair = V::load_i(words + (4 + (j / 2) * 8 + group) * 64);
-    return V::and_i(j % 2 == 0 ? pair : V::template shift_right<4>(pair), V::set_i(0x0f0f0f0f));
+  static constexpr int block_of(int chunk, int nibble) { return 2 * chunk + nibble; }
+  static constexpr int lower_word(int chunk, int group) { return 4 + 8 * chunk + group; }
+  static constexpr int upper_word(int, int) { return -1; }
+  template <int chunk, int nibble>
+  static V::I weights(V::I lower, V::I) {
+    return nibbles<nibble>(lower);
   }
 };
 
 struct Q5_KWords {
   static constexpr int kWords = 44;
-  static constexpr bool kHasSeparateScales = false;
+  static constexpr bool kLeadingScales = false;
   static constexpr int kNarrowGroups = 4;
   static constexpr int kSubColumns = 32;
   static constexpr int kOffsetLog2 = -1;  // quants are unsigned
   using Scales = SixBitScales;
-  template <int j, int group>
-  static V::I weights(const uint8_t* words) {
-    const V::I pair = V::load_i(words + (12 + (j / 2) * 8 + group) * 64);
-    const V::I low = V::and_i(j % 2 == 0 ? pair : V::template shift_right<4>(pair), V::set_i(0x0f0f0f0f));
-    const V::I high = V::and_i(shift_to_bit<4, j>(V::load_i(words + (4 + group) * 64)), V::set_i(0x10101010));
-    return V::or_i(low, high);
+  static constexpr int block_of(int chunk, int nibble) { return 2 * chunk + nibble; }
+  static constexpr int lower_word(int chunk, int group) { return chunk == 0 ? 5 + 2 * group : 12 + 8 * chunk + group; }
+  static constexpr int upper_word(int, int group) { return 4 + 2 * group; }
+  template <int chunk, int nibble>
+  static V::I weights(V::I lower, V::I upper) {
+    const V::I bits = shift_to_bit<4, block_of(chunk, nibble)>(upper);
+    return V::or_i(nibbles<nibble>(lower), V::and_i(bits, V::set_i(0x10101010)));
   }
 };
 
 struct Q6_KWords {
   static constexpr int kWords = 52;
-  static constexpr bool kHasSeparateScales = true;
+  static constexpr bool kLeadingScales = true;
   static constexpr int kNarrowGroups = 2;  // 2 * 2 * 63 * 127 = 32,004
   static constexpr int kSubColumns = 16;
   static constexpr int kOffsetLog2 = 5;
@@ -221,27 +227,45 @@ struct Q6_KWords {
     static constexpr bool kHasMinima = false;
     V::I bytes[4];  // 16 signed scales
     V::F d;
-    void read(const uint8_t* words, const uint8_t* separate) {
-      TKT_UNROLL for (int i = 0; i < 4; ++i) bytes[i] = V::load_i(words + (48 + i) * 64);
-      d = V::load_f16(separate);
+    void read(const uint8_t* words, const uint8_t* leading) {
+      d = V::load_f16(leading);
+      TKT_UNROLL for (int i = 0; i < 4; ++i) bytes[i] = V::load_i(words + i * 64);
     }
     template <int j>
     V::I scale() const {
       return V::template shift_right_signed<24>(V::template shift_left<24 - 8 * (j % 4)>(bytes[j / 4]));
     }
   };
-  template <int j, int group>
-  static V::I weights(const uint8_t* words) {
-    constexpr int half = j / 8;
-    constexpr int quarter = (j % 8) / 2;         // 32 columns: which nibble half and which bit pair
-    constexpr int word = (j % 2) * 4 + group;    // within those 32 columns
-    const V::I ql = V::load_i(words + (half * 16 + (quarter % 2) * 8 + word) * 64);
-    const V::I qh = V::load_i(words + (32 + half * 8 + word) * 64);
-    const V::I low = V::and_i(quarter < 2 ? ql : V::template shift_right<4>(ql), V::set_i(0x0f0f0f0f));
-    const V::I high = V::and_i(shift_to_bit<4, 2 * quarter>(qh), V::set_i(0x30303030));
-    return V::or_i(low, high);
+  static constexpr int block_of(int chunk, int nibble) { return chunk / 2 * 4 + chunk % 2 + 2 * nibble; }
+  static constexpr int lower_word(int chunk, int group) {
+    return 4 + 24 * (chunk / 2) + (chunk % 2 == 0 ? 1 + 2 * group : 16 + group);
+  }
+  static constexpr int upper_word(int chunk, int group) { return 4 + 24 * (chunk / 2) + 2 * group; }
+  template <int chunk, int nibble>
+  static V::I weights(V::I lower, V::I upper) {
+    const V::I bits = shift_to_bit<4, 2 * (block_of(chunk, nibble) % 4)>(upper);
+    return V::or_i(nibbles<nibble>(lower), V::and_i(bits, V::set_i(0x30303030)));
   }
 };
+
+template <class Words>
+constexpr int chunk_of(int block) {
+  for (int chunk = 0; chunk < 4; ++chunk) {
+    if (Words::block_of(chunk, 0) == block || Words::block_of(chunk, 1) == block) return chunk;
+  }
+  return -1;
+}
+
+// Group `group` of 4 columns of block `block`.
+template <class Words, int block, int group>
+TKT_INLINE V::I weights_of(const uint8_t* words) {
+  constexpr int chunk = chunk_of<Words>(block);
+  constexpr int nibble = Words::block_of(chunk, 1) == block ? 1 : 0;
+  constexpr int upper_word = Words::upper_word(chunk, group);
+  const V::I lower = V::load_i(words + Words::lower_word(chunk, group) * 64);
+  const V::I upper = upper_word < 0 ? lower : V::load_i(words + upper_word * 64);
+  return Words::template weights<chunk, nibble>(lower, upper);
+}
 
 // Groups of 4 columns of sub-block j.
 template <class Words, int T, int R, int j, int group>
@@ -250,8 +274,7 @@ TKT_INLINE void add_groups_k(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uint
   constexpr int kGroups = Words::kSubColumns / 4;
   constexpr int kColumn = j * Words::kSubColumns + 4 * group;
   V::I w[R];
-  prefetch_ahead<Words::kWords, 64, kColumn / 4, T>(words);
-  TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = Words::template weights<j, group>(words[r]);
+  TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = weights_of<Words, kColumn / 32, kColumn % 32 / 4>(words[r]);
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     const V::I a = V::broadcast_i(act[t][kColumn / 32].q + kColumn % 32);
     TKT_UNROLL for (int r = 0; r < R; ++r) {
@@ -314,19 +337,12 @@ static inline void dot_tile_k(const DotArgs& args, int token) {
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     TKT_UNROLL for (int r = 0; r < R; ++r) acc[t][r] = V::zero_f();
   }
-  const int64_t separate_scales = args.blocks * Words::kWords * 64;
-  // A second, short stream, whose every line is needed at the start of a block: fetched before the first.
-  if constexpr (Words::kHasSeparateScales) {
-    for (int64_t b = 0; b < args.blocks; b += 2) {
-      TKT_UNROLL for (int r = 0; r < R; ++r) V::prefetch(args.panels[r] + separate_scales + b * 32);
-    }
-  }
   for (int64_t b = 0; b < args.blocks; ++b) {
     const uint8_t* words[R];
     Scales scales[R];
     TKT_UNROLL for (int r = 0; r < R; ++r) {
-      words[r] = args.panels[r] + b * Words::kWords * 64;
-      scales[r].read(words[r], args.panels[r] + separate_scales + b * 32);
+      words[r] = block_words<Words>(args.panels[r], args.blocks, b);
+      scales[r].read(words[r], block_scales<Words>(args.panels[r], b));
     }
     const ActivationQ8* act[T];
     TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -351,6 +367,76 @@ static inline void dot_tile_k(const DotArgs& args, int token) {
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     TKT_UNROLL for (int r = 0; r < R; ++r) V::store(args.out + (token + t) * 32 + r * 16, acc[t][r]);
   }
+}
+
+// ---- K-quants times one token: one panel, whose words are each loaded once, in ascending order. ---------------------
+
+// Words of a chunk, from `group` to the end of a sub-block; dot[nibble].
+template <class Words, int chunk, int group>
+TKT_INLINE void add_lines(V::I (&dot)[2], V::I (&narrow)[2], V::I (&upper)[8], const uint8_t* words,
+                          const ActivationQ8* act) {
+  constexpr int kGroups = Words::kSubColumns / 4;
+  constexpr int kUpper = Words::upper_word(chunk, group);
+  constexpr bool kIsNew = kUpper >= 0 && (chunk == 0 || kUpper != Words::upper_word(chunk - 1, group));
+  if constexpr (kIsNew) upper[group] = V::load_i(words + kUpper * 64);
+  const V::I lower = V::load_i(words + Words::lower_word(chunk, group) * 64);
+  const V::I low = Words::template weights<chunk, 0>(lower, upper[group]);
+  const V::I high = Words::template weights<chunk, 1>(lower, upper[group]);
+  accumulate<Words::kNarrowGroups, group % kGroups, kGroups>(
+      dot[0], narrow[0], low, V::broadcast_i(act[Words::block_of(chunk, 0)].q + 4 * group));
+  accumulate<Words::kNarrowGroups, group % kGroups, kGroups>(
+      dot[1], narrow[1], high, V::broadcast_i(act[Words::block_of(chunk, 1)].q + 4 * group));
+  if constexpr ((group + 1) % kGroups != 0) add_lines<Words, chunk, group + 1>(dot, narrow, upper, words, act);
+}
+
+// sums[block] = scale * dot of the blocks of a chunk, as add_sub_blocks; from sub-block `half` of two, or of one.
+template <class Words, int chunk, int half>
+TKT_INLINE void add_chunk(V::I (&sums)[8], V::I (&upper)[8], const typename Words::Scales& scales, const uint8_t* words,
+                          const ActivationQ8* act) {
+  constexpr int kHalves = 32 / Words::kSubColumns;
+  constexpr int kBlocks[2] = {Words::block_of(chunk, 0), Words::block_of(chunk, 1)};
+  V::I dot[2];
+  V::I narrow[2];
+  TKT_UNROLL for (int n = 0; n < 2; ++n) {
+    dot[n] = V::set_i(0);
+    if constexpr (Words::kOffsetLog2 >= 0) {
+      dot[n] = V::template shift_left<Words::kOffsetLog2>(V::broadcast_i(&act[kBlocks[n]].neg_sum16[half]));
+    }
+  }
+  add_lines<Words, chunk, half * Words::kSubColumns / 4>(dot, narrow, upper, words, act);
+  const V::I low = V::mul_i(dot[0], scales.template scale<kBlocks[0] * kHalves + half>());
+  const V::I high = V::mul_i(dot[1], scales.template scale<kBlocks[1] * kHalves + half>());
+  sums[kBlocks[0]] = half == 0 ? low : V::add_i(sums[kBlocks[0]], low);
+  sums[kBlocks[1]] = half == 0 ? high : V::add_i(sums[kBlocks[1]], high);
+  if constexpr (half + 1 < kHalves) {
+    add_chunk<Words, chunk, half + 1>(sums, upper, scales, words, act);
+  } else if constexpr (chunk < 3) {
+    add_chunk<Words, chunk + 1, 0>(sums, upper, scales, words, act);
+  }
+}
+
+template <class Words>
+static inline void dot_one_k(const uint8_t* panel, int64_t blocks, const uint8_t* activations, float* out) {
+  using Scales = typename Words::Scales;
+  const ActivationQ8* act[1] = {reinterpret_cast<const ActivationQ8*>(activations)};
+  V::F acc = V::zero_f();
+  for (int64_t b = 0; b < blocks; ++b, act[0] += 8) {
+    const uint8_t* words = block_words<Words>(panel, blocks, b);
+    Scales scales;
+    scales.read(words, block_scales<Words>(panel, b));
+    V::I sums[8];
+    V::I upper[8];
+    add_chunk<Words, 0, 0>(sums, upper, scales, words, act[0]);
+    V::F scaled = V::zero_f();
+    TKT_UNROLL for (int j = 0; j < 8; ++j) scaled = V::fma(V::to_float(sums[j]), V::set_f(act[0][j].d), scaled);
+    acc = V::fma(scales.d, scaled, acc);
+    if constexpr (Scales::kHasMinima) {
+      V::F minima[1] = {V::zero_f()};
+      add_minima<Scales, 1, 0>(minima, scales, act);
+      acc = V::fnma(scales.dmin, minima[0], acc);
+    }
+  }
+  V::store(out, acc);
 }
 
 // ---- K-quants times many tokens ------------------------------------------------------------------------------------
@@ -394,7 +480,7 @@ template <class Words, int R, int j, int group>
 TKT_INLINE void unpack_groups(UnpackedBlock<R>& unpacked, int r, const uint8_t* words,
                                 const typename Words::Scales& scales) {
   constexpr int kColumn = j * Words::kSubColumns + 4 * group;
-  V::store_i(unpacked.weights[kColumn / 32][kColumn % 32 / 4][r], Words::template weights<j, group>(words));
+  V::store_i(unpacked.weights[kColumn / 32][kColumn % 32 / 4][r], weights_of<Words, kColumn / 32, kColumn % 32 / 4>(words));
   if constexpr (group == 0) {
     V::store_i(unpacked.scales[kColumn / 32][kColumn % 32 / 16][r], scales.template scale<j>());
     if constexpr (Words::Scales::kHasMinima) V::store(unpacked.minima[j][r], scales.template min<j>());
@@ -409,9 +495,9 @@ TKT_INLINE void unpack_groups(UnpackedBlock<R>& unpacked, int r, const uint8_t* 
 template <class Words, int R>
 static inline void unpack_block(const DotArgs& args, int64_t block, UnpackedBlock<R>& unpacked) {
   for (int r = 0; r < R; ++r) {
-    const uint8_t* words = args.panels[r] + block * Words::kWords * 64;
+    const uint8_t* words = block_words<Words>(args.panels[r], args.blocks, block);
     typename Words::Scales scales;
-    scales.read(words, args.panels[r] + args.blocks * Words::kWords * 64 + block * 32);
+    scales.read(words, block_scales<Words>(args.panels[r], block));
     V::store(unpacked.d[r], scales.d);
     if constexpr (Words::Scales::kHasMinima) V::store(unpacked.dmin[r], scales.dmin);
     unpack_groups<Words, R, 0, 0>(unpacked, r, words, scales);
@@ -517,12 +603,6 @@ static inline void dot_tile_float(const DotArgs& args, int token) {
   const float* act[T];
   TKT_UNROLL for (int t = 0; t < T; ++t) act[t] = reinterpret_cast<const float*>(args.activations[token + t]);
   for (int64_t column = 0; column < args.blocks; ++column) {
-    // As prefetch_ahead, but the near line alone. Share of the read bandwidth of two cores of Zen 5 with none and near:
-    // F16 0.67 and 0.90, BF16 0.70 and 0.84 on AVX2; 0.73 and 0.91, 0.74 and 0.88 on AVX-512. Near and far was as slow
-    // as none; two or eight KB ahead, or one panel after the other, lay between. F32 reaches 0.95 with or without.
-    if (T == 1 && column * Words::kBytes % 64 == 0) {
-      TKT_UNROLL for (int r = 0; r < R; ++r) V::prefetch(args.panels[r] + column * Words::kBytes + kNear);
-    }
     V::F w[R];
     TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = Words::weights(args.panels[r] + column * Words::kBytes);
     TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -579,10 +659,7 @@ struct NextBlock {
 
   NextBlock(const DotArgs& args, int64_t block, int tiles) : lines_per_tile((Words::kWords + tiles - 1) / tiles) {
     for (int r = 0; r < R; ++r) {
-      words[r] = args.panels[r] + (block + 1) * Words::kWords * 64;
-      if constexpr (Words::kHasSeparateScales) {
-        V::prefetch(args.panels[r] + args.blocks * Words::kWords * 64 + (block + 1) * 32);
-      }
+      words[r] = block_words<Words>(args.panels[r], args.blocks, block + 1);
     }
   }
   void prefetch() {
@@ -641,14 +718,18 @@ static inline void dot_many(const DotArgs& args) {
   }
 }
 
-#define TKT_DEFINE_K_QUANT_DOT(function, words)      \
-  TKT_DEFINE_DOT(function##_few, dot_tile_k, words, 4, 1) \
-  static void function(const DotArgs& args) {        \
-    if (args.tokens < kUnpackTokens) {               \
-      function##_few(args);                          \
-    } else {                                         \
-      dot_many<words>(args);                         \
-    }                                                \
+#define TKT_DEFINE_K_QUANT_DOT(function, words)                                                  \
+  TKT_DEFINE_DOT(function##_few, dot_tile_k, words, 4, 1)                                        \
+  static void function(const DotArgs& args) {                                                    \
+    if (args.tokens == 1) {                                                                      \
+      for (int p = 0; p < args.panel_count; ++p) {                                               \
+        dot_one_k<words>(args.panels[p], args.blocks, args.activations[0], args.out + p * 16);   \
+      }                                                                                          \
+    } else if (args.tokens < kUnpackTokens) {                                                    \
+      function##_few(args);                                                                      \
+    } else {                                                                                     \
+      dot_many<words>(args);                                                                     \
+    }                                                                                            \
   }
 
 TKT_DEFINE_DOT(dot_f32, dot_tile_float, F32Words, V::kTileTokens, 2)
