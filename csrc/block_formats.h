@@ -96,13 +96,16 @@ inline int64_t activation_row_bytes(ActivationFormat format, int64_t cols) {
 //
 // Bytes stand in the order in which a product of one token first reads them: it is bound by memory, and then nothing is
 // faster than what the hardware's prefetchers make of a single ascending stream (benchmarks/RESULTS.md, "One stream").
-// Therefore units that hold the upper bits of weights stand beside the units of their lower bits (`unit_place`), and f16
-// scales of blocks whose size is no multiple of 4, 32 bytes of a panel, lead two blocks at a time, so that units stay on
-// 64-byte lines: scales of blocks 0 and 1, units of block 0, units of block 1, scales of blocks 2 and 3, ... A last
-// block without a second is led by its own scales alone.
-//
-// A unit that holds one bit of each of 32 columns has its bits regrouped, so that the bits of 4 consecutive columns lie
-// where a kernel wants them, each in the byte of its column: bit 4 g + k of the file is bit g of byte k.
+// Therefore:
+// - f16 scales of blocks whose size is no multiple of 4, 32 bytes of a panel, lead two blocks at a time, so that units
+//   stay on 64-byte lines: scales of blocks 0 and 1, units of block 0, units of block 1, scales of blocks 2 and 3, ... A
+//   last block without a second is led by its own scales alone.
+// - Units of upper bits are spread evenly among the units of lower bits (`unit_place`), each before those that it belongs
+//   to, with bits exchanged between units so that it belongs to those alone (panel_layout.h, `regroup_upper_bits`):
+//   Q5_K: per chunk of 64 columns 2 times upper bits of 4 units, the 4 units. Q6_K: per chunk of 64 columns (32 and the 32
+//   that lie 64 behind them) 4 times upper bits of 2 units, the 2 units.
+// - In Q5_0's unit of upper bits, those of 4 consecutive columns lie where a kernel wants them, each in the byte of its
+//   column: bit 4 g + k of the file is bit g of byte k.
 
 constexpr int kPanelRows = 16;
 
@@ -119,35 +122,43 @@ struct WeightTypeInfo {
   int unit_bytes;      // 2 or 4
   int unit_count;      // per block
   int scale_offset;    // where the f16 scale stands in a block that has units beside it; -1: it is part of a unit
-  int bit_unit;        // the unit of one bit per column; -1: there is none
   ActivationFormat activation;
 };
 
 constexpr WeightTypeInfo kWeightTypeInfos[kWeightTypes] = {
-    {WeightType::kF32, "F32", 0, 1, 4, 0, 4, 1, -1, -1, ActivationFormat::kF32},
-    {WeightType::kF16, "F16", 1, 1, 2, 0, 2, 1, -1, -1, ActivationFormat::kF32},
-    {WeightType::kBF16, "BF16", 30, 1, 2, 0, 2, 1, -1, -1, ActivationFormat::kF32},
-    {WeightType::kQ4_0, "Q4_0", 2, 32, 18, 2, 4, 4, 0, -1, ActivationFormat::kQ8},
-    {WeightType::kQ5_0, "Q5_0", 6, 32, 22, 2, 4, 5, 0, 0, ActivationFormat::kQ8},
-    {WeightType::kQ8_0, "Q8_0", 8, 32, 34, 2, 4, 8, 0, -1, ActivationFormat::kQ8},
-    {WeightType::kQ4_K, "Q4_K", 12, 256, 144, 0, 4, 36, -1, -1, ActivationFormat::kQ8},
-    {WeightType::kQ5_K, "Q5_K", 13, 256, 176, 0, 4, 44, -1, -1, ActivationFormat::kQ8},
-    {WeightType::kQ6_K, "Q6_K", 14, 256, 210, 0, 4, 52, 208, -1, ActivationFormat::kQ8},
+    {WeightType::kF32, "F32", 0, 1, 4, 0, 4, 1, -1, ActivationFormat::kF32},
+    {WeightType::kF16, "F16", 1, 1, 2, 0, 2, 1, -1, ActivationFormat::kF32},
+    {WeightType::kBF16, "BF16", 30, 1, 2, 0, 2, 1, -1, ActivationFormat::kF32},
+    {WeightType::kQ4_0, "Q4_0", 2, 32, 18, 2, 4, 4, 0, ActivationFormat::kQ8},
+    {WeightType::kQ5_0, "Q5_0", 6, 32, 22, 2, 4, 5, 0, ActivationFormat::kQ8},
+    {WeightType::kQ8_0, "Q8_0", 8, 32, 34, 2, 4, 8, 0, ActivationFormat::kQ8},
+    {WeightType::kQ4_K, "Q4_K", 12, 256, 144, 0, 4, 36, -1, ActivationFormat::kQ8},
+    {WeightType::kQ5_K, "Q5_K", 13, 256, 176, 0, 4, 44, -1, ActivationFormat::kQ8},
+    {WeightType::kQ6_K, "Q6_K", 14, 256, 210, 0, 4, 52, 208, ActivationFormat::kQ8},
 };
 
 constexpr const WeightTypeInfo& info_of(WeightType type) { return kWeightTypeInfos[static_cast<int>(type)]; }
 
 // Where unit `unit` of a block of the file stands in a block of a panel.
 constexpr int unit_place(WeightType type, int unit) {
-  if (type == WeightType::kQ5_K && unit >= 4 && unit < 20) {  // qh, and the first 32 bytes of qs
-    return unit < 12 ? 4 + 2 * (unit - 4) : 5 + 2 * (unit - 12);
+  if (type == WeightType::kQ5_K && unit >= 4) {
+    constexpr int kFirst = 4, kOfChunk = 10;  // after d, dmin and scales
+    if (unit < 12) {                          // qh, regrouped: 2 fours, a unit of each chunk in a four
+      const int four = (unit - 4) / 4, chunk = (unit - 4) % 4;
+      return kFirst + chunk * kOfChunk + four * 5;
+    }
+    const int chunk = (unit - 12) / 8, group = (unit - 12) % 8;
+    return kFirst + chunk * kOfChunk + 1 + group + group / 4;
   }
   if (type == WeightType::kQ6_K) {
-    if (unit >= 48) return unit - 48;  // scales
-    const int half = unit < 32 ? unit / 16 : (unit - 32) / 8;
-    const int first = 4 + 24 * half;
-    if (unit >= 32) return first + 2 * (unit % 8);  // qh
-    return unit % 16 < 8 ? first + 1 + 2 * (unit % 16) : first + 8 + unit % 16;
+    constexpr int kFirst = 4, kOfChunk = 12;  // after scales
+    if (unit >= 48) return unit - 48;         // scales
+    if (unit >= 32) {                         // qh, regrouped: per half 4 pairs, a unit of each of two chunks in a pair
+      const int half = (unit - 32) / 8, pair = unit % 8 / 2;
+      return kFirst + (half * 2 + unit % 2) * kOfChunk + pair * 3;
+    }
+    const int chunk = unit / 8, group = unit % 8;
+    return kFirst + chunk * kOfChunk + 1 + group + group / 2;
   }
   return unit;
 }

@@ -16,6 +16,7 @@ namespace {
 // Prompts are worked through in pieces of this many tokens, which bounds the intermediate results (V3: 512 tokens x 9
 // experts x 2,048 floats = 38 MB) while every expert still sees enough tokens to amortize reading its weights.
 constexpr int64_t kChunkTokens = 512;
+constexpr int64_t kFewTokens = 32;
 // Tokens per product, at most: an expert's tokens are divided evenly. The kernels unpack a panel once for all of them.
 constexpr int64_t kTileTokens = 96;
 
@@ -124,13 +125,6 @@ class PieceIndex {
   int64_t total_ = 0;
 };
 
-// Asks for the start of a panel that is read next: the kernels look ahead within a panel, but each begins somewhere else.
-void prefetch_panel(const PackedMatrix& w, int64_t index, int64_t panel) {
-  constexpr int kHeadBytes = 2048;
-  const uint8_t* head = w.panel(index, panel);
-  for (int offset = 0; offset < kHeadBytes; offset += 64) __builtin_prefetch(head + offset);
-}
-
 void dot_pair(const KernelTable& table, const PackedMatrix& a, const PackedMatrix& b, int64_t index, int64_t panel,
               const uint8_t* const* rows_a, const uint8_t* const* rows_b, int tokens, float* tile) {
   if (a.info().type == b.info().type) {
@@ -155,7 +149,6 @@ void gate_and_up(const KernelTable& table, const InputFormats& inputs, const Pie
     gate_rows[t] = inputs.of(experts.gate()).row(token);
     up_rows[t] = inputs.of(experts.up()).row(token);
   }
-  prefetch_panel(experts.up(), piece.run->index, piece.panel);
   dot_pair(table, experts.gate(), experts.up(), piece.run->index, piece.panel, gate_rows, up_rows, piece.tokens.count,
            tile);
   const int64_t column = piece.panel * kPanelRows;
@@ -201,11 +194,6 @@ void down(const KernelTable& table, const std::vector<ExpertRun>& runs, const st
   }
   for (size_t r = 0; r < runs.size(); ++r) {
     for (int64_t pair = pairs.first; pair < pairs.end; ++pair) {
-      if (pair + 1 < pairs.end) {
-        prefetch_panel(runs[r].experts->down(), runs[r].index, (pair + 1) * 2);
-      } else if (r + 1 < runs.size()) {
-        prefetch_panel(runs[r + 1].experts->down(), runs[r + 1].index, pairs.first * 2);
-      }
       add_down(table, runs[r], activations[r], pair, hidden, out);
     }
   }
@@ -213,26 +201,124 @@ void down(const KernelTable& table, const std::vector<ExpertRun>& runs, const st
 
 // Several pairs of panels take an expert's activations from L2 one after the other (all experts' are 14 MB for 512 tokens
 // of V3): the first of them takes 1.9 times as long as the others. Two cores of Zen 5 take 355 ms for 512 tokens with 1
-// pair, 341 with 4, 328 with 8, 322 with 16. Enough groups stay for every thread, and for few tokens, bound by the
-// weights, groups would only make the threads' shares less even.
-int64_t down_pairs_at_once(const PackedMatrix& w, int64_t tokens) {
+// pair, 341 with 4, 328 with 8, 322 with 16. Enough groups stay for every thread.
+int64_t down_pairs_at_once(const PackedMatrix& w) {
   constexpr int64_t kMostPairs = 16;
   constexpr int64_t kGroupsPerThread = 8;
-  if (tokens <= kTileTokens) return 1;
   const int64_t pairs = (w.panels() + 1) / 2;
   return std::clamp<int64_t>(pairs / (kGroupsPerThread * thread_count()), 1, kMostPairs);
 }
 
-void run_chunk(std::vector<ExpertRun>& runs, const float* x, int64_t tokens, float* out) {
-  const KernelTable& table = kernels();
-  const InputFormats inputs(runs, x, tokens);
+// Where the runs' results begin in buffers of one row for each token of each run; the number of rows.
+int64_t lay_out(std::vector<ExpertRun>& runs) {
   int64_t rows = 0;
-  int64_t widest = 0;
-  std::vector<PieceIndex> pieces;  // of each node
   for (ExpertRun& run : runs) {
     run.first_row = rows;
     rows += static_cast<int64_t>(run.tokens.size());
-    widest = std::max(widest, run.experts->intermediate());
+  }
+  return rows;
+}
+
+int64_t widest_of(const std::vector<ExpertRun>& runs) {
+  int64_t widest = 0;
+  for (const ExpertRun& run : runs) widest = std::max(widest, run.experts->intermediate());
+  return widest;
+}
+
+// The runs' intermediate results in the formats of their down matrices: row r of all is row r - first_row of its run.
+class DownInputs {
+ public:
+  // Row r of the results is at intermediate + r * stride, once prepare(r, n, that row), n being its width, was called, on
+  // any thread.
+  template <typename Prepare>
+  DownInputs(const std::vector<ExpertRun>& runs, float* intermediate, int64_t rows, int64_t stride,
+             const Prepare& prepare) {
+    std::vector<size_t> run_of_row;
+    of_runs_.reserve(runs.size());
+    for (size_t r = 0; r < runs.size(); ++r) {
+      const PackedMatrix& w = runs[r].experts->down();
+      of_runs_.emplace_back(Activations::Deferred{}, w.info().activation, intermediate + runs[r].first_row * stride,
+                            static_cast<int64_t>(runs[r].tokens.size()), w.cols(), stride);
+      run_of_row.resize(run_of_row.size() + runs[r].tokens.size(), r);
+    }
+    for_each_row(rows, stride, [&](int64_t row) {
+      const size_t r = run_of_row[static_cast<size_t>(row)];
+      prepare(row, runs[r].experts->intermediate(), intermediate + row * stride);
+      of_runs_[r].quantize_row(row - runs[r].first_row);
+    });
+  }
+  const std::vector<Activations>& of_runs() const { return of_runs_; }
+
+ private:
+  std::vector<Activations> of_runs_;
+};
+
+// out[token] = the sum of its rows of results[rows][hidden], run by run, each times the run's weight.
+void sum_runs(const KernelTable& table, const std::vector<ExpertRun>& runs, const float* results, int64_t hidden,
+              int64_t tokens, float* out) {
+  constexpr int64_t kColumns = 1024;
+  const int64_t pieces = (hidden + kColumns - 1) / kColumns;
+  int64_t rows = 0;
+  for (const ExpertRun& run : runs) rows += static_cast<int64_t>(run.tokens.size());
+  for_each_row(pieces, rows * std::min(hidden, kColumns), [&](int64_t piece) {
+    const int64_t column = piece * kColumns;
+    const int64_t columns = std::min(kColumns, hidden - column);
+    for (int64_t t = 0; t < tokens; ++t) {
+      std::memset(out + t * hidden + column, 0, sizeof(float) * static_cast<size_t>(columns));
+    }
+    for (const ExpertRun& run : runs) {
+      for (size_t slot = 0; slot < run.tokens.size(); ++slot) {
+        const float weight = run.weights.empty() ? 1.0f : run.weights[slot];
+        const float* row = results + (run.first_row + static_cast<int64_t>(slot)) * hidden;
+        table.add_scaled(row + column, weight, columns, out + run.tokens[slot] * hidden + column);
+      }
+    }
+  });
+}
+
+// Few tokens are bound by reading the weights, which is fastest in long stretches: matrix by matrix, each thread some
+// neighbouring panels. Gate and up panels in turns, or an output panel of one expert after the other, break off after 15
+// to 130 KB, and the prefetchers begin anew: 37 GB/s where this reads TODO.
+void run_few(std::vector<ExpertRun>& runs, const float* x, int64_t tokens, float* out) {
+  const KernelTable& table = kernels();
+  const InputFormats inputs(runs, x, tokens);
+  const int64_t rows = lay_out(runs);
+  const int64_t widest = widest_of(runs);
+  const int64_t hidden = runs.front().experts->hidden();
+  const ScratchBuffer gates(static_cast<size_t>(rows * widest) * sizeof(float));
+  const ScratchBuffer ups(static_cast<size_t>(rows * widest) * sizeof(float));
+  std::vector<std::vector<const uint8_t*>> token_rows;
+  std::vector<LinearTask> tasks;
+  for (const ExpertRun& run : runs) {
+    for (const bool is_gate : {true, false}) {
+      const PackedMatrix& w = is_gate ? run.experts->gate() : run.experts->up();
+      token_rows.emplace_back();
+      for (const int64_t token : run.tokens) token_rows.back().push_back(inputs.of(w).row(token));
+      float* results = (is_gate ? gates : ups).floats() + run.first_row * widest;
+      tasks.push_back({&w, run.index, token_rows.back().data(), static_cast<int64_t>(run.tokens.size()), results, widest});
+    }
+  }
+  run_linears(tasks);
+  const DownInputs down_inputs(runs, gates.floats(), rows, widest, [&](int64_t row, int64_t n, float* gate) {
+    table.swiglu(gate, ups.floats() + row * widest, n, gate);
+  });
+  const ScratchBuffer results(static_cast<size_t>(rows * hidden) * sizeof(float));
+  tasks.clear();
+  for (size_t r = 0; r < runs.size(); ++r) {
+    tasks.push_back({&runs[r].experts->down(), runs[r].index, down_inputs.of_runs()[r].rows(),
+                     static_cast<int64_t>(runs[r].tokens.size()), results.floats() + runs[r].first_row * hidden, hidden});
+  }
+  run_linears(tasks);
+  sum_runs(table, runs, results.floats(), hidden, tokens, out);
+}
+
+void run_many(std::vector<ExpertRun>& runs, const float* x, int64_t tokens, float* out) {
+  const KernelTable& table = kernels();
+  const InputFormats inputs(runs, x, tokens);
+  const int64_t rows = lay_out(runs);
+  const int64_t widest = widest_of(runs);
+  std::vector<PieceIndex> pieces;  // of each node
+  for (const ExpertRun& run : runs) {
     const PackedMatrix& gate = run.experts->gate();
     pieces.resize(std::max(pieces.size(), static_cast<size_t>(gate.nodes())));
     for (int node = 0; node < gate.nodes(); ++node) {
@@ -246,24 +332,11 @@ void run_chunk(std::vector<ExpertRun>& runs, const float* x, int64_t tokens, flo
     const Piece piece = pieces[static_cast<size_t>(node)].at(position);
     gate_and_up(table, inputs, piece, widest, intermediate.floats());
   });
+  const DownInputs down_inputs(runs, intermediate.floats(), rows, widest, [](int64_t, int64_t, float*) {});
 
-  std::vector<Activations> activations;
-  std::vector<size_t> run_of_row;
-  activations.reserve(runs.size());
-  for (size_t r = 0; r < runs.size(); ++r) {
-    const PackedMatrix& w = runs[r].experts->down();
-    activations.emplace_back(Activations::Deferred{}, w.info().activation,
-                             intermediate.floats() + runs[r].first_row * widest,
-                             static_cast<int64_t>(runs[r].tokens.size()), w.cols(), widest);
-    run_of_row.resize(run_of_row.size() + runs[r].tokens.size(), r);
-  }
-  for_each_row(rows, widest, [&](int64_t row) {
-    const size_t r = run_of_row[static_cast<size_t>(row)];
-    activations[r].quantize_row(row - runs[r].first_row);
-  });
   const int64_t hidden = runs.front().experts->hidden();
   const PackedMatrix& first_down = runs.front().experts->down();
-  const int64_t pairs_at_once = down_pairs_at_once(first_down, tokens);
+  const int64_t pairs_at_once = down_pairs_at_once(first_down);
   std::vector<int64_t> groups;
   for (int node = 0; node < first_down.nodes(); ++node) {
     groups.push_back((first_down.pairs_of_node(node).count() + pairs_at_once - 1) / pairs_at_once);
@@ -271,7 +344,7 @@ void run_chunk(std::vector<ExpertRun>& runs, const float* x, int64_t tokens, flo
   parallel_for_nodes(groups, [&](int node, int64_t group) {
     const PanelRange all = first_down.pairs_of_node(node);
     const int64_t first = all.first + group * pairs_at_once;
-    down(table, runs, activations, {first, std::min(all.end, first + pairs_at_once)}, hidden, tokens, out);
+    down(table, runs, down_inputs.of_runs(), {first, std::min(all.end, first + pairs_at_once)}, hidden, tokens, out);
   });
 }
 
@@ -370,7 +443,7 @@ void run_experts(const ExpertWeights* routed, const int32_t* indices, const floa
       runs = routed_runs(*routed, indices + first * top_k, weights + first * top_k, top_k, count);
     }
     if (shared != nullptr) runs.push_back(shared_run(*shared, count));
-    run_chunk(runs, x + first * hidden, count, out + first * hidden);
+    (count <= kFewTokens ? run_few : run_many)(runs, x + first * hidden, count, out + first * hidden);
   }
 }
 

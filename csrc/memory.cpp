@@ -47,6 +47,7 @@ std::vector<FreeBuffer>& free_buffers() {
 WeightMemory::WeightMemory(size_t bytes, int node) {
   // Small matrices (norm-sized, tiny models) would waste most of a huge page.
   const bool huge = bytes >= kHugePage;
+  bytes += kReadPast;
   mapped_bytes_ = huge ? rounded_up(bytes, kHugePage) + kHugePage : rounded_up(bytes, 4096);
   mapping_ = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping_ == MAP_FAILED) throw std::bad_alloc();

@@ -6,6 +6,9 @@
 
 namespace tkt {
 
+// Kernels may read up to this many bytes past the end of weights.
+constexpr size_t kReadPast = 128;
+
 // Anonymous pages, zero until written, 2 MiB pages where the system allows them (at 4 KiB a 10 GB model needs 2.4 million
 // TLB entries). Throws std::bad_alloc.
 class WeightMemory {

@@ -1,4 +1,4 @@
-// Between GGUF rows and panels of 16 rows (layout: block_formats.h). Plain copies, but for the order of bits in a `bit_unit`.
+// Between GGUF rows and panels of 16 rows (layout: block_formats.h). Plain copies, but for the order of upper bits.
 #pragma once
 
 #include <cstdint>
@@ -40,18 +40,41 @@ inline uint32_t even_bits_first(uint32_t x) {
   return x;
 }
 
-// Bit 4 g + k to bit 8 k + g: the index turns by two. Three turns more are a full circle of five.
-inline void group_bits_by_byte(uint8_t* word) {
-  uint32_t x;
-  std::memcpy(&x, word, 4);
-  x = even_bits_first(even_bits_first(x));
-  std::memcpy(word, &x, 4);
+// Exchanges the bits of `mask` in b with those that lie `distance` higher in a.
+inline void exchange(uint32_t& a, uint32_t& b, uint32_t mask, int distance) {
+  const uint32_t differing = ((a >> distance) ^ b) & mask;
+  b ^= differing;
+  a ^= differing << distance;
 }
-inline void ungroup_bits(uint8_t* word) {
-  uint32_t x;
-  std::memcpy(&x, word, 4);
-  x = even_bits_first(even_bits_first(even_bits_first(x)));
-  std::memcpy(word, &x, 4);
+
+// Upper bits of a block's units (u32 in order of the file) to the order of a panel, or, with `back`, back.
+//
+// Q5_0: bit 4 g + k to bit 8 k + g: the index turns by two; three turns more are a full circle of five.
+// Q5_K: per byte of a unit qh[g], 2 bits for each of 4 chunks. 4 units of 4 chunks become 4 chunks of 4 units: in each
+// four the pairs of bits of a byte are transposed. Q6_K: per byte of a unit, 2 bits for each of 4 quarters q; chunks are
+// the quarters p and p + 2, so that 2 units of 2 chunks are transposed. Both are their own inverse.
+inline void regroup_upper_bits(WeightType type, uint8_t* units, bool back) {
+  constexpr uint32_t kPairs = 0x33333333;
+  constexpr uint32_t kFours = 0x0f0f0f0f;
+  uint32_t x[16];
+  if (type == WeightType::kQ5_0) {
+    std::memcpy(x, units, 4);
+    for (int turn = 0; turn < (back ? 3 : 2); ++turn) x[0] = even_bits_first(x[0]);
+    std::memcpy(units, x, 4);
+  } else if (type == WeightType::kQ5_K) {
+    std::memcpy(x, units + 4 * 4, 32);
+    for (uint32_t* four = x; four < x + 8; four += 4) {
+      exchange(four[0], four[2], kFours, 4);
+      exchange(four[1], four[3], kFours, 4);
+      exchange(four[0], four[1], kPairs, 2);
+      exchange(four[2], four[3], kPairs, 2);
+    }
+    std::memcpy(units + 4 * 4, x, 32);
+  } else if (type == WeightType::kQ6_K) {
+    std::memcpy(x, units + 32 * 4, 64);
+    for (int pair = 0; pair < 16; pair += 2) exchange(x[pair], x[pair + 1], kPairs, 2);
+    std::memcpy(units + 32 * 4, x, 64);
+  }
 }
 
 // Packs `rows` (1..16) consecutive GGUF rows of `blocks` blocks; the lanes of missing rows become zero.
@@ -60,18 +83,19 @@ inline void pack_panel(const WeightTypeInfo& info, const uint8_t* source, int ro
   if (rows < kPanelRows) std::memset(panel, 0, static_cast<size_t>(stride * kPanelRows));
   int place[kMostUnits];  // in bytes
   for (int u = 0; u < info.unit_count; ++u) place[u] = unit_place(info.type, u) * kPanelRows * info.unit_bytes;
+  uint8_t units[kMostUnits * 4];
+  const size_t unit_bytes = static_cast<size_t>(info.unit_bytes * info.unit_count);
   for (int64_t b = 0; b < blocks; ++b) {
-    uint8_t* units = panel + units_position(info, blocks, b);
     for (int lane = 0; lane < rows; ++lane) {
       const uint8_t* block = source + lane * stride + b * info.block_bytes;
-      const uint8_t* from = block + info.unit_offset;
-      uint8_t* to = units + lane * info.unit_bytes;
+      std::memcpy(units, block + info.unit_offset, unit_bytes);
+      regroup_upper_bits(info.type, units, false);
+      uint8_t* to = panel + units_position(info, blocks, b) + lane * info.unit_bytes;
       if (info.unit_bytes == 4) {
-        for (int u = 0; u < info.unit_count; ++u) std::memcpy(to + place[u], from + u * 4, 4);
+        for (int u = 0; u < info.unit_count; ++u) std::memcpy(to + place[u], units + u * 4, 4);
       } else {
-        for (int u = 0; u < info.unit_count; ++u) std::memcpy(to + place[u], from + u * 2, 2);
+        for (int u = 0; u < info.unit_count; ++u) std::memcpy(to + place[u], units + u * 2, 2);
       }
-      if (info.bit_unit >= 0) group_bits_by_byte(to + place[info.bit_unit]);
       if (info.scale_offset >= 0) {
         std::memcpy(panel + scales_position(info, b) + lane * 2, block + info.scale_offset, 2);
       }
@@ -87,7 +111,7 @@ inline void read_block(const WeightTypeInfo& info, const uint8_t* panel, int64_t
     std::memcpy(out + info.unit_offset + u * info.unit_bytes,
                 units + unit_place(info.type, u) * kPanelRows * info.unit_bytes, static_cast<size_t>(info.unit_bytes));
   }
-  if (info.bit_unit >= 0) ungroup_bits(out + info.unit_offset + info.bit_unit * info.unit_bytes);
+  regroup_upper_bits(info.type, out + info.unit_offset, true);
   if (info.scale_offset >= 0) {
     std::memcpy(out + info.scale_offset, panel + scales_position(info, block) + lane * 2, 2);
   }
