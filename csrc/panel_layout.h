@@ -47,6 +47,10 @@ inline void exchange(uint32_t& a, uint32_t& b, uint32_t mask, int distance) {
   a ^= differing << distance;
 }
 
+inline bool has_upper_bits(WeightType type) {
+  return type == WeightType::kQ5_0 || type == WeightType::kQ5_K || type == WeightType::kQ6_K;
+}
+
 // Upper bits of a block's units (u32 in order of the file) to the order of a panel, or, with `back`, back.
 //
 // Q5_0: bit 4 g + k to bit 8 k + g: the index turns by two; three turns more are a full circle of five.
@@ -83,14 +87,17 @@ inline void pack_panel(const WeightTypeInfo& info, const uint8_t* source, int ro
   if (rows < kPanelRows) std::memset(panel, 0, static_cast<size_t>(stride * kPanelRows));
   int place[kMostUnits];  // in bytes
   for (int u = 0; u < info.unit_count; ++u) place[u] = unit_place(info.type, u) * kPanelRows * info.unit_bytes;
-  uint8_t units[kMostUnits * 4];
-  const size_t unit_bytes = static_cast<size_t>(info.unit_bytes * info.unit_count);
+  uint8_t regrouped[kMostUnits * 4];
   for (int64_t b = 0; b < blocks; ++b) {
-    for (int lane = 0; lane < rows; ++lane) {
+    uint8_t* to = panel + units_position(info, blocks, b);
+    for (int lane = 0; lane < rows; ++lane, to += info.unit_bytes) {
       const uint8_t* block = source + lane * stride + b * info.block_bytes;
-      std::memcpy(units, block + info.unit_offset, unit_bytes);
-      regroup_upper_bits(info.type, units, false);
-      uint8_t* to = panel + units_position(info, blocks, b) + lane * info.unit_bytes;
+      const uint8_t* units = block + info.unit_offset;
+      if (has_upper_bits(info.type)) {
+        std::memcpy(regrouped, units, static_cast<size_t>(info.unit_bytes * info.unit_count));
+        regroup_upper_bits(info.type, regrouped, false);
+        units = regrouped;
+      }
       if (info.unit_bytes == 4) {
         for (int u = 0; u < info.unit_count; ++u) std::memcpy(to + place[u], units + u * 4, 4);
       } else {
