@@ -295,7 +295,8 @@ void run_few(std::vector<ExpertRun>& runs, const float* x, int64_t tokens, float
       token_rows.emplace_back();
       for (const int64_t token : run.tokens) token_rows.back().push_back(inputs.of(w).row(token));
       float* results = (is_gate ? gates : ups).floats() + run.first_row * widest;
-      tasks.push_back({&w, run.index, token_rows.back().data(), static_cast<int64_t>(run.tokens.size()), results, widest});
+      tasks.push_back(
+          {&w, run.index, token_rows.back().data(), static_cast<int64_t>(run.tokens.size()), results, widest});
     }
   }
   run_linears(tasks);
@@ -306,7 +307,8 @@ void run_few(std::vector<ExpertRun>& runs, const float* x, int64_t tokens, float
   tasks.clear();
   for (size_t r = 0; r < runs.size(); ++r) {
     tasks.push_back({&runs[r].experts->down(), runs[r].index, down_inputs.of_runs()[r].rows(),
-                     static_cast<int64_t>(runs[r].tokens.size()), results.floats() + runs[r].first_row * hidden, hidden});
+                     static_cast<int64_t>(runs[r].tokens.size()), results.floats() + runs[r].first_row * hidden,
+                     hidden});
   }
   run_linears(tasks);
   sum_runs(table, runs, results.floats(), hidden, tokens, out);

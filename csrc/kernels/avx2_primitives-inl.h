@@ -22,6 +22,7 @@ struct Avx2Primitives {
   static constexpr int kSumHeads = 4;
 
   TKT_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  TKT_INLINE void prefetch_to_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
   TKT_INLINE F zero_f() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   TKT_INLINE F set_f(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
   TKT_INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }

@@ -14,6 +14,7 @@ struct Avx512Primitives {
   static constexpr int kSumHeads = 8;
 
   TKT_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  TKT_INLINE void prefetch_to_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
   TKT_INLINE F zero_f() { return _mm512_setzero_ps(); }
   TKT_INLINE F set_f(float x) { return _mm512_set1_ps(x); }
   TKT_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }

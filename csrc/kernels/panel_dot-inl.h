@@ -91,7 +91,7 @@ TKT_INLINE void add_groups_32(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uin
   // Tiles after the first take the panels from L2. Two cores of Zen 4, 16 and 60 tokens: Q5_0 528 and 593 GOPS without
   // this, 589 and 648 with; Q8_0, which has more lines to a product, 5% less.
   if constexpr (T > 1 && Words::kWords < 8 && group < Words::kWords) {
-    TKT_UNROLL for (int r = 0; r < R; ++r) V::prefetch(words[r] + group * 64 + 1024);
+  TKT_UNROLL for (int r = 0; r < R; ++r) V::prefetch(words[r] + group * 64 + 1024);
   }
   TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = Words::template weights<group>(words[r]);
   TKT_UNROLL for (int t = 0; t < T; ++t) {

@@ -133,7 +133,7 @@ static inline void score_columns(const float* query, int query_stride, const flo
   };
   int i = first;
   for (; i + 16 <= end; i += 16) {
-    TKT_UNROLL for (int k = 0; k < K; ++k) V::prefetch(rows[k] + (ahead + i));
+    TKT_UNROLL for (int k = 0; k < K; ++k) V::prefetch_to_l2(rows[k] + (ahead + i));
     TKT_UNROLL for (int four = i; four < i + 16; four += 4) {
       V::F columns[kShuffled + 1];
       TKT_UNROLL for (int k = 0; k < kShuffled; ++k) columns[k] = V::load_four(rows[k] + four);
@@ -169,8 +169,9 @@ struct Rows {
 
 // scores[group][key] += query * rows[key] over `dim` columns, in order, of M groups. Blocked so that what is used again
 // stays in L1: 128 columns of 16 queries are 8 KB (all 576 of DeepSeek are 36), and the rows of the next 32 keys arrive
-// while these are worked on. Whole splits on one core of Zen 5, keys from memory: 190 GFLOPS without asking ahead, 198 with,
-// 215 from L2; 16 keys at a time take 230 from L2 and 170 from memory.
+// in L2 while these are worked on. Whole splits, keys from memory, without asking ahead, with lines asked for L1, for L2:
+// two cores of Zen 4 140, 170, 200 GFLOPS (of 234); one core of Zen 5 190, 198, not measured. There 16 keys at a time take
+// 230 GFLOPS from L2 and 170 from memory, 8 keys 215 from L2.
 template <int M, int K>
 static inline void score_rows(const float* query, int query_stride, const Rows& rows, int dim, float* scores) {
   constexpr int kColumns = 128;
