@@ -278,7 +278,8 @@ void sum_runs(const KernelTable& table, const std::vector<ExpertRun>& runs, cons
 
 // Few tokens are bound by reading the weights, which is fastest in long stretches: matrix by matrix, each thread some
 // neighbouring panels. Gate and up panels in turns, or an output panel of one expert after the other, break off after 15
-// to 130 KB, and the prefetchers begin anew: 37 GB/s where this reads TODO.
+// to 130 KB, and the prefetchers begin anew: 37 GB/s where this reads 44 (one V3
+// layer, one token, two cores of Zen 4).
 void run_few(std::vector<ExpertRun>& runs, const float* x, int64_t tokens, float* out) {
   const KernelTable& table = kernels();
   const InputFormats inputs(runs, x, tokens);
