@@ -16,6 +16,7 @@ namespace {
 // Prompts are worked through in pieces of this many tokens, which bounds the intermediate results (V3: 512 tokens x 9
 // experts x 2,048 floats = 38 MB) while every expert still sees enough tokens to amortize reading its weights.
 constexpr int64_t kChunkTokens = 512;
+// Up to as many, experts have mostly one token each, and reading their weights takes longer than multiplying.
 constexpr int64_t kFewTokens = 32;
 // Tokens per product, at most: an expert's tokens are divided evenly. The kernels unpack a panel once for all of them.
 constexpr int64_t kTileTokens = 96;
@@ -278,8 +279,7 @@ void sum_runs(const KernelTable& table, const std::vector<ExpertRun>& runs, cons
 
 // Few tokens are bound by reading the weights, which is fastest in long stretches: matrix by matrix, each thread some
 // neighbouring panels. Gate and up panels in turns, or an output panel of one expert after the other, break off after 15
-// to 130 KB, and the prefetchers begin anew: 37 GB/s where this reads 44 (one V3
-// layer, one token, two cores of Zen 4).
+// to 130 KB, and the prefetchers begin anew: one V3 layer, one token, two cores of Zen 4 37 GB/s, and 44 like this.
 void run_few(std::vector<ExpertRun>& runs, const float* x, int64_t tokens, float* out) {
   const KernelTable& table = kernels();
   const InputFormats inputs(runs, x, tokens);

@@ -84,9 +84,21 @@ def test_scalar_products_equal_dequantized_weights_times_activations(name: str) 
 
 @pytest.mark.parametrize("isa", VECTOR_ISAS)
 @pytest.mark.parametrize("name", TYPES)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 6, 7, 13])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 6, 7, 13, 15, 18])
 def test_products_equal_the_scalar_reference_bit_for_bit(isa: str, name: str, tokens: int) -> None:
-    cols = 768
+    assert_equal_to_scalar(isa, name, tokens, cols=768)
+
+
+@pytest.mark.parametrize("isa", VECTOR_ISAS)
+@pytest.mark.parametrize("name", [n for n in TYPES if n not in FLOAT_TYPES])
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+@pytest.mark.parametrize("tokens", [1, 4, 13])
+def test_a_last_block_without_a_second_is_read_where_it_lies(isa: str, name: str, blocks: int, tokens: int) -> None:
+    """Panels lead pairs of blocks by their scales."""
+    assert_equal_to_scalar(isa, name, tokens, cols=blocks * TYPES[name][1])
+
+
+def assert_equal_to_scalar(isa: str, name: str, tokens: int, cols: int) -> None:
     data = random_blocks(name, 16 * 3 + 5, cols)
     x = np.random.default_rng(tokens).standard_normal((tokens, cols)).astype(np.float32)
     x[0, :256] = 0  # a block of zeros has no scale
