@@ -14,7 +14,7 @@ inline int64_t row_bytes(const WeightTypeInfo& info, int64_t cols) {
   return cols / info.block_elements * info.block_bytes;
 }
 
-// Where the scales of a block stand in a panel of `blocks` blocks, and its unit 0.
+// Where the leading scales of a block stand in a panel, and, in one of `blocks` blocks, its first unit.
 inline int64_t scales_position(const WeightTypeInfo& info, int64_t block) {
   const int64_t block_bytes = int64_t{info.block_bytes} * kPanelRows;
   return block / 2 * 2 * block_bytes + block % 2 * kPanelRows * 2;

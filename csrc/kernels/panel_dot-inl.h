@@ -376,7 +376,8 @@ static inline void dot_tile_k(const DotArgs& args, int token) {
 
 // Reads a little of the line that comes next. Why that helps is not known, only that it does, where asking for the same
 // line by a prefetch hurts. Share of the read bandwidth of one core of Zen 4 with prefetches, without both, with this:
-// Q4_K 0.73, 0.85, 0.98, Q5_K 0.55, 0.78, 0.98, Q6_K 0.7, 0.95, 0.95; two lines ahead is as good, four are not.
+// Q4_K 0.73, 0.85, 0.98, Q5_K 0.55, 0.78, 0.98, Q6_K 0.7, 0.95, 0.95; two lines ahead is as good, four are not. Behind the
+// last line of all lies kReadPast (memory.h).
 TKT_INLINE void touch(const uint8_t* p) { (void)*reinterpret_cast<const volatile uint32_t*>(p); }
 
 // Words of a chunk, from `group` to the end of a sub-block; dot[nibble].
