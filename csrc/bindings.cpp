@@ -73,17 +73,25 @@ std::shared_ptr<PackedMatrix> make_matrix(int ggml_type, int64_t count, int64_t 
   return std::make_shared<PackedMatrix>(type_numbered(ggml_type).type, count, rows, cols);
 }
 
-void pack(PackedMatrix& matrix, int64_t index, const Bytes& source) {
-  const int64_t count = source.size() / matrix.source_bytes();
-  if (index < 0 || count < 1 || index + count > matrix.count() || count * matrix.source_bytes() != source.size()) {
-    throw std::invalid_argument("from matrix " + std::to_string(index) + " of " + std::to_string(matrix.count()) +
-                                " on, the source must be one or more times " + std::to_string(matrix.source_bytes()) +
-                                " bytes and not go past the last, got shape " + shape_text(source));
+// Whole matrices from `index` on, or rows of that matrix from `row` on.
+void pack(PackedMatrix& matrix, int64_t index, const Bytes& source, int64_t row) {
+  const int64_t rows = source.size() / matrix.row_bytes();
+  const bool whole = row == 0 && rows > 0 && rows % matrix.rows() == 0;
+  const int64_t matrices = whole ? rows / matrix.rows() : 1;
+  const int64_t last = whole ? matrix.rows() : matrix.rows() - row < rows ? -1 : row + rows;
+  const bool fits = index >= 0 && index <= matrix.count() - matrices && rows > 0 && row >= 0 && last > row &&
+                    rows * matrix.row_bytes() == source.size();
+  if (!fits || row % kPanelRows != 0 || (last % kPanelRows != 0 && last != matrix.rows())) {
+    throw std::invalid_argument(
+        "the source must be whole matrices of " + std::to_string(matrix.rows()) + " rows of " +
+        std::to_string(matrix.row_bytes()) + " bytes, or rows of one matrix from a multiple of " +
+        std::to_string(kPanelRows) + " to another or the end; got shape " + shape_text(source) + " for row " +
+        std::to_string(row) + " of matrix " + std::to_string(index) + " of " + std::to_string(matrix.count()));
   }
-  require_shape(source, "source bytes", {count * matrix.source_bytes()});
+  require_shape(source, "source bytes", {rows * matrix.row_bytes()});
   const uint8_t* data = source.data();
   const py::gil_scoped_release release;
-  matrix.pack(index, count, data);
+  matrix.pack(index, matrices, {row / kPanelRows, (last + kPanelRows - 1) / kPanelRows}, data);
 }
 
 void pack_floats(PackedMatrix& matrix, const Floats& source) {
@@ -484,6 +492,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.doc() = "CPU kernels of transformers_kt; use the Python modules instead of this.";
 
+  m.attr("PANEL_ROWS") = kPanelRows;
   m.def("weight_types", &weight_types, "(name, ggml number, block elements, block bytes) of every type with kernels");
   m.def("cpu_features", [] { return feature_names(cpu_features()); });
   m.def(
@@ -503,7 +512,7 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<PackedMatrix, std::shared_ptr<PackedMatrix>>(m, "PackedMatrix")
       .def(py::init(&make_matrix), py::arg("ggml_type"), py::arg("count"), py::arg("rows"), py::arg("cols"))
-      .def("pack", &pack, py::arg("index"), py::arg("source").noconvert())
+      .def("pack", &pack, py::arg("index"), py::arg("source").noconvert(), py::arg("row") = 0)
       .def("pack_floats", &pack_floats, py::arg("source").noconvert())
       .def_property_readonly("type_name", [](const PackedMatrix& w) { return std::string(w.info().name); })
       .def_property_readonly("count", &PackedMatrix::count)

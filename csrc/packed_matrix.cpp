@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "f16.h"
+#include "pack_panel.h"
 #include "panel_layout.h"
 #include "thread_pool.h"
 
@@ -35,7 +36,7 @@ PackedMatrix::PackedMatrix(WeightType type, int64_t count, int64_t rows, int64_t
       count_(count),
       rows_(rows),
       cols_(cols),
-      row_bytes_(row_bytes(info_, cols)),
+      row_bytes_(tkt::row_bytes(info_, cols)),
       panels_((rows + kPanelRows - 1) / kPanelRows) {
   check_shape(info_, count, rows, cols);
   const std::vector<NumaNode> nodes = topology().nodes;
@@ -58,20 +59,28 @@ PackedMatrix::PackedMatrix(WeightType type, int64_t count, int64_t rows, int64_t
   }
 }
 
-std::vector<int64_t> PackedMatrix::tasks_per_panel(int64_t tasks) const {
-  std::vector<int64_t> of_nodes;
-  for (const Part& part : parts_) of_nodes.push_back(tasks * part.panels.count());
-  return of_nodes;
+void PackedMatrix::for_each_panel(int64_t count, PanelRange panels,
+                                  const std::function<void(int64_t, int64_t)>& body) const {
+  std::vector<PanelRange> ranges;  // of each node
+  std::vector<int64_t> tasks;
+  for (const Part& part : parts_) {
+    const int64_t first = std::max(part.panels.first, panels.first);
+    ranges.push_back({first, std::max(first, std::min(part.panels.end, panels.end))});
+    tasks.push_back(count * ranges.back().count());
+  }
+  parallel_for_nodes(tasks, [&](int node, int64_t task) {
+    const PanelRange range = ranges[static_cast<size_t>(node)];
+    body(task / range.count(), range.first + task % range.count());
+  });
 }
 
-void PackedMatrix::pack(int64_t first_index, int64_t count, const uint8_t* source) {
-  parallel_for_nodes(tasks_per_panel(count), [&](int node, int64_t task) {
-    const PanelRange range = panels_of_node(node);
-    const int64_t index = task / range.count();
-    const int64_t p = range.first + task % range.count();
-    const int64_t first = p * kPanelRows;
-    const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, rows_ - first));
-    const uint8_t* from = source + (index * rows_ + first) * row_bytes_;
+void PackedMatrix::pack(int64_t first_index, int64_t count, PanelRange panels, const uint8_t* source) {
+  const int64_t first_row = panels.first * kPanelRows;
+  const int64_t rows_each = std::min(rows_, panels.end * kPanelRows) - first_row;
+  for_each_panel(count, panels, [&](int64_t index, int64_t p) {
+    const int64_t row = p * kPanelRows;
+    const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, rows_ - row));
+    const uint8_t* from = source + (index * rows_each + row - first_row) * row_bytes_;
     pack_panel(info_, from, rows, blocks(), const_cast<uint8_t*>(panel(first_index + index, p)));
   });
 }
@@ -79,10 +88,7 @@ void PackedMatrix::pack(int64_t first_index, int64_t count, const uint8_t* sourc
 void PackedMatrix::pack_floats(const float* source) {
   const bool half = info_.type == WeightType::kF16;
   if (!half && info_.type != WeightType::kF32) throw std::invalid_argument("pack_floats makes F32 or F16 matrices");
-  parallel_for_nodes(tasks_per_panel(count_), [&](int node, int64_t task) {
-    const PanelRange range = panels_of_node(node);
-    const int64_t index = task / range.count();
-    const int64_t p = range.first + task % range.count();
+  for_each_panel(count_, {0, panels_}, [&](int64_t index, int64_t p) {
     const int64_t first = p * kPanelRows;
     const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, rows_ - first));
     const float* values = source + (index * rows_ + first) * cols_;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -26,10 +27,10 @@ class PackedMatrix {
   // overflow; std::bad_alloc where memory is refused.
   PackedMatrix(WeightType type, int64_t count, int64_t rows, int64_t cols);
 
-  // Packs matrices [first_index, first_index + count) from their GGUF rows on all threads. The caller has checked that
-  // `source` holds them. Many at once: a call for each expert of V2-Lite (1.6 MB) would take most new pages from the
-  // system on one thread while the other waits.
-  void pack(int64_t first_index, int64_t count, const uint8_t* source);
+  // Packs panels `panels` of the matrices [first_index, first_index + count) from their GGUF rows on all threads. The caller
+  // has checked that `source` holds these, one after the other. Much at once: a call for each expert of V2-Lite (1.6 MB)
+  // would take most new pages from the system on one thread while the other waits.
+  void pack(int64_t first_index, int64_t count, PanelRange panels, const uint8_t* source);
 
   // Packs the matrices [0, count) whose rows are given as floats in source[index][row][col], converted to the type, which
   // must be F32 or F16.
@@ -41,7 +42,7 @@ class PackedMatrix {
   int64_t cols() const { return cols_; }
   int64_t blocks() const { return cols_ / info_.block_elements; }
   int64_t panels() const { return panels_; }
-  int64_t source_bytes() const { return rows_ * row_bytes_; }  // of one matrix in the file
+  int64_t row_bytes() const { return row_bytes_; }  // of one row in the file
   int64_t nbytes() const { return count_ * panels_ * panel_bytes(); }
   const uint8_t* panel(int64_t index, int64_t panel) const {
     const Part* part = parts_.data();
@@ -66,7 +67,8 @@ class PackedMatrix {
   };
 
   int64_t panel_bytes() const { return kPanelRows * row_bytes_; }
-  std::vector<int64_t> tasks_per_panel(int64_t tasks) const;  // of each node
+  // body(index, panel) for panels `panels` of matrices [0, count), on all threads.
+  void for_each_panel(int64_t count, PanelRange panels, const std::function<void(int64_t, int64_t)>& body) const;
 
   const WeightTypeInfo& info_;
   int64_t count_;

@@ -57,7 +57,7 @@ CPP_LAYERS = (
     ("block_formats", "cpu_features", "f16"),
     ("kernel_table", "panel_layout", "row_decoder"),
     ("kernels",),
-    ("dispatch", "memory", "topology"),
+    ("dispatch", "memory", "pack_panel", "topology"),
     ("thread_pool",),
     ("packed_matrix",),
     ("latent_attention", "linear"),

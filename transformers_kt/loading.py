@@ -23,10 +23,9 @@ from transformers_kt.tables import grouped, new_table, rendered
 
 if TYPE_CHECKING:
     from transformers_kt.gguf.reader import TensorInfo
-    from transformers_kt.modules.base import KtModule
+    from transformers_kt.modules.base import KtModule, TensorData
 
     Modules = Mapping[str, type[KtModule]]
-    Data = Callable[[TensorInfo], npt.NDArray[np.uint8]]
 
 _DEQUANTIZED_AT_ONCE = 1 << 22  # elements: 16 MB of float32, so that the copy in flight is small beside any model
 
@@ -35,7 +34,7 @@ class TensorSource(Protocol):
     """What loading needs of a checkpoint."""
 
     def data(self, name: str) -> npt.NDArray[np.uint8]: ...
-    def drop_pages(self, name: str) -> None: ...
+    def drop_pages(self, name: str, end: int | None = None) -> None: ...
 
 
 class ProgressBar(Protocol):
@@ -128,7 +127,7 @@ def fill(
 
 
 class _Reader:
-    """Hands out stored tensors; asked for the next one, it gives up the pages of those before.
+    """Hands out stored tensors or pieces of them; asked for the next, it gives up the pages of those before.
 
     That is safe while a view is still in use, for its pages are then read anew: a module that asks for three tensors
     and packs them together pays nothing, as the pages of a view come only with the first look at it.
@@ -136,18 +135,19 @@ class _Reader:
 
     def __init__(self, source: TensorSource, progress: ProgressBar) -> None:
         self._source, self._progress = source, progress
-        self._handed_out: list[TensorInfo] = []
+        self._handed_out: dict[str, int] = {}  # names of tensors; up to which byte
         self._unreported = 0
 
-    def __call__(self, info: TensorInfo) -> npt.NDArray[np.uint8]:
+    def __call__(self, info: TensorInfo, start: int = 0, end: int | None = None) -> npt.NDArray[np.uint8]:
         self.release()
-        self._handed_out.append(info)
-        self._unreported = info.nbytes
-        return self._source.data(info.name)
+        end = info.nbytes if end is None else end
+        self._handed_out[info.name] = end
+        self._unreported = end - start
+        return self._source.data(info.name)[start:end]
 
     def release(self) -> None:
-        for info in self._handed_out:
-            self._source.drop_pages(info.name)
+        for name, end in self._handed_out.items():
+            self._source.drop_pages(name, end)
         self._progress.update(self._unreported)
         self._unreported = 0
 
@@ -156,7 +156,7 @@ def _operation_at(model: nn.Module, path: str) -> KtModule:
     return cast("KtModule", model.get_submodule(path))
 
 
-def _load_stock(module: nn.Module, tensors: Mapping[str, TensorInfo], data: Data) -> int:
+def _load_stock(module: nn.Module, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
     """Fill the parameters and buffers that ``module`` itself owns; the bytes they hold."""
     for role, info in tensors.items():
         if role == "gate":
@@ -177,7 +177,7 @@ def _load_stock(module: nn.Module, tensors: Mapping[str, TensorInfo], data: Data
 
 
 def _merged(
-    merge: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], first: TensorInfo, second: TensorInfo, data: Data
+    merge: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], first: TensorInfo, second: TensorInfo, data: TensorData
 ) -> torch.Tensor:
     return merge(_dequantized(first, data), _dequantized(second, data))
 
@@ -192,17 +192,18 @@ def _kv_b(k_b: torch.Tensor, v_b: torch.Tensor) -> torch.Tensor:
     return torch.cat((k_b.transpose(1, 2), v_b), dim=1).flatten(0, 1)
 
 
-def _dequantized(info: TensorInfo, data: Data) -> torch.Tensor:
+def _dequantized(info: TensorInfo, data: TensorData) -> torch.Tensor:
     """The tensor as float32 in ordinary memory, shape ``info.shape``."""
     cols = info.shape[-1]
     values = torch.empty(info.shape, dtype=torch.float32, device="cpu")
     rows = values.view(-1, cols)
-    stored = data(info).reshape(len(rows), -1)
+    row_bytes = info.nbytes // len(rows)
     step = max(1, _DEQUANTIZED_AT_ONCE // cols)
     for start in range(0, len(rows), step):
+        end = min(start + step, len(rows))
         # A copy, for torch warns of arrays that cannot be written, as the views of a read-only mapping are.
-        block = gguf.dequantize(np.array(stored[start : start + step]), info.ggml_type)
-        rows[start : start + step] = torch.from_numpy(block.reshape(-1, cols))
+        stored = np.array(data(info, start * row_bytes, end * row_bytes)).reshape(end - start, row_bytes)
+        rows[start:end] = torch.from_numpy(gguf.dequantize(stored, info.ggml_type).reshape(-1, cols))
     return values
 
 

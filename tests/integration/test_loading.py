@@ -107,14 +107,16 @@ class Recorder:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.events: list[tuple[str, str]] = []
+        self.given_up: dict[str, int] = {}
         self.read = 0
 
     def data(self, name: str) -> Any:
         self.events.append(("read", name))
         return self.checkpoint.data(name)
 
-    def drop_pages(self, name: str) -> None:
+    def drop_pages(self, name: str, end: int) -> None:
         self.events.append(("drop", name))
+        self.given_up[name] = end
 
     def update(self, n: int) -> None:
         self.read += n
@@ -138,27 +140,32 @@ def test_every_tensor_is_read_once_given_up_afterwards_and_counted(
     assert Counter(name for what, name in recorder.events if what == "read") == Counter(tensors.keys())
     last = {name: what for what, name in recorder.events}
     assert set(last.values()) == {"drop"}
+    assert recorder.given_up == {name: info.nbytes for name, info in tensors.items()}
     assert recorder.read == recorder.checkpoint.nbytes
 
 
-def test_the_pages_of_a_tensor_are_given_up_when_the_next_is_asked_for() -> None:
+def test_the_pages_of_a_tensor_or_piece_are_given_up_when_the_next_is_asked_for() -> None:
     events: list[str] = []
 
     class Source:
         def data(self, name: str) -> Any:
             events.append(f"read {name}")
+            return np.arange(8, dtype=np.uint8)
 
-        def drop_pages(self, name: str) -> None:
-            events.append(f"drop {name}")
+        def drop_pages(self, name: str, end: int) -> None:
+            events.append(f"drop {name} to {end}")
 
         def update(self, n: int) -> None:
             pass
 
     reader = loading._Reader(Source(), Source())
-    for name in ("gate", "up"):
-        reader(TensorInfo(name, GgmlType.F32, (1,), 0, 4, Path()))
+    gate, up = (TensorInfo(name, GgmlType.F32, (2,), 0, 8, Path()) for name in ("gate", "up"))
+    assert reader(gate).tolist() == [*range(8)]
+    assert reader(up, 0, 5).tolist() == [*range(5)]
+    assert reader(up, 5, 8).tolist() == [5, 6, 7]
     reader.release()
-    assert events == ["read gate", "drop gate", "read up", "drop gate", "drop up"]
+    in_turn = ["read gate", "drop gate to 8", "read up", "drop gate to 8", "drop up to 5", "read up"]
+    assert events == [*in_turn, "drop gate to 8", "drop up to 8"]
 
 
 # --- Stock modules ---
@@ -191,7 +198,7 @@ def test_dequantizing_in_pieces_gives_what_it_gives_at_once(
     stored = np.random.default_rng(1).integers(0, 60, (2 * 5, 256 // elements * nbytes), dtype=np.uint8)
     stored.flags.writeable = False
     info = TensorInfo("t", ggml_type, (2, 5, 256), 0, stored.nbytes, Path("x.gguf"))
-    found = loading._dequantized(info, lambda _: stored.reshape(-1))
+    found = loading._dequantized(info, lambda _, start, end: stored.reshape(-1)[start:end])
     expected = gguf.dequantize(stored, ggml_type).reshape(2, 5, 256)
     np.testing.assert_array_equal(found.numpy(), expected)
 
@@ -201,7 +208,7 @@ def test_a_correction_bias_that_the_file_leaves_out_is_zero() -> None:
     with torch.device("meta"):
         router = DeepseekV3TopkRouter(config)
     info = TensorInfo("w", GgmlType.F32, (8, 64), 0, 8 * 64 * 4, Path("x.gguf"))
-    nbytes = loading._load_stock(router, {"weight": info}, lambda _: np.ones(8 * 64 * 4, dtype=np.uint8))
+    nbytes = loading._load_stock(router, {"weight": info}, lambda *_: np.ones(8 * 64 * 4, dtype=np.uint8))
     assert torch.equal(router.e_score_correction_bias, torch.zeros(8))
     assert nbytes == (8 * 64 + 8) * 4
 

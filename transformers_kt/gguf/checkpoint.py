@@ -70,9 +70,9 @@ class Checkpoint:
         """The stored bytes of tensor ``name``: uint8, (nbytes,), a read-only view of the mapped file."""
         return self._owners[name].data(name)
 
-    def drop_pages(self, name: str) -> None:
-        """Give back the memory that reading ``data(name)`` took; the view stays valid."""
-        self._owners[name].drop_pages(name)
+    def drop_pages(self, name: str, end: int | None = None) -> None:
+        """Give back the memory that reading ``data(name)``, up to byte ``end``, took; the view stays valid."""
+        self._owners[name].drop_pages(name, end)
 
 
 def open_checkpoint(gguf_path: str | Path, **hub: Unpack[HubOptions]) -> Checkpoint:

@@ -165,11 +165,14 @@ class GgufFile:
         info = self.tensors[name]
         return np.frombuffer(self._mapped, dtype=np.uint8, count=info.nbytes, offset=info.offset)
 
-    def drop_pages(self, name: str) -> None:
-        """Stop holding in memory the whole pages inside tensor ``name``; they are read anew if looked at again."""
+    def drop_pages(self, name: str, end: int | None = None) -> None:
+        """Stop holding in memory the whole pages of tensor ``name``, up to its byte ``end``.
+
+        They are read anew if looked at again.
+        """
         info = self.tensors[name]
         start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (info.offset + info.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+        length = (info.offset + (info.nbytes if end is None else end)) // mmap.PAGESIZE * mmap.PAGESIZE - start
         if length > 0 and hasattr(self._mapped, "madvise"):  # Windows has none
             self._mapped.madvise(mmap.MADV_DONTNEED, start, length)
 

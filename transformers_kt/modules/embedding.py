@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from transformers_kt import _C, ops
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
-from transformers_kt.modules.base import Handle, KtModule, TensorData
+from transformers_kt.modules.base import PIECE_BYTES, Handle, KtModule, TensorData
 from transformers_kt.operations import KERNEL_TYPES, OPERATIONS
 
 
@@ -52,9 +52,12 @@ class KtEmbedding(KtModule):
 
     def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
         tensor = tensors["weight"]
-        rows = data(tensor).reshape(self.num_embeddings, -1).copy()
-        self._table = Handle(_EmbeddingTable(tensor.ggml_type, rows))
-        return int(rows.nbytes)
+        stored = np.empty(tensor.nbytes, np.uint8)
+        for start in range(0, tensor.nbytes, PIECE_BYTES):
+            end = min(start + PIECE_BYTES, tensor.nbytes)
+            stored[start:end] = data(tensor, start, end)
+        self._table = Handle(_EmbeddingTable(tensor.ggml_type, stored.reshape(self.num_embeddings, -1)))
+        return tensor.nbytes
 
     @property
     def table(self) -> _EmbeddingTable:
