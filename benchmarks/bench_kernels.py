@@ -4,9 +4,9 @@
 
 Weights come from memory: each call takes the next of as many matrices as no cache can hold, as experts follow one
 another in a model. Limits are sampled in the same rounds by the same number of threads (limits.cpp): reading memory,
-dot products of bytes (VNNI), for the float types multiply-adds of float32. Percentages beside GB/s are of the read
-bandwidth; those beside GOPS are of the limit: the time that reading the weights or multiplying would take at least,
-whichever is longer, over the time taken.
+dot products of bytes (VNNI, or those of AVX2, which sum in 16 bits), for the float types multiply-adds of float32.
+Percentages beside GB/s are of the read bandwidth; those beside GOPS are of the limit: the time that reading the weights
+or multiplying would take at least, whichever is longer, over the time taken.
 
 Medians; the last lines say how far the limits moved. On a machine that others use too, read shares, not times.
 """

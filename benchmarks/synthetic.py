@@ -13,8 +13,11 @@ ud-q2_k_xl
     what Unsloth's dynamic file of DeepSeek-R1 holds. Its listing by llama.cpp says how many tensors of each type there
     are (171 Q2_K, 3 Q3_K, 306 Q4_K, 184 Q6_K) and how large it is (211.03 GiB); the table below is the one that
     gives both. The newer layout with split kv_b has these halves in Q8_0, as Unsloth's later files do.
+q4_k, q5_k, q6_k, q4_0, q5_0, f16, bf16
+    nothing but this type, and Q8_0 where a row does not divide into its blocks, which in V2 is attn_k_b alone: for
+    measuring one type at a time.
 
-q4_k_m and q8_0 run. ud-q2_k_xl does not: routed experts in Q2_K and Q3_K have no kernels yet, so such a file is for
+All but ud-q2_k_xl run. That does not: routed experts in Q2_K and Q3_K have no kernels yet, so such a file is for
 `plan`, for the refusal, and for llama.cpp.
 
 Scales are set so that activations keep their size through the layers and the router spreads its tokens: speed does not
@@ -70,7 +73,11 @@ MODELS: dict[str, Any] = {
     ),
 }  # fmt: skip
 
-QUANTIZATIONS = ("q4_k_m", "q8_0", "ud-q2_k_xl")
+_SINGLE_TYPES = {
+    ggml_type.name.lower(): ggml_type
+    for ggml_type in (Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.Q4_0, Type.Q5_0, Type.F16, Type.BF16)
+}
+QUANTIZATIONS = ("q4_k_m", *_SINGLE_TYPES, "ud-q2_k_xl")
 
 # Base names of tensors in a UD-Q2_K_XL file; all others are Q4_K.
 _UD_Q2_K_XL = {
@@ -105,6 +112,9 @@ _GAINS = {"output": 3.0, "ffn_gate_inp": 2.0, "attn_output": 0.5, "ffn_down": 0.
 
 def random_blocks(ggml_type: Type, blocks: int, deviation: float, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """`blocks` blocks of weights round 0 with about the standard deviation asked for."""
+    if ggml_type in (Type.F16, Type.BF16):
+        values = np.resize(deviation * rng.standard_normal(min(blocks, (1 << 20) - 3)).astype(np.float32), blocks)
+        return gguf.quantize(values, ggml_type).view(np.uint8).reshape(blocks, 2)
     _elements, nbytes = gguf.GGML_QUANT_SIZES[ggml_type]
     # Random bytes are drawn once and shifted: drawing 10 GB would take longer than writing them.
     pool = rng.integers(0, 256, min(blocks * nbytes, 1 << 24) + 4096, dtype=np.uint8)
@@ -142,9 +152,10 @@ def type_of(slot: TensorSlot, quantization: str, config: Any) -> Type:
     if len(slot.shape) == 1 or base == "ffn_gate_inp":
         return Type.F32
     layer = int(slot.gguf_name.split(".")[1]) if slot.gguf_name.startswith("blk.") else 0
-    if quantization == "q8_0":
-        chosen = Type.Q8_0
-    elif quantization == "ud-q2_k_xl":
+    if quantization in _SINGLE_TYPES:
+        chosen = _SINGLE_TYPES[quantization]
+        return chosen if slot.shape[-1] % gguf.GGML_QUANT_SIZES[chosen][0] == 0 else Type.Q8_0
+    if quantization == "ud-q2_k_xl":
         chosen = _UD_Q2_K_XL.get(base, Type.Q4_K)
         if base == "ffn_down_exps" and layer < config.first_k_dense_replace + _UD_BETTER_LAYERS:
             chosen = Type.Q3_K

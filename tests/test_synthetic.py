@@ -44,7 +44,7 @@ def test_sparse_v3_has_the_types_and_the_size_of_the_published_r1_file(
     assert path.stat().st_blocks * 512 < 16 << 20
 
 
-@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q5_0", "Q8_0"])
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q5_0", "Q8_0", "F16", "BF16"])
 def test_random_blocks_have_the_deviation_asked_for(synthetic: ModuleType, name: str) -> None:
     import numpy as np
     from gguf import dequantize

@@ -14,6 +14,7 @@ struct Avx2Primitives {
   static constexpr int kTileTokens = 6;
   static constexpr int kTileTokensK = 4;
   static constexpr int kTilePanels = 1;
+  static constexpr bool kTouchesNextLine = false;
   static constexpr int kScoreKeys = 4;
   static constexpr int kShuffledKeys = 0;  // a broadcast serves two registers
   static constexpr int kScoreGroups = 1;
