@@ -15,12 +15,13 @@ struct Avx2Primitives {
   static constexpr int kTileTokensK = 4;
   static constexpr int kTilePanels = 1;
   static constexpr bool kTouchesNextLine = false;
-  static constexpr int kScoreKeys = 4;
+  // 12 chains of fma, where 8 would just hide the latency: one core of Zen 3, 512 keys, 32.4 and 29.8 ms for 128 tokens.
+  static constexpr int kScoreKeys = 6;
   static constexpr int kShuffledKeys = 0;  // a broadcast serves two registers
   static constexpr int kScoreGroups = 1;
   static constexpr int kGroupedScoreKeys = 4;
   static constexpr int kSumVectors = 1;
-  static constexpr int kSumHeads = 4;
+  static constexpr int kSumHeads = 6;
 
   TKT_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   TKT_INLINE void prefetch_to_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }

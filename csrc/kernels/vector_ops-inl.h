@@ -251,9 +251,12 @@ template <int N>
 static inline void sum_heads(const float* weights, const float* const* rows, int keys, int column, int stride,
                              float* context) {
   constexpr int kHeads = V::kSumHeads;
-  for (int h = 0; h < 16; h += kHeads) {
+  int h = 0;
+  for (; h + kHeads <= 16; h += kHeads) {
     sum_columns<N, kHeads>(weights + h, rows, keys, column, stride, context + h * stride);
   }
+  constexpr int kLeft = 16 % kHeads;
+  if constexpr (kLeft > 0) sum_columns<N, kLeft>(weights + h, rows, keys, column, stride, context + h * stride);
 }
 
 static inline void sum_one_column(const float* weights, const float* const* rows, int keys, int column, int stride,
