@@ -78,10 +78,11 @@ void pack(PackedMatrix& matrix, int64_t index, const Bytes& source, int64_t row)
   const int64_t rows = source.size() / matrix.row_bytes();
   const bool whole = row == 0 && rows > 0 && rows % matrix.rows() == 0;
   const int64_t matrices = whole ? rows / matrix.rows() : 1;
-  const int64_t last = whole ? matrix.rows() : matrix.rows() - row < rows ? -1 : row + rows;
-  const bool fits = index >= 0 && index <= matrix.count() - matrices && rows > 0 && row >= 0 && last > row &&
-                    rows * matrix.row_bytes() == source.size();
-  if (!fits || row % kPanelRows != 0 || (last % kPanelRows != 0 && last != matrix.rows())) {
+  const bool rows_fit = rows > 0 && row >= 0 && (whole || rows <= matrix.rows() - row);
+  const int64_t end = whole ? matrix.rows() : rows_fit ? row + rows : 0;
+  const bool in_panels = row % kPanelRows == 0 && (end % kPanelRows == 0 || end == matrix.rows());
+  const bool index_fits = index >= 0 && index <= matrix.count() - matrices;
+  if (!rows_fit || !in_panels || !index_fits || rows * matrix.row_bytes() != source.size()) {
     throw std::invalid_argument(
         "the source must be whole matrices of " + std::to_string(matrix.rows()) + " rows of " +
         std::to_string(matrix.row_bytes()) + " bytes, or rows of one matrix from a multiple of " +
@@ -91,7 +92,7 @@ void pack(PackedMatrix& matrix, int64_t index, const Bytes& source, int64_t row)
   require_shape(source, "source bytes", {rows * matrix.row_bytes()});
   const uint8_t* data = source.data();
   const py::gil_scoped_release release;
-  matrix.pack(index, matrices, {row / kPanelRows, (last + kPanelRows - 1) / kPanelRows}, data);
+  matrix.pack(index, matrices, {row / kPanelRows, (end + kPanelRows - 1) / kPanelRows}, data);
 }
 
 void pack_floats(PackedMatrix& matrix, const Floats& source) {

@@ -55,8 +55,8 @@ WeightMemory::WeightMemory(size_t bytes, int node) {
   data_ = static_cast<uint8_t*>(mapping_);
   if (huge) {
     data_ = reinterpret_cast<uint8_t*>(rounded_up(reinterpret_cast<size_t>(mapping_), kHugePage));
-    // The last one only where at least three quarters of it are used: V2-Lite has 300 matrices, and would hold 3% more than
-    // its file; 1.6% more with half of it used.
+    // The last one only where at least three quarters of it are used: with all last ones the 300 matrices of V2-Lite would
+    // take 3% more than its file, with those of which half is used 1.6%.
     madvise(data_, (bytes + kHugePage / 4) / kHugePage * kHugePage, MADV_HUGEPAGE);  // a refusal only costs speed
   }
 }

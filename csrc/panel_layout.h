@@ -55,10 +55,6 @@ inline void exchange(Word& a, Word& b, Word mask, int distance) {
   a ^= differing << distance;
 }
 
-inline bool has_upper_bits(WeightType type) {
-  return type == WeightType::kQ5_0 || type == WeightType::kQ5_K || type == WeightType::kQ6_K;
-}
-
 // Upper bits among a block's units, given in the order of the file, to the order of a panel, or, with `back`, back.
 //
 // Q5_0: bit 4 g + k to bit 8 k + g: the index turns by two; three turns more are a full circle of five.

@@ -109,7 +109,7 @@ def test_an_embedding_table_is_copied_in_pieces(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("index", "row", "rows"),
     [(0, 0, 0), (0, 0, 33), (0, 8, 16), (0, 16, 8), (0, 16, 32), (0, 48, 16), (0, -16, 16), (0, 32, 40), (1, 0, 80),
-     (2, 0, 40), (-1, 0, 40), (0, 2**62, 16), (2**62, 0, 40)],
+     (2, 0, 40), (-1, 0, 40), (0, 2**62, 16), (0, -(2**63), 16), (2**62, 0, 40)],
 )  # fmt: skip
 def test_a_piece_that_does_not_fit_is_refused(index: int, row: int, rows: int) -> None:
     matrix = _C.PackedMatrix(int(GgmlType.Q8_0), 2, 40, COLS)
