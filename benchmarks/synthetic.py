@@ -113,6 +113,7 @@ _GAINS = {"output": 3.0, "ffn_gate_inp": 2.0, "attn_output": 0.5, "ffn_down": 0.
 def random_blocks(ggml_type: Type, blocks: int, deviation: float, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """`blocks` blocks of weights round 0 with about the standard deviation asked for."""
     if ggml_type in (Type.F16, Type.BF16):
+        # Drawn once and repeated, as below; of an odd number, so that no two rows are the same.
         values = np.resize(deviation * rng.standard_normal(min(blocks, (1 << 20) - 3)).astype(np.float32), blocks)
         return gguf.quantize(values, ggml_type).view(np.uint8).reshape(blocks, 2)
     _elements, nbytes = gguf.GGML_QUANT_SIZES[ggml_type]

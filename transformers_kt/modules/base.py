@@ -23,7 +23,7 @@ this process's memory meanwhile: 32 MB is 0.3% of V2-Lite, and large enough for 
 class TensorData(Protocol):
     """Gives bytes ``start`` to ``end`` of a tensor, all of them by default: uint8, one-dimensional.
 
-    The memory that they take is given back with the next call.
+    The memory that they take is given back with the next call; a view stays valid, its pages are then read anew.
     """
 
     def __call__(self, info: TensorInfo, start: int = 0, end: int | None = None) -> npt.NDArray[np.uint8]: ...
