@@ -499,6 +499,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "hide_cpu_features", [](const std::string& names) { hide_cpu_features(features_named(names)); }, py::arg("names"),
       "for tests; '' ends it");
+  m.def(
+      "set_software_prefetch_pays",
+      [](std::optional<bool> pays) { set_software_prefetch_pays(pays.has_value() ? (*pays ? 1 : 0) : -1); },
+      py::arg("pays"), "for tests and measurements; None goes back to what the CPU's maker suggests");
   m.def("supported_isas", &supported_isas, "names of the kernel tables this CPU can run, best first");
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("select_isa", &select_kernels, py::arg("name"), "for tests; '' chooses automatically");

@@ -20,6 +20,7 @@ SCALE_OFFSETS = {"Q4_0": [0], "Q5_0": [0], "Q8_0": [0], "Q4_K": [0, 2], "Q5_K": 
 def _automatic_isa_afterwards() -> Iterator[None]:
     yield
     _C.select_isa("")
+    _C.set_software_prefetch_pays(None)
 
 
 def gguf_type(name: str) -> gguf.GGMLQuantizationType:
@@ -87,6 +88,15 @@ def test_scalar_products_equal_dequantized_weights_times_activations(name: str) 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 6, 7, 13, 15, 18])
 def test_products_equal_the_scalar_reference_bit_for_bit(isa: str, name: str, tokens: int) -> None:
     assert_equal_to_scalar(isa, name, tokens, cols=768)
+
+
+@pytest.mark.parametrize("asks", [True, False])
+@pytest.mark.parametrize("isa", VECTOR_ISAS)
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_asking_for_weights_ahead_changes_no_bit(asks: bool, isa: str, name: str, tokens: int) -> None:
+    _C.set_software_prefetch_pays(asks)
+    assert_equal_to_scalar(isa, name, tokens, cols=512)
 
 
 @pytest.mark.parametrize("isa", VECTOR_ISAS)

@@ -20,6 +20,15 @@ TKT_INLINE const uint8_t* block_scales(const uint8_t* panel, int64_t block) {
   return panel + block / 2 * 2 * (Words::kWords * 64 + 32) + block % 2 * 32;
 }
 
+// How far ahead of what is computed lines are asked for where software does that (see software_prefetch_pays).
+constexpr int64_t kAheadBytes = 8192;
+
+// Asks for lines first to end - 1 of those that lie `ahead` bytes behind `words`; for none where that is 0.
+TKT_INLINE void ask_ahead(const uint8_t* words, int first, int end, int64_t ahead) {
+  if (ahead == 0) return;
+  TKT_UNROLL for (int line = first; line < end; ++line) V::prefetch_to_l2(words + line * 64 + ahead);
+}
+
 // dot += the products of one group of 4 columns. Without VNNI, byte products are first added in 16 bits, for as many
 // groups as cannot overflow: kNarrowGroups * 2 * (largest weight) * 127 <= 32,767. 0 where not even one group can: such
 // weights come as signed bytes.
@@ -104,7 +113,7 @@ TKT_INLINE void add_groups_32(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uin
 }
 
 template <class Words, int T, int R>
-static inline void dot_tile_32(const DotArgs& args, int token) {
+TKT_INLINE void dot_tile_32(const DotArgs& args, int token, int64_t ahead) {
   V::F acc[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     TKT_UNROLL for (int r = 0; r < R; ++r) acc[t][r] = V::zero_f();
@@ -123,7 +132,11 @@ static inline void dot_tile_32(const DotArgs& args, int token) {
       TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = start;
     }
     const uint8_t* words[R];
-    TKT_UNROLL for (int r = 0; r < R; ++r) words[r] = block_words<Words>(args.panels[r], args.blocks, b);
+    TKT_UNROLL for (int r = 0; r < R; ++r) {
+      words[r] = block_words<Words>(args.panels[r], args.blocks, b);
+      ask_ahead(block_scales<Words>(args.panels[r], b), 0, 1, ahead);
+      ask_ahead(words[r], 0, Words::kWords, ahead);
+    }
     const int8_t* q[T];
     TKT_UNROLL for (int t = 0; t < T; ++t) q[t] = act[t][b].q;
     V::I narrow[T][R];
@@ -318,14 +331,17 @@ TKT_INLINE void add_sub_blocks(V::F (&sums)[T][R], const typename Words::Scales 
 
 template <class Words, int T, int R, int block>
 TKT_INLINE void add_blocks(V::F (&scaled)[T][R], const typename Words::Scales (&scales)[R],
-                           const uint8_t* const (&words)[R], const ActivationQ8* const (&act)[T]) {
+                           const uint8_t* const (&words)[R], const ActivationQ8* const (&act)[T], int64_t ahead) {
+  TKT_UNROLL for (int r = 0; r < R; ++r) {
+    ask_ahead(words[r], block * Words::kWords / 8, (block + 1) * Words::kWords / 8, ahead);
+  }
   V::F sums[T][R];
   add_sub_blocks<Words, T, R, block * 32 / Words::kSubColumns>(sums, scales, words, act);
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     const V::F d = V::set_f(act[t][block].d);
     TKT_UNROLL for (int r = 0; r < R; ++r) scaled[t][r] = V::fma(sums[t][r], d, scaled[t][r]);
   }
-  if constexpr (block < 7) add_blocks<Words, T, R, block + 1>(scaled, scales, words, act);
+  if constexpr (block < 7) add_blocks<Words, T, R, block + 1>(scaled, scales, words, act, ahead);
 }
 
 template <class Scales, int T, int j>
@@ -336,7 +352,7 @@ TKT_INLINE void add_minima(V::F (&minima)[T], const Scales& scales, const Activa
 }
 
 template <class Words, int T, int R>
-static inline void dot_tile_k(const DotArgs& args, int token) {
+TKT_INLINE void dot_tile_k(const DotArgs& args, int token, int64_t ahead) {
   using Scales = typename Words::Scales;
   V::F acc[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -357,7 +373,7 @@ static inline void dot_tile_k(const DotArgs& args, int token) {
     TKT_UNROLL for (int t = 0; t < T; ++t) {
       TKT_UNROLL for (int r = 0; r < R; ++r) scaled[t][r] = V::zero_f();
     }
-    add_blocks<Words, T, R, 0>(scaled, scales, words, act);
+    add_blocks<Words, T, R, 0>(scaled, scales, words, act, ahead);
     TKT_UNROLL for (int r = 0; r < R; ++r) {
       TKT_UNROLL for (int t = 0; t < T; ++t) acc[t][r] = V::fma(scales[r].d, scaled[t][r], acc[t][r]);
       // A pass of its own: beside the products, the sums of minima would cost registers that the products need.
@@ -385,26 +401,26 @@ TKT_INLINE void touch(const uint8_t* p) { (void)*reinterpret_cast<const volatile
 // Words of a chunk, from `group` to the end of a sub-block; dot[nibble].
 template <class Words, int chunk, int group>
 TKT_INLINE void add_words(V::I (&dot)[2], V::I (&narrow)[2], V::I upper, const uint8_t* words,
-                          const ActivationQ8* act) {
+                          const ActivationQ8* act, bool touches) {
   constexpr int kGroups = Words::kSubColumns / 4;
   constexpr int kUpper = Words::upper_word(chunk, group);
   const uint8_t* lower_word = words + Words::lower_word(chunk, group) * 64;
   if constexpr (kUpper >= 0 && kUpper + 1 == Words::lower_word(chunk, group)) upper = V::load_i(lower_word - 64);
   const V::I lower = V::load_i(lower_word);
-  if constexpr (V::kTouchesNextLine) touch(lower_word + 64);
+  if (touches) touch(lower_word + 64);
   accumulate<Words::kNarrowGroups, group % kGroups, kGroups>(
       dot[0], narrow[0], Words::template weights<group, 0>(lower, upper),
       V::broadcast_i(act[Words::block_of(chunk, 0)].q + 4 * group));
   accumulate<Words::kNarrowGroups, group % kGroups, kGroups>(
       dot[1], narrow[1], Words::template weights<group, 1>(lower, upper),
       V::broadcast_i(act[Words::block_of(chunk, 1)].q + 4 * group));
-  if constexpr ((group + 1) % kGroups != 0) add_words<Words, chunk, group + 1>(dot, narrow, upper, words, act);
+  if constexpr ((group + 1) % kGroups != 0) add_words<Words, chunk, group + 1>(dot, narrow, upper, words, act, touches);
 }
 
 // sums[block] = scale * dot of the blocks of a chunk, as add_sub_blocks; from sub-block `half` of two, or of one.
 template <class Words, int chunk, int half>
 TKT_INLINE void add_chunk(V::I (&sums)[8], const typename Words::Scales& scales, const uint8_t* words,
-                          const ActivationQ8* act) {
+                          const ActivationQ8* act, int64_t ahead) {
   constexpr int kHalves = 32 / Words::kSubColumns;
   constexpr int kBlocks[2] = {Words::block_of(chunk, 0), Words::block_of(chunk, 1)};
   V::I dot[2];
@@ -415,29 +431,33 @@ TKT_INLINE void add_chunk(V::I (&sums)[8], const typename Words::Scales& scales,
       dot[n] = V::template shift_left<Words::kOffsetLog2>(V::broadcast_i(&act[kBlocks[n]].neg_sum16[half]));
     }
   }
-  add_words<Words, chunk, half * Words::kSubColumns / 4>(dot, narrow, V::set_i(0), words, act);
+  if constexpr (half == 0) ask_ahead(words, chunk * Words::kWords / 4, (chunk + 1) * Words::kWords / 4, ahead);
+  add_words<Words, chunk, half * Words::kSubColumns / 4>(dot, narrow, V::set_i(0), words, act,
+                                                         ahead == 0 && V::kTouchesNextLine);
   const V::I low = V::mul_i(dot[0], scales.template scale<kBlocks[0] * kHalves + half>());
   const V::I high = V::mul_i(dot[1], scales.template scale<kBlocks[1] * kHalves + half>());
   sums[kBlocks[0]] = half == 0 ? low : V::add_i(sums[kBlocks[0]], low);
   sums[kBlocks[1]] = half == 0 ? high : V::add_i(sums[kBlocks[1]], high);
   if constexpr (half + 1 < kHalves) {
-    add_chunk<Words, chunk, half + 1>(sums, scales, words, act);
+    add_chunk<Words, chunk, half + 1>(sums, scales, words, act, ahead);
   } else if constexpr (chunk < 3) {
-    add_chunk<Words, chunk + 1, 0>(sums, scales, words, act);
+    add_chunk<Words, chunk + 1, 0>(sums, scales, words, act, ahead);
   }
 }
 
 template <class Words>
-static inline void dot_one_k(const uint8_t* panel, int64_t blocks, const uint8_t* activations, float* out) {
+TKT_INLINE void dot_one_panel_k(const uint8_t* panel, int64_t blocks, const uint8_t* activations, float* out,
+                                int64_t ahead) {
   using Scales = typename Words::Scales;
   const ActivationQ8* act[1] = {reinterpret_cast<const ActivationQ8*>(activations)};
   V::F acc = V::zero_f();
   for (int64_t b = 0; b < blocks; ++b, act[0] += 8) {
     const uint8_t* words = block_words<Words>(panel, blocks, b);
+    if constexpr (Words::kLeadingScales) ask_ahead(block_scales<Words>(panel, b), 0, 1, ahead);
     Scales scales;
     scales.read(words, block_scales<Words>(panel, b));
     V::I sums[8];
-    add_chunk<Words, 0, 0>(sums, scales, words, act[0]);
+    add_chunk<Words, 0, 0>(sums, scales, words, act[0], ahead);
     V::F scaled = V::zero_f();
     TKT_UNROLL for (int j = 0; j < 8; ++j) scaled = V::fma(V::to_float(sums[j]), V::set_f(act[0][j].d), scaled);
     acc = V::fma(scales.d, scaled, acc);
@@ -448,6 +468,13 @@ static inline void dot_one_k(const uint8_t* panel, int64_t blocks, const uint8_t
     }
   }
   V::store(out, acc);
+}
+
+template <class Words, int64_t ahead>
+static inline void dot_one_k(const DotArgs& args) {
+  for (int p = 0; p < args.panel_count; ++p) {
+    dot_one_panel_k<Words>(args.panels[p], args.blocks, args.activations[0], args.out + p * 16, ahead);
+  }
 }
 
 // ---- K-quants times many tokens ------------------------------------------------------------------------------------
@@ -606,7 +633,7 @@ struct BF16Words {
 };
 
 template <class Words, int T, int R>
-static inline void dot_tile_float(const DotArgs& args, int token) {
+TKT_INLINE void dot_tile_float(const DotArgs& args, int token, int64_t ahead) {
   V::F acc[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     TKT_UNROLL for (int r = 0; r < R; ++r) acc[t][r] = V::zero_f();
@@ -614,6 +641,9 @@ static inline void dot_tile_float(const DotArgs& args, int token) {
   const float* act[T];
   TKT_UNROLL for (int t = 0; t < T; ++t) act[t] = reinterpret_cast<const float*>(args.activations[token + t]);
   for (int64_t column = 0; column < args.blocks; ++column) {
+    if (column * Words::kBytes % 64 == 0) {
+      TKT_UNROLL for (int r = 0; r < R; ++r) ask_ahead(args.panels[r] + column * Words::kBytes, 0, 1, ahead);
+    }
     V::F w[R];
     TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = Words::weights(args.panels[r] + column * Words::kBytes);
     TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -632,32 +662,52 @@ static inline DotArgs one_panel(const DotArgs& args, int panel) {
   return {{args.panels[panel], nullptr}, 1, args.blocks, args.activations, args.tokens, args.out + panel * 16};
 }
 
+// From 2 tokens on.
+#define TKT_DEFINE_FEW(function, tile, words, tile_tokens)                                   \
+  template <int T, int R>                                                                    \
+  static inline int function##_tiles(const DotArgs& args, int token) {                       \
+    for (; token + T <= args.tokens; token += T) {                                           \
+      const bool asks = T > 1 && token == 0 && software_prefetch_pays();                     \
+      tile<words, T, R>(args, token, asks ? kAheadBytes : 0);                                \
+    }                                                                                        \
+    return token;                                                                            \
+  }                                                                                          \
+  template <int R>                                                                           \
+  static inline void function##_panels(const DotArgs& args) {                                \
+    int token = 0;                                                                           \
+    token = function##_tiles<tile_tokens, R>(args, token);                                   \
+    if constexpr (tile_tokens > 4) token = function##_tiles<4, R>(args, token);              \
+    if constexpr (tile_tokens > 2) token = function##_tiles<2, R>(args, token);              \
+    function##_tiles<1, R>(args, token);                                                     \
+  }                                                                                          \
+  static void function(const DotArgs& args) {                                                \
+    if (args.panel_count == 2 && V::kTilePanels == 2) {                                      \
+      function##_panels<V::kTilePanels>(args);                                               \
+    } else {                                                                                 \
+      for (int p = 0; p < args.panel_count; ++p) function##_panels<1>(one_panel(args, p));   \
+    }                                                                                        \
+  }
+
 // One token is bound by memory, and memory likes one stream: quantized panels are then read one after the other (Q4_K on
 // one core of Zen 5: 30 GB/s instead of 23). Floats keep two, because a single chain of fma reaches 26 GB/s of F16.
-#define TKT_DEFINE_DOT(function, tile, words, tile_tokens, panels_for_one_token)  \
-  template <int T, int R>                                                         \
-  static inline int function##_tiles(const DotArgs& args, int token) {            \
-    for (; token + T <= args.tokens; token += T) tile<words, T, R>(args, token);  \
-    return token;                                                                 \
-  }                                                                               \
-  template <int R>                                                                \
-  static inline void function##_panels(const DotArgs& args) {                     \
-    int token = 0;                                                                \
-    token = function##_tiles<tile_tokens, R>(args, token);                        \
-    if constexpr (tile_tokens > 4) token = function##_tiles<4, R>(args, token);   \
-    if constexpr (tile_tokens > 2) token = function##_tiles<2, R>(args, token);   \
-    function##_tiles<1, R>(args, token);                                          \
-  }                                                                               \
-  static void function(const DotArgs& args) {                                     \
-    const int at_once = args.tokens == 1 ? panels_for_one_token : V::kTilePanels; \
-    if (args.panel_count == 1) {                                                  \
-      function##_panels<1>(args);                                                 \
-    } else if (at_once == 2) {                                                    \
-      function##_panels<2>(args);                                                 \
-    } else {                                                                      \
-      function##_panels<1>(one_panel(args, 0));                                   \
-      function##_panels<1>(one_panel(args, 1));                                   \
-    }                                                                             \
+#define TKT_DEFINE_DOT(function, tile, words, tile_tokens, panels_for_one_token)                       \
+  TKT_DEFINE_FEW(function##_few, tile, words, tile_tokens)                                             \
+  template <int64_t ahead>                                                                             \
+  static inline void function##_one(const DotArgs& args) {                                             \
+    if (panels_for_one_token == 2 && args.panel_count == 2) {                                          \
+      tile<words, 1, panels_for_one_token>(args, 0, ahead);                                            \
+    } else {                                                                                           \
+      for (int p = 0; p < args.panel_count; ++p) tile<words, 1, 1>(one_panel(args, p), 0, ahead);      \
+    }                                                                                                  \
+  }                                                                                                    \
+  static void function(const DotArgs& args) {                                                          \
+    if (args.tokens > 1) {                                                                             \
+      function##_few(args);                                                                            \
+    } else if (software_prefetch_pays()) {                                                             \
+      function##_one<kAheadBytes>(args);                                                               \
+    } else {                                                                                           \
+      function##_one<0>(args);                                                                         \
+    }                                                                                                  \
   }
 
 // Asks for the block that is unpacked next, a few lines before each tile: all of them at once would wait for each other.
@@ -729,18 +779,18 @@ static inline void dot_many(const DotArgs& args) {
   }
 }
 
-#define TKT_DEFINE_K_QUANT_DOT(function, words)                                                  \
-  TKT_DEFINE_DOT(function##_few, dot_tile_k, words, 4, 1)                                        \
-  static void function(const DotArgs& args) {                                                    \
-    if (args.tokens == 1) {                                                                      \
-      for (int p = 0; p < args.panel_count; ++p) {                                               \
-        dot_one_k<words>(args.panels[p], args.blocks, args.activations[0], args.out + p * 16);   \
-      }                                                                                          \
-    } else if (args.tokens < kUnpackTokens) {                                                    \
-      function##_few(args);                                                                      \
-    } else {                                                                                     \
-      dot_many<words>(args);                                                                     \
-    }                                                                                            \
+#define TKT_DEFINE_K_QUANT_DOT(function, words)                  \
+  TKT_DEFINE_FEW(function##_few, dot_tile_k, words, 4)           \
+  static void function(const DotArgs& args) {                    \
+    if (args.tokens >= kUnpackTokens) {                          \
+      dot_many<words>(args);                                     \
+    } else if (args.tokens > 1) {                                \
+      function##_few(args);                                      \
+    } else if (software_prefetch_pays()) {                       \
+      dot_one_k<words, kAheadBytes>(args);                       \
+    } else {                                                     \
+      dot_one_k<words, 0>(args);                                 \
+    }                                                            \
   }
 
 TKT_DEFINE_DOT(dot_f32, dot_tile_float, F32Words, V::kTileTokens, 2)
@@ -755,3 +805,4 @@ TKT_DEFINE_K_QUANT_DOT(dot_q6_k, Q6_KWords)
 
 #undef TKT_DEFINE_K_QUANT_DOT
 #undef TKT_DEFINE_DOT
+#undef TKT_DEFINE_FEW
