@@ -15,6 +15,10 @@ namespace {
 
 struct V : Avx2Primitives {
   static constexpr bool kAddsIn16Bits = true;
+  // One core of Zen 3, 12 and 64 tokens: Q4_K 6 and 6% faster, Q5_K 0 and 2, Q6_K 5 and 8.
+  static constexpr bool kFoldsScales = true;
+  // The same: Q5_0 19 and 32%, Q4_0 2 and 8. Not Q8_0, whose bytes need no unpacking: 9 and 4% slower.
+  static constexpr bool kUnpacks32Wide = true;
   TKT_INLINE I pair_products(I w, I a) {
     return {_mm256_maddubs_epi16(w.low, a.low), _mm256_maddubs_epi16(w.high, a.high)};
   }
@@ -26,9 +30,13 @@ struct V : Avx2Primitives {
     __asm__("" : "+x"(sum.low), "+x"(sum.high));
     return sum;
   }
-  TKT_INLINE I widen_pairs(I a) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    return {_mm256_madd_epi16(a.low, ones), _mm256_madd_epi16(a.high, ones)};
+  TKT_INLINE I widen_pairs(I a, I factors) {
+    return {_mm256_madd_epi16(a.low, factors.low), _mm256_madd_epi16(a.high, factors.high)};
+  }
+  TKT_INLINE I broadcast_pair(const int32_t* two) {
+    const __m256i both = _mm256_castpd_si256(_mm256_broadcast_sd(reinterpret_cast<const double*>(two)));
+    const __m256i pairs = _mm256_shuffle_epi8(both, _mm256_set1_epi32(0x05040100));
+    return {pairs, pairs};
   }
   // Weights from -128 to 127: magnitudes (-128 has 128, as an unsigned byte) times activations that take over the sign.
   // 2 * 128 * 127 fits in 16 bits. Q8_0: 188 GOPS; 136 with even and odd bytes as products of 16 bits.
@@ -44,6 +52,8 @@ struct V : Avx2Primitives {
 };
 
 #include "panel_dot-inl.h"
+#include "panel_dot_unpacked-inl.h"
+#include "tiling-inl.h"
 #include "vector_ops-inl.h"
 
 }  // namespace

@@ -15,11 +15,15 @@ namespace {
 
 struct V : Avx512Primitives {
   static constexpr bool kAddsIn16Bits = false;
+  static constexpr bool kFoldsScales = false;
+  static constexpr bool kUnpacks32Wide = false;
   // acc + sum over 4 bytes of unsigned weight * signed activation, exact in 32 bits.
   TKT_INLINE I dot4(I acc, I weights, I activations) { return _mm512_dpbusd_epi32(acc, weights, activations); }
 };
 
 #include "panel_dot-inl.h"
+#include "panel_dot_unpacked-inl.h"
+#include "tiling-inl.h"
 #include "vector_ops-inl.h"
 
 }  // namespace

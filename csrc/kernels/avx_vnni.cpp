@@ -15,6 +15,8 @@ namespace {
 
 struct V : Avx2Primitives {
   static constexpr bool kAddsIn16Bits = false;
+  static constexpr bool kFoldsScales = false;
+  static constexpr bool kUnpacks32Wide = false;
   // acc + sum over 4 bytes of unsigned weight * signed activation, exact in 32 bits.
   TKT_INLINE I dot4(I acc, I w, I a) {
     return {_mm256_dpbusd_avx_epi32(acc.low, w.low, a.low), _mm256_dpbusd_avx_epi32(acc.high, w.high, a.high)};
@@ -22,6 +24,8 @@ struct V : Avx2Primitives {
 };
 
 #include "panel_dot-inl.h"
+#include "panel_dot_unpacked-inl.h"
+#include "tiling-inl.h"
 #include "vector_ops-inl.h"
 
 }  // namespace

@@ -32,8 +32,12 @@ TKT_INLINE void ask_ahead(const uint8_t* words, int first, int end, int64_t ahea
 // dot += the products of one group of 4 columns. Without VNNI, byte products are first added in 16 bits, for as many
 // groups as cannot overflow: kNarrowGroups * 2 * (largest weight) * 127 <= 32,767. 0 where not even one group can: such
 // weights come as signed bytes.
+//
+// Widening multiplies both halves of a lane by those of `factors`.
+constexpr int32_t kOnes = 0x00010001;
 template <int kNarrowGroups, int group, int kGroups, class Isa = V>
-TKT_INLINE void accumulate(typename Isa::I& dot, typename Isa::I& narrow, typename Isa::I w, typename Isa::I a) {
+TKT_INLINE void accumulate(typename Isa::I& dot, typename Isa::I& narrow, typename Isa::I w, typename Isa::I a,
+                           typename Isa::I factors = V::set_i(kOnes)) {
   if constexpr (!Isa::kAddsIn16Bits) {
     dot = Isa::dot4(dot, w, a);
   } else if constexpr (kNarrowGroups == 0) {
@@ -42,7 +46,7 @@ TKT_INLINE void accumulate(typename Isa::I& dot, typename Isa::I& narrow, typena
     const typename Isa::I pairs = Isa::pair_products(w, a);
     narrow = group % kNarrowGroups == 0 ? pairs : Isa::add_pairs(narrow, pairs);
     constexpr bool kFull = group % kNarrowGroups == kNarrowGroups - 1;
-    if constexpr (kFull || group == kGroups - 1) dot = Isa::add_i(dot, Isa::widen_pairs(narrow));
+    if constexpr (kFull || group == kGroups - 1) dot = Isa::add_i(dot, Isa::widen_pairs(narrow, factors));
   }
 }
 
@@ -56,6 +60,7 @@ TKT_INLINE V::I shift_to_bit(V::I bytes) {
 // ---- 32-wide types: weight bytes are unsigned (q + offset), the offset is taken back through the block's sum. -------
 
 struct Q4_0Words {
+  static constexpr int kColumns = 32;
   static constexpr bool kLeadingScales = true;
   static constexpr int kWords = 4;
   static constexpr int kNarrowGroups = 8;  // 8 * 2 * 15 * 127 = 30,480
@@ -68,6 +73,7 @@ struct Q4_0Words {
 };
 
 struct Q5_0Words {
+  static constexpr int kColumns = 32;
   static constexpr bool kLeadingScales = true;
   static constexpr int kWords = 5;
   static constexpr int kNarrowGroups = 4;  // 4 * 2 * 31 * 127 = 31,496
@@ -82,6 +88,7 @@ struct Q5_0Words {
 };
 
 struct Q8_0Words {
+  static constexpr int kColumns = 32;
   static constexpr bool kLeadingScales = true;
   static constexpr int kWords = 8;
   static constexpr int kNarrowGroups = 0;  // 2 * 255 * 127 = 64,770, but signed 2 * 128 * 127 = 32,512
@@ -203,6 +210,7 @@ TKT_INLINE V::I nibbles(V::I word) {
 }
 
 struct Q4_KWords {
+  static constexpr int kColumns = 256;
   static constexpr int kWords = 36;
   static constexpr bool kLeadingScales = false;
   static constexpr int kNarrowGroups = 8;
@@ -219,6 +227,7 @@ struct Q4_KWords {
 };
 
 struct Q5_KWords {
+  static constexpr int kColumns = 256;
   static constexpr int kWords = 44;
   static constexpr bool kLeadingScales = false;
   static constexpr int kNarrowGroups = 4;
@@ -236,6 +245,7 @@ struct Q5_KWords {
 };
 
 struct Q6_KWords {
+  static constexpr int kColumns = 256;
   static constexpr int kWords = 52;
   static constexpr bool kLeadingScales = true;
   static constexpr int kNarrowGroups = 2;  // 2 * 2 * 63 * 127 = 32,004
@@ -477,146 +487,6 @@ static inline void dot_one_k(const DotArgs& args) {
   }
 }
 
-// ---- K-quants times many tokens ------------------------------------------------------------------------------------
-//
-// A block of 256 columns is unpacked once, to bytes in L1, and every tile runs over it; between blocks the sums wait in
-// the caller's `out`. Dot products, multiplications and fma share two pipes of a core of Zen 5: per 32 columns of an
-// output, Q4_K and Q5_K need 8 dot products, a product with the scale, and an fma each for the sum and for the minimum,
-// Q6_K two products and one fma. So this order of work can reach 71% of the dot products' peak (1,008 GOPS). Measured at
-// 64 tokens, 7,168 columns, with every tile unpacking for itself and so: Q4_K 580 and 650 GOPS, Q5_K 510 and 645, Q6_K
-// 470 and 620. Fewer than 12 tokens do not pay for it: two cores of Zen 4, weights from memory, 6 tokens Q4_K 345 and 250,
-// Q6_K 335 and 225, 12 the same within noise. Nor do the 32-wide types, which need little unpacking.
-
-constexpr int kUnpackTokens = 12;
-constexpr int kUnpackPassTokens = 96;  // as fast as 64, and the experts of a prompt of 512 rarely have more
-
-template <int R>
-struct UnpackedBlock {
-  alignas(64) uint8_t weights[8][8][R][64];  // of 32 columns, of 4 columns
-  alignas(64) float scales[8][2][R][16];     // of 32 columns; of 16 in Q6_K
-  alignas(64) float minima[8][R][16];
-  alignas(64) float d[R][16];
-  alignas(64) float dmin[R][16];
-};
-
-// As add_groups_k: kGroups groups of 4 columns, from group kFirst of the 32 columns.
-template <int kNarrowGroups, int T, int R, int kFirst, int kGroups, int group>
-TKT_INLINE void add_unpacked_groups(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uint8_t (&weights)[8][R][64],
-                                    const int8_t* const (&q)[T]) {
-  V::I w[R];
-  TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = V::load_i(weights[kFirst + group][r]);
-  TKT_UNROLL for (int t = 0; t < T; ++t) {
-    const V::I a = V::broadcast_i(q[t] + 4 * (kFirst + group));
-    TKT_UNROLL for (int r = 0; r < R; ++r) accumulate<kNarrowGroups, group, kGroups>(dot[t][r], narrow[t][r], w[r], a);
-  }
-  if constexpr (group + 1 < kGroups) {
-    add_unpacked_groups<kNarrowGroups, T, R, kFirst, kGroups, group + 1>(dot, narrow, weights, q);
-  }
-}
-
-template <class Words, int R, int j, int group>
-TKT_INLINE void unpack_groups(UnpackedBlock<R>& unpacked, int r, const uint8_t* words,
-                                const typename Words::Scales& scales) {
-  constexpr int kColumn = j * Words::kSubColumns + 4 * group;
-  V::store_i(unpacked.weights[kColumn / 32][kColumn % 32 / 4][r], weights_of<Words, kColumn / 32, kColumn % 32 / 4>(words));
-  if constexpr (group == 0) {
-    V::store(unpacked.scales[kColumn / 32][kColumn % 32 / 16][r], V::to_float(scales.template scale<j>()));
-    if constexpr (Words::Scales::kHasMinima) V::store(unpacked.minima[j][r], scales.template min<j>());
-  }
-  if constexpr (group + 1 < Words::kSubColumns / 4) {
-    unpack_groups<Words, R, j, group + 1>(unpacked, r, words, scales);
-  } else if constexpr (kColumn + 4 < 256) {
-    unpack_groups<Words, R, j + 1, 0>(unpacked, r, words, scales);
-  }
-}
-
-template <class Words, int R>
-static inline void unpack_block(const DotArgs& args, int64_t block, UnpackedBlock<R>& unpacked) {
-  for (int r = 0; r < R; ++r) {
-    const uint8_t* words = block_words<Words>(args.panels[r], args.blocks, block);
-    typename Words::Scales scales;
-    scales.read(words, block_scales<Words>(args.panels[r], block));
-    V::store(unpacked.d[r], scales.d);
-    if constexpr (Words::Scales::kHasMinima) V::store(unpacked.dmin[r], scales.dmin);
-    unpack_groups<Words, R, 0, 0>(unpacked, r, words, scales);
-  }
-}
-
-// As add_sub_blocks, for 32 columns of the block.
-template <class Words, int T, int R, int half>
-TKT_INLINE void add_unpacked_halves(V::F (&sums)[T][R], const UnpackedBlock<R>& unpacked, int b,
-                                    const ActivationQ8* const (&act)[T]) {
-  constexpr int kGroups = Words::kSubColumns / 4;
-  V::I dot[T][R];
-  const int8_t* q[T];
-  TKT_UNROLL for (int t = 0; t < T; ++t) {
-    q[t] = act[t][b].q;
-    V::I start = V::set_i(0);
-    if constexpr (Words::kOffsetLog2 >= 0) {
-      start = V::template shift_left<Words::kOffsetLog2>(V::broadcast_i(&act[t][b].neg_sum16[half]));
-    }
-    TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = start;
-  }
-  V::I narrow[T][R];
-  add_unpacked_groups<Words::kNarrowGroups, T, R, half * kGroups, kGroups, 0>(dot, narrow, unpacked.weights[b], q);
-  TKT_UNROLL for (int r = 0; r < R; ++r) {
-    const V::F scale = V::load(unpacked.scales[b][half][r]);
-    TKT_UNROLL for (int t = 0; t < T; ++t) {
-      const V::F of_half = V::to_float(dot[t][r]);
-      sums[t][r] = half == 0 ? V::mul(of_half, scale) : V::fma(of_half, scale, sums[t][r]);
-    }
-  }
-  if constexpr ((half + 1) * Words::kSubColumns < 32) add_unpacked_halves<Words, T, R, half + 1>(sums, unpacked, b, act);
-}
-
-template <class Words, int T, int R>
-static inline void dot_tile_unpacked(const UnpackedBlock<R>& unpacked, const DotArgs& args, int64_t block, int token) {
-  const ActivationQ8* act[T];
-  TKT_UNROLL for (int t = 0; t < T; ++t) {
-    act[t] = reinterpret_cast<const ActivationQ8*>(args.activations[token + t]) + block * 8;
-  }
-  V::F acc[T][R];
-  TKT_UNROLL for (int t = 0; t < T; ++t) {
-    TKT_UNROLL for (int r = 0; r < R; ++r) acc[t][r] = V::zero_f();
-  }
-  for (int b = 0; b < 8; ++b) {
-    V::F sums[T][R];
-    add_unpacked_halves<Words, T, R, 0>(sums, unpacked, b, act);
-    TKT_UNROLL for (int t = 0; t < T; ++t) {
-      const V::F d = V::set_f(act[t][b].d);
-      TKT_UNROLL for (int r = 0; r < R; ++r) acc[t][r] = V::fma(sums[t][r], d, acc[t][r]);
-    }
-  }
-  TKT_UNROLL for (int r = 0; r < R; ++r) {
-    const V::F d = V::load(unpacked.d[r]);
-    TKT_UNROLL for (int t = 0; t < T; ++t) {
-      const V::F before = block == 0 ? V::zero_f() : V::load(args.out + (token + t) * 32 + r * 16);
-      acc[t][r] = V::fma(d, acc[t][r], before);
-    }
-  }
-  if constexpr (Words::Scales::kHasMinima) {
-    V::F minima[T][R];
-    TKT_UNROLL for (int t = 0; t < T; ++t) {
-      TKT_UNROLL for (int r = 0; r < R; ++r) minima[t][r] = V::zero_f();
-    }
-    TKT_UNROLL for (int b = 0; b < 8; ++b) {
-      V::F min[R];
-      TKT_UNROLL for (int r = 0; r < R; ++r) min[r] = V::load(unpacked.minima[b][r]);
-      TKT_UNROLL for (int t = 0; t < T; ++t) {
-        const V::F d_sum = V::set_f(act[t][b].d_sum);
-        TKT_UNROLL for (int r = 0; r < R; ++r) minima[t][r] = V::fma(min[r], d_sum, minima[t][r]);
-      }
-    }
-    TKT_UNROLL for (int r = 0; r < R; ++r) {
-      const V::F dmin = V::load(unpacked.dmin[r]);
-      TKT_UNROLL for (int t = 0; t < T; ++t) acc[t][r] = V::fnma(dmin, minima[t][r], acc[t][r]);
-    }
-  }
-  TKT_UNROLL for (int t = 0; t < T; ++t) {
-    TKT_UNROLL for (int r = 0; r < R; ++r) V::store(args.out + (token + t) * 32 + r * 16, acc[t][r]);
-  }
-}
-
 // ---- Float types: one fma per column. ------------------------------------------------------------------------------
 
 struct F32Words {
@@ -656,153 +526,6 @@ TKT_INLINE void dot_tile_float(const DotArgs& args, int token, int64_t ahead) {
   }
 }
 
-// ---- Tiling over tokens -------------------------------------------------------------------------------------------
-
 static inline DotArgs one_panel(const DotArgs& args, int panel) {
   return {{args.panels[panel], nullptr}, 1, args.blocks, args.activations, args.tokens, args.out + panel * 16};
 }
-
-// From 2 tokens on.
-#define TKT_DEFINE_FEW(function, tile, words, tile_tokens)                                   \
-  template <int T, int R>                                                                    \
-  static inline int function##_tiles(const DotArgs& args, int token) {                       \
-    for (; token + T <= args.tokens; token += T) {                                           \
-      const bool asks = T > 1 && token == 0 && software_prefetch_pays();                     \
-      tile<words, T, R>(args, token, asks ? kAheadBytes : 0);                                \
-    }                                                                                        \
-    return token;                                                                            \
-  }                                                                                          \
-  template <int R>                                                                           \
-  static inline void function##_panels(const DotArgs& args) {                                \
-    int token = 0;                                                                           \
-    token = function##_tiles<tile_tokens, R>(args, token);                                   \
-    if constexpr (tile_tokens > 4) token = function##_tiles<4, R>(args, token);              \
-    if constexpr (tile_tokens > 2) token = function##_tiles<2, R>(args, token);              \
-    function##_tiles<1, R>(args, token);                                                     \
-  }                                                                                          \
-  static void function(const DotArgs& args) {                                                \
-    if (args.panel_count == 2 && V::kTilePanels == 2) {                                      \
-      function##_panels<V::kTilePanels>(args);                                               \
-    } else {                                                                                 \
-      for (int p = 0; p < args.panel_count; ++p) function##_panels<1>(one_panel(args, p));   \
-    }                                                                                        \
-  }
-
-// One token is bound by memory, and memory likes one stream: quantized panels are then read one after the other (Q4_K on
-// one core of Zen 5: 30 GB/s instead of 23). Floats keep two, because a single chain of fma reaches 26 GB/s of F16.
-#define TKT_DEFINE_DOT(function, tile, words, tile_tokens, panels_for_one_token)                       \
-  TKT_DEFINE_FEW(function##_few, tile, words, tile_tokens)                                             \
-  template <int64_t ahead>                                                                             \
-  static inline void function##_one(const DotArgs& args) {                                             \
-    if (panels_for_one_token == 2 && args.panel_count == 2) {                                          \
-      tile<words, 1, panels_for_one_token>(args, 0, ahead);                                            \
-    } else {                                                                                           \
-      for (int p = 0; p < args.panel_count; ++p) tile<words, 1, 1>(one_panel(args, p), 0, ahead);      \
-    }                                                                                                  \
-  }                                                                                                    \
-  static void function(const DotArgs& args) {                                                          \
-    if (args.tokens > 1) {                                                                             \
-      function##_few(args);                                                                            \
-    } else if (software_prefetch_pays()) {                                                             \
-      function##_one<kAheadBytes>(args);                                                               \
-    } else {                                                                                           \
-      function##_one<0>(args);                                                                         \
-    }                                                                                                  \
-  }
-
-// Asks for the block that is unpacked next, a few lines before each tile: all of them at once would wait for each other.
-// Two threads, 64 tokens: Q4_K 1,105 and 1,210 GOPS; Q6_K, whose separate scales nobody asked for, 980 and 1,150.
-template <class Words, int R>
-struct NextBlock {
-  const uint8_t* words[R];
-  int lines_per_tile;
-  int line = 0;
-
-  NextBlock(const DotArgs& args, int64_t block, int tiles) : lines_per_tile((Words::kWords + tiles - 1) / tiles) {
-    for (int r = 0; r < R; ++r) {
-      words[r] = block_words<Words>(args.panels[r], args.blocks, block + 1);
-    }
-  }
-  void prefetch() {
-    for (const int end = line + lines_per_tile; line < end; ++line) {
-      for (int r = 0; r < R; ++r) V::prefetch(words[r] + line * 64);
-    }
-  }
-};
-
-// One of the tiles of at most kTokens that share all tokens evenly: 7 = 4 + 3, 13 = 5 + 4 + 4; 9 = 3 + 3 + 3 where kTokens
-// is 4.
-template <class Words, int kTokens, int R, int T>
-TKT_INLINE void dot_even_tile(const UnpackedBlock<R>& unpacked, const DotArgs& args, int64_t block, int token,
-                              int tokens) {
-  constexpr int kSmallest = 3;
-  static_assert(kUnpackTokens >= 6 && kTokens >= 4 && kTokens <= 6, "smaller tiles would be needed");
-  if constexpr (T > kSmallest) {
-    if (tokens < T) return dot_even_tile<Words, kTokens, R, T - 1>(unpacked, args, block, token, tokens);
-  }
-  dot_tile_unpacked<Words, T, R>(unpacked, args, block, token);
-}
-
-template <class Words, int R>
-static inline void unpacked_pass(const DotArgs& args) {
-  // Q6_K adds two products before they become floats, which takes registers: on Zen 5 it is 6% faster with 4 tokens.
-  constexpr int kTokens = Words::kSubColumns == 32 ? V::kTileTokensK : 4;
-  const int tiles = (args.tokens + kTokens - 1) / kTokens;
-  UnpackedBlock<R> unpacked;
-  for (int64_t block = 0; block < args.blocks; ++block) {
-    unpack_block<Words, R>(args, block, unpacked);
-    NextBlock<Words, R> next(args, block, tiles);
-    int token = 0;
-    for (int tile = 1; tile <= tiles; ++tile) {
-      const int end = args.tokens * tile / tiles;
-      next.prefetch();
-      dot_even_tile<Words, kTokens, R, kTokens>(unpacked, args, block, token, end - token);
-      token = end;
-    }
-  }
-}
-
-template <class Words>
-static inline void dot_many(const DotArgs& args) {
-  const int passes = (args.tokens + kUnpackPassTokens - 1) / kUnpackPassTokens;
-  for (int i = 0; i < passes; ++i) {
-    const int begin = args.tokens * i / passes;
-    DotArgs pass = args;
-    pass.activations += begin;
-    pass.out += begin * 32;
-    pass.tokens = args.tokens * (i + 1) / passes - begin;
-    if (args.panel_count == 2 && V::kTilePanels == 2) {
-      unpacked_pass<Words, V::kTilePanels>(pass);
-    } else {
-      for (int p = 0; p < args.panel_count; ++p) unpacked_pass<Words, 1>(one_panel(pass, p));
-    }
-  }
-}
-
-#define TKT_DEFINE_K_QUANT_DOT(function, words)                  \
-  TKT_DEFINE_FEW(function##_few, dot_tile_k, words, 4)           \
-  static void function(const DotArgs& args) {                    \
-    if (args.tokens >= kUnpackTokens) {                          \
-      dot_many<words>(args);                                     \
-    } else if (args.tokens > 1) {                                \
-      function##_few(args);                                      \
-    } else if (software_prefetch_pays()) {                       \
-      dot_one_k<words, kAheadBytes>(args);                       \
-    } else {                                                     \
-      dot_one_k<words, 0>(args);                                 \
-    }                                                            \
-  }
-
-TKT_DEFINE_DOT(dot_f32, dot_tile_float, F32Words, V::kTileTokens, 2)
-TKT_DEFINE_DOT(dot_f16, dot_tile_float, F16Words, V::kTileTokens, 2)
-TKT_DEFINE_DOT(dot_bf16, dot_tile_float, BF16Words, V::kTileTokens, 2)
-TKT_DEFINE_DOT(dot_q4_0, dot_tile_32, Q4_0Words, V::kTileTokens, 1)
-TKT_DEFINE_DOT(dot_q5_0, dot_tile_32, Q5_0Words, V::kTileTokens, 1)
-TKT_DEFINE_DOT(dot_q8_0, dot_tile_32, Q8_0Words, V::kTileTokens, 1)
-TKT_DEFINE_K_QUANT_DOT(dot_q4_k, Q4_KWords)
-TKT_DEFINE_K_QUANT_DOT(dot_q5_k, Q5_KWords)
-TKT_DEFINE_K_QUANT_DOT(dot_q6_k, Q6_KWords)
-
-#undef TKT_DEFINE_K_QUANT_DOT
-#undef TKT_DEFINE_DOT
-#undef TKT_DEFINE_FEW
