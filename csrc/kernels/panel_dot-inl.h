@@ -29,12 +29,12 @@ TKT_INLINE void ask_ahead(const uint8_t* words, int first, int end, int64_t ahea
   TKT_UNROLL for (int line = first; line < end; ++line) V::prefetch_to_l2(words + line * 64 + ahead);
 }
 
+// Factors that leave 16-bit sums as they are.
+constexpr int32_t kOnes = 0x00010001;
+
 // dot += the products of one group of 4 columns. Without VNNI, byte products are first added in 16 bits, for as many
 // groups as cannot overflow: kNarrowGroups * 2 * (largest weight) * 127 <= 32,767. 0 where not even one group can: such
-// weights come as signed bytes.
-//
-// Widening multiplies both halves of a lane by those of `factors`.
-constexpr int32_t kOnes = 0x00010001;
+// weights come as signed bytes. Widening them multiplies by `factors`, a pair of 16 bits to a lane.
 template <int kNarrowGroups, int group, int kGroups, class Isa = V>
 TKT_INLINE void accumulate(typename Isa::I& dot, typename Isa::I& narrow, typename Isa::I w, typename Isa::I a,
                            typename Isa::I factors = V::set_i(kOnes)) {

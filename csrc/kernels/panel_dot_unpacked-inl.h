@@ -1,6 +1,6 @@
 // Products of many tokens, of types that must be unpacked: 256 columns of a panel become bytes in L1 once, and every tile of
-// tokens runs over them; between blocks the sums wait in the caller's `out`. Rules as for panel_dot-inl.h,
-// which comes before it.
+// tokens runs over them; between blocks the sums wait in the caller's `out`. Rules as for panel_dot-inl.h, which comes
+// before it.
 //
 // Dot products, multiplications and fma share two pipes of a core of Zen 5: per 32 columns of an output, Q4_K and Q5_K need
 // 8 dot products, a product with the scale, and an fma each for the sum and for the minimum, Q6_K two products and one fma.
@@ -17,8 +17,8 @@ struct UnpackedBlock {
   alignas(64) uint8_t weights[8][8][R][64];  // of 32 columns, of 4 columns
   // Of 32 columns, of 16 in Q6_K: floats; in K-quants where V::kFoldsScales, pairs of 16 bits.
   alignas(64) uint8_t scales[8][2][R][64];
-  alignas(64) uint8_t
-      offset_scales[8][R][64];  // of Q6_K where V::kFoldsScales: both scales times the offset, in 16 bits
+  // Of Q6_K where V::kFoldsScales: the scales of both halves times the offset, as a pair.
+  alignas(64) uint8_t offset_scales[8][R][64];
   alignas(64) float minima[8][R][16];
   alignas(64) float d[R][16];
   alignas(64) float dmin[R][16];
