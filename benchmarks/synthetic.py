@@ -222,8 +222,9 @@ def write(
     for slot in tqdm.tqdm(slots, desc=path.name, unit="tensor"):
         base = slot.gguf_name.split(".")[-2]
         if len(slot.shape) == 1:
-            values = np.ones(slot.shape, np.float32)
-            writer.write_tensor_data(values if base != "exp_probs_b" else 0.1 * rng.standard_normal(slot.shape))
+            is_bias = base == "exp_probs_b"
+            values = 0.1 * rng.standard_normal(slot.shape) if is_bias else np.ones(slot.shape)
+            writer.write_tensor_data(values.astype(np.float32))
             continue
         gain = next((gain for name, gain in _GAINS.items() if base.startswith(name)), 1.0)
         deviation = gain / math.sqrt(slot.shape[-1]) if gain else 1.0

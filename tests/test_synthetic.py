@@ -6,11 +6,16 @@ import importlib.util
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
-from gguf import GGML_QUANT_SIZES
+import torch
+from gguf import GGML_QUANT_SIZES, dequantize
 from gguf import GGMLQuantizationType as Type
+from transformers import AutoModelForCausalLM
 
+import transformers_kt  # noqa: F401
 from transformers_kt.gguf.reader import GgufFile
 
 
@@ -44,11 +49,32 @@ def test_sparse_v3_has_the_types_and_the_size_of_the_published_r1_file(
     assert path.stat().st_blocks * 512 < 16 << 20
 
 
+@pytest.mark.parametrize("model", ["v2-lite", "v2", "v3"])
+def test_a_written_file_loads_and_its_logits_are_finite(
+    synthetic: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str
+) -> None:
+    full = synthetic.MODELS[model]
+
+    def small() -> Any:
+        config = full()
+        config.update({
+            "vocab_size": 64, "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 256,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "first_k_dense_replace": 1,
+        })  # fmt: skip
+        return config
+
+    monkeypatch.setitem(synthetic.MODELS, model, small)
+    path = tmp_path / "small.gguf"
+    synthetic.write(model, "q4_k_m", path, layers=2, experts=16)
+    loaded = AutoModelForCausalLM.from_pretrained(None, gguf_path=path)
+    with torch.no_grad():
+        logits = loaded(input_ids=torch.tensor([[3, 1, 4]])).logits
+    assert logits.shape == (1, 3, 64)
+    assert logits.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q5_0", "Q8_0", "F16", "BF16"])
 def test_random_blocks_have_the_deviation_asked_for(synthetic: ModuleType, name: str) -> None:
-    import numpy as np
-    from gguf import dequantize
-
     blocks = synthetic.random_blocks(Type[name], 4096, 0.02, np.random.default_rng(0))
     assert blocks.shape == (4096, GGML_QUANT_SIZES[Type[name]][1])
     values = dequantize(blocks, Type[name])
