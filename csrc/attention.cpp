@@ -37,6 +37,16 @@ void check_shape(const std::shared_ptr<PackedMatrix>& w, const char* name, int64
                               " x " + std::to_string(cols) + ", got " + found);
 }
 
+// out[tokens][heads][out_width], of which w[head] computes the first rows from inputs[tokens][heads].
+void run_heads(const PackedMatrix& w, const Activations& inputs, int64_t tokens, float* out, int64_t out_width) {
+  const int64_t heads = w.count();
+  std::vector<const uint8_t*> by_head(static_cast<size_t>(tokens * heads));
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t t = 0; t < tokens; ++t) by_head[static_cast<size_t>(h * tokens + t)] = inputs.row(t * heads + h);
+  }
+  run_linears({{&w, 0, heads, by_head.data(), tokens, out, out_width, heads * out_width}});
+}
+
 }  // namespace
 
 MlaAttention::MlaAttention(const AttentionConfig& config, AttentionWeights weights)
@@ -101,37 +111,21 @@ void MlaAttention::absorb_queries(float* first, const float* rope_table, int64_t
     linear(*weights_.q, 0, first, tokens, second.floats());
   }
   const float* plain = has_two ? second.floats() : first;
-  parallel_for(tokens, [&](int64_t t) {
-    for (int64_t h = 0; h < c.heads; ++h) {
-      const float* rope_part = plain + (t * c.heads + h) * head_dim + c.nope_dim;
-      rotate(rope_table + t * c.rope_dim, c.rope_dim, rope_part, queries + (t * c.heads + h) * width + c.latent_dim);
-    }
+  const Activations nope(Activations::Deferred{}, weights_.k_b->info().activation, plain, tokens * c.heads, c.nope_dim,
+                         head_dim);
+  for_each_row(tokens * c.heads, head_dim, [&](int64_t row) {
+    rotate(rope_table + row / c.heads * c.rope_dim, c.rope_dim, plain + row * head_dim + c.nope_dim,
+           queries + row * width + c.latent_dim);
+    nope.quantize_row(row);
   });
-  // Row t * heads + h of the quantized activations is head h of token t; k_b takes them head by head.
-  const Activations nope(weights_.k_b->info().activation, plain, tokens * c.heads, c.nope_dim, head_dim);
-  std::vector<const uint8_t*> rows(static_cast<size_t>(tokens * c.heads));
-  std::vector<LinearTask> tasks;
-  for (int64_t h = 0; h < c.heads; ++h) {
-    const uint8_t** head_rows = rows.data() + h * tokens;
-    for (int64_t t = 0; t < tokens; ++t) head_rows[t] = nope.row(t * c.heads + h);
-    tasks.push_back({weights_.k_b.get(), h, head_rows, tokens, queries + h * width, c.heads * width});
-  }
-  run_linears(tasks);
+  run_heads(*weights_.k_b, nope, tokens, queries, width);
 }
 
 void MlaAttention::output(const float* contexts, int64_t tokens, float* out) const {
   const AttentionConfig& c = config_;
   const Activations quantized(weights_.v_b->info().activation, contexts, tokens * c.heads, c.latent_dim, c.latent_dim);
   const ScratchBuffer values(static_cast<size_t>(tokens * c.heads * c.value_dim) * sizeof(float));
-  std::vector<const uint8_t*> rows(static_cast<size_t>(tokens * c.heads));
-  std::vector<LinearTask> tasks;
-  for (int64_t h = 0; h < c.heads; ++h) {
-    const uint8_t** head_rows = rows.data() + h * tokens;
-    for (int64_t t = 0; t < tokens; ++t) head_rows[t] = quantized.row(t * c.heads + h);
-    tasks.push_back(
-        {weights_.v_b.get(), h, head_rows, tokens, values.floats() + h * c.value_dim, c.heads * c.value_dim});
-  }
-  run_linears(tasks);
+  run_heads(*weights_.v_b, quantized, tokens, values.floats(), c.value_dim);
   linear(*weights_.o, 0, values.floats(), tokens, out);
 }
 
@@ -175,8 +169,8 @@ void MlaAttention::append_and_attend(const float* x, const float* rope_table, in
   const ScratchBuffer compressed(static_cast<size_t>(total * keys.rows()) * sizeof(float));
   const ScratchBuffer first(static_cast<size_t>(total * query.rows()) * sizeof(float));
   const Activations rows(keys.info().activation, x, total, keys.cols(), keys.cols());
-  run_linears({{&keys, 0, rows.rows(), total, compressed.floats(), keys.rows()},
-               {&query, 0, rows.rows(), total, first.floats(), query.rows()}});
+  run_linears({{&keys, 0, 1, rows.rows(), total, compressed.floats(), 0, keys.rows()},
+               {&query, 0, 1, rows.rows(), total, first.floats(), 0, query.rows()}});
   store_keys(compressed.floats(), rope_table, batch, tokens, new_keys);
   attend_chunk(first.floats(), rope_table, {0, total, tokens}, cache, visibility, out);
 }

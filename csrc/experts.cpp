@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 
 #include "dispatch.h"
@@ -25,36 +26,56 @@ constexpr int64_t kTileTokens = 96;
 struct ExpertRun {
   const ExpertWeights* experts;
   int64_t index;
-  std::vector<int64_t> tokens;  // ascending
-  std::vector<float> weights;   // empty: all 1
-  int64_t first_row;            // of this run in the intermediate results
+  const int64_t* tokens;  // [count] ascending
+  const float* weights;   // [count]; null: all 1
+  int64_t count;
+  int64_t first_row;  // of this run in the intermediate results
 };
 
-std::vector<ExpertRun> routed_runs(const ExpertWeights& routed, const int32_t* indices, const float* weights,
-                                   int64_t top_k, int64_t tokens) {
-  std::vector<ExpertRun> by_expert(static_cast<size_t>(routed.count()));
-  for (int64_t token = 0; token < tokens; ++token) {
-    for (int64_t k = 0; k < top_k; ++k) {
-      ExpertRun& run = by_expert[static_cast<size_t>(indices[token * top_k + k])];
-      run.tokens.push_back(token);
-      run.weights.push_back(weights[token * top_k + k]);
+// Which experts work on what: routed ones ascending, then the shared one.
+class ExpertRuns {
+ public:
+  // routed or shared may be null.
+  ExpertRuns(const ExpertWeights* routed, const int32_t* indices, const float* weights, int64_t top_k,
+             const ExpertWeights* shared, int64_t tokens) {
+    const int64_t chosen = routed != nullptr ? tokens * top_k : 0;
+    tokens_.resize(static_cast<size_t>(chosen + (shared != nullptr ? tokens : 0)));
+    weights_.resize(static_cast<size_t>(chosen));
+    // Sorted by expert and then by token. Lists for each of 256 experts would cost a token more than its norms.
+    std::vector<int64_t> order(static_cast<size_t>(chosen));
+    std::iota(order.begin(), order.end(), 0);
+    std::sort(order.begin(), order.end(),
+              [&](int64_t a, int64_t b) { return indices[a] != indices[b] ? indices[a] < indices[b] : a < b; });
+    runs_.reserve(static_cast<size_t>(std::min(chosen, routed != nullptr ? routed->count() : 0) + 1));
+    for (int64_t i = 0; i < chosen; ++i) {
+      const int64_t choice = order[static_cast<size_t>(i)];
+      tokens_[static_cast<size_t>(i)] = choice / top_k;
+      weights_[static_cast<size_t>(i)] = weights[choice];
+      if (runs_.empty() || runs_.back().index != indices[choice]) {
+        runs_.push_back({routed, indices[choice], tokens_.data() + i, weights_.data() + i, 0, i});
+      }
+      ++runs_.back().count;
     }
+    if (shared != nullptr) {
+      std::iota(tokens_.begin() + chosen, tokens_.end(), 0);
+      runs_.push_back({shared, 0, tokens_.data() + chosen, nullptr, tokens, chosen});
+    }
+    for (const ExpertRun& run : runs_) widest_ = std::max(widest_, run.experts->intermediate());
   }
-  std::vector<ExpertRun> runs;
-  for (size_t e = 0; e < by_expert.size(); ++e) {
-    if (by_expert[e].tokens.empty()) continue;
-    by_expert[e].experts = &routed;
-    by_expert[e].index = static_cast<int64_t>(e);
-    runs.push_back(std::move(by_expert[e]));
-  }
-  return runs;
-}
+  ExpertRuns(const ExpertRuns&) = delete;
+  ExpertRuns& operator=(const ExpertRuns&) = delete;
 
-ExpertRun shared_run(const ExpertWeights& shared, int64_t tokens) {
-  ExpertRun run{&shared, 0, std::vector<int64_t>(static_cast<size_t>(tokens)), {}, 0};
-  for (int64_t token = 0; token < tokens; ++token) run.tokens[static_cast<size_t>(token)] = token;
-  return run;
-}
+  const std::vector<ExpertRun>& all() const { return runs_; }
+  // Of buffers with a row for each token of each run.
+  int64_t rows() const { return static_cast<int64_t>(tokens_.size()); }
+  int64_t widest() const { return widest_; }
+
+ private:
+  std::vector<int64_t> tokens_;
+  std::vector<float> weights_;
+  std::vector<ExpertRun> runs_;
+  int64_t widest_ = 0;
+};
 
 // x quantized once for each format that some gate or up matrix wants.
 class InputFormats {
@@ -75,9 +96,7 @@ class InputFormats {
   std::unique_ptr<Activations> formats_[kActivationFormats];
 };
 
-int64_t tiles_of(const ExpertRun& run) {
-  return (static_cast<int64_t>(run.tokens.size()) + kTileTokens - 1) / kTileTokens;
-}
+int64_t tiles_of(const ExpertRun& run) { return (run.count + kTileTokens - 1) / kTileTokens; }
 
 // Some of its tokens.
 struct Tile {
@@ -86,9 +105,8 @@ struct Tile {
 };
 
 Tile tile_of(const ExpertRun& run, int64_t tile) {
-  const int64_t tokens = static_cast<int64_t>(run.tokens.size());
-  const int64_t first = tokens * tile / tiles_of(run);
-  return {first, static_cast<int>(tokens * (tile + 1) / tiles_of(run) - first)};
+  const int64_t first = run.count * tile / tiles_of(run);
+  return {first, static_cast<int>(run.count * (tile + 1) / tiles_of(run) - first)};
 }
 
 // Pieces of (run, panel, token tile) laid end to end.
@@ -146,7 +164,7 @@ void gate_and_up(const KernelTable& table, const InputFormats& inputs, const Pie
   const uint8_t* up_rows[kTileTokens];
   const ExpertWeights& experts = *piece.run->experts;
   for (int t = 0; t < piece.tokens.count; ++t) {
-    const int64_t token = piece.run->tokens[static_cast<size_t>(piece.tokens.first + t)];
+    const int64_t token = piece.run->tokens[piece.tokens.first + t];
     gate_rows[t] = inputs.of(experts.gate()).row(token);
     up_rows[t] = inputs.of(experts.up()).row(token);
   }
@@ -178,8 +196,8 @@ void add_down(const KernelTable& table, const ExpertRun& run, const Activations&
     args.activations = activations.rows() + tokens.first;
     table.dot[static_cast<int>(w.info().type)](args);
     for (int t = 0; t < args.tokens; ++t) {
-      const size_t slot = static_cast<size_t>(tokens.first + t);
-      const float weight = run.weights.empty() ? 1.0f : run.weights[slot];
+      const int64_t slot = tokens.first + t;
+      const float weight = run.weights == nullptr ? 1.0f : run.weights[slot];
       table.add_scaled(tile + t * 32, weight, columns, out + run.tokens[slot] * hidden + column);
     }
   }
@@ -210,22 +228,6 @@ int64_t down_pairs_at_once(const PackedMatrix& w) {
   return std::clamp<int64_t>(pairs / (kGroupsPerThread * thread_count()), 1, kMostPairs);
 }
 
-// Where the runs' results begin in buffers of one row for each token of each run; the number of rows.
-int64_t lay_out(std::vector<ExpertRun>& runs) {
-  int64_t rows = 0;
-  for (ExpertRun& run : runs) {
-    run.first_row = rows;
-    rows += static_cast<int64_t>(run.tokens.size());
-  }
-  return rows;
-}
-
-int64_t widest_of(const std::vector<ExpertRun>& runs) {
-  int64_t widest = 0;
-  for (const ExpertRun& run : runs) widest = std::max(widest, run.experts->intermediate());
-  return widest;
-}
-
 // The runs' intermediate results in the formats of their down matrices: row r of all is row r - first_row of its run.
 class DownInputs {
  public:
@@ -235,12 +237,13 @@ class DownInputs {
   DownInputs(const std::vector<ExpertRun>& runs, float* intermediate, int64_t rows, int64_t stride,
              const Prepare& prepare) {
     std::vector<size_t> run_of_row;
+    run_of_row.reserve(static_cast<size_t>(rows));
     of_runs_.reserve(runs.size());
     for (size_t r = 0; r < runs.size(); ++r) {
       const PackedMatrix& w = runs[r].experts->down();
       of_runs_.emplace_back(Activations::Deferred{}, w.info().activation, intermediate + runs[r].first_row * stride,
-                            static_cast<int64_t>(runs[r].tokens.size()), w.cols(), stride);
-      run_of_row.resize(run_of_row.size() + runs[r].tokens.size(), r);
+                            runs[r].count, w.cols(), stride);
+      run_of_row.resize(run_of_row.size() + static_cast<size_t>(runs[r].count), r);
     }
     for_each_row(rows, stride, [&](int64_t row) {
       const size_t r = run_of_row[static_cast<size_t>(row)];
@@ -255,22 +258,20 @@ class DownInputs {
 };
 
 // out[token] = the sum of its rows of results[rows][hidden], run by run, each times the run's weight.
-void sum_runs(const KernelTable& table, const std::vector<ExpertRun>& runs, const float* results, int64_t hidden,
-              int64_t tokens, float* out) {
+void sum_runs(const KernelTable& table, const ExpertRuns& runs, const float* results, int64_t hidden, int64_t tokens,
+              float* out) {
   constexpr int64_t kColumns = 1024;
   const int64_t pieces = (hidden + kColumns - 1) / kColumns;
-  int64_t rows = 0;
-  for (const ExpertRun& run : runs) rows += static_cast<int64_t>(run.tokens.size());
-  for_each_row(pieces, rows * std::min(hidden, kColumns), [&](int64_t piece) {
+  for_each_row(pieces, runs.rows() * std::min(hidden, kColumns), [&](int64_t piece) {
     const int64_t column = piece * kColumns;
     const int64_t columns = std::min(kColumns, hidden - column);
     for (int64_t t = 0; t < tokens; ++t) {
       std::memset(out + t * hidden + column, 0, sizeof(float) * static_cast<size_t>(columns));
     }
-    for (const ExpertRun& run : runs) {
-      for (size_t slot = 0; slot < run.tokens.size(); ++slot) {
-        const float weight = run.weights.empty() ? 1.0f : run.weights[slot];
-        const float* row = results + (run.first_row + static_cast<int64_t>(slot)) * hidden;
+    for (const ExpertRun& run : runs.all()) {
+      for (int64_t slot = 0; slot < run.count; ++slot) {
+        const float weight = run.weights == nullptr ? 1.0f : run.weights[slot];
+        const float* row = results + (run.first_row + slot) * hidden;
         table.add_scaled(row + column, weight, columns, out + run.tokens[slot] * hidden + column);
       }
     }
@@ -280,46 +281,48 @@ void sum_runs(const KernelTable& table, const std::vector<ExpertRun>& runs, cons
 // Few tokens are bound by reading the weights, which is fastest in long stretches: matrix by matrix, each thread some
 // neighbouring panels. Gate and up panels in turns, or an output panel of one expert after the other, break off after 15
 // to 130 KB, and the prefetchers begin anew: one V3 layer, one token, two cores of Zen 4 37 GB/s, and 44 like this.
-void run_few(std::vector<ExpertRun>& runs, const float* x, int64_t tokens, float* out) {
+void run_few(const ExpertRuns& runs, const float* x, int64_t tokens, float* out) {
   const KernelTable& table = kernels();
-  const InputFormats inputs(runs, x, tokens);
-  const int64_t rows = lay_out(runs);
-  const int64_t widest = widest_of(runs);
-  const int64_t hidden = runs.front().experts->hidden();
-  const ScratchBuffer gates(static_cast<size_t>(rows * widest) * sizeof(float));
-  const ScratchBuffer ups(static_cast<size_t>(rows * widest) * sizeof(float));
-  std::vector<std::vector<const uint8_t*>> token_rows;
+  const InputFormats inputs(runs.all(), x, tokens);
+  const int64_t widest = runs.widest();
+  const int64_t hidden = runs.all().front().experts->hidden();
+  const ScratchBuffer gates(static_cast<size_t>(runs.rows() * widest) * sizeof(float));
+  const ScratchBuffer ups(static_cast<size_t>(runs.rows() * widest) * sizeof(float));
+  std::vector<const uint8_t*> token_rows;  // of each run those of gate, then those of up
+  token_rows.reserve(static_cast<size_t>(2 * runs.rows()));
   std::vector<LinearTask> tasks;
-  for (const ExpertRun& run : runs) {
+  tasks.reserve(2 * runs.all().size());
+  for (const ExpertRun& run : runs.all()) {
     for (const bool is_gate : {true, false}) {
       const PackedMatrix& w = is_gate ? run.experts->gate() : run.experts->up();
-      token_rows.emplace_back();
-      for (const int64_t token : run.tokens) token_rows.back().push_back(inputs.of(w).row(token));
+      const Activations& rows = inputs.of(w);
+      const uint8_t* const* first = token_rows.data() + token_rows.size();
+      for (int64_t i = 0; i < run.count; ++i) token_rows.push_back(rows.row(run.tokens[i]));
       float* results = (is_gate ? gates : ups).floats() + run.first_row * widest;
-      tasks.push_back(
-          {&w, run.index, token_rows.back().data(), static_cast<int64_t>(run.tokens.size()), results, widest});
+      tasks.push_back({&w, run.index, 1, first, run.count, results, 0, widest});
     }
   }
   run_linears(tasks);
-  const DownInputs down_inputs(runs, gates.floats(), rows, widest, [&](int64_t row, int64_t n, float* gate) {
-    table.swiglu(gate, ups.floats() + row * widest, n, gate);
-  });
-  const ScratchBuffer results(static_cast<size_t>(rows * hidden) * sizeof(float));
+  const DownInputs down_inputs(
+      runs.all(), gates.floats(), runs.rows(), widest,
+      [&](int64_t row, int64_t n, float* gate) { table.swiglu(gate, ups.floats() + row * widest, n, gate); });
+  const ScratchBuffer results(static_cast<size_t>(runs.rows() * hidden) * sizeof(float));
   tasks.clear();
-  for (size_t r = 0; r < runs.size(); ++r) {
-    tasks.push_back({&runs[r].experts->down(), runs[r].index, down_inputs.of_runs()[r].rows(),
-                     static_cast<int64_t>(runs[r].tokens.size()), results.floats() + runs[r].first_row * hidden,
-                     hidden});
+  for (size_t r = 0; r < runs.all().size(); ++r) {
+    const ExpertRun& run = runs.all()[r];
+    tasks.push_back({&run.experts->down(), run.index, 1, down_inputs.of_runs()[r].rows(), run.count,
+                     results.floats() + run.first_row * hidden, 0, hidden});
   }
   run_linears(tasks);
   sum_runs(table, runs, results.floats(), hidden, tokens, out);
 }
 
-void run_many(std::vector<ExpertRun>& runs, const float* x, int64_t tokens, float* out) {
+void run_many(const ExpertRuns& expert_runs, const float* x, int64_t tokens, float* out) {
   const KernelTable& table = kernels();
+  const std::vector<ExpertRun>& runs = expert_runs.all();
   const InputFormats inputs(runs, x, tokens);
-  const int64_t rows = lay_out(runs);
-  const int64_t widest = widest_of(runs);
+  const int64_t rows = expert_runs.rows();
+  const int64_t widest = expert_runs.widest();
   std::vector<PieceIndex> pieces;  // of each node
   for (const ExpertRun& run : runs) {
     const PackedMatrix& gate = run.experts->gate();
@@ -356,8 +359,8 @@ void select_largest(const float* values, int64_t count, int64_t n, int64_t* chos
   for (int64_t k = 0; k < n; ++k) {
     int64_t best = -1;
     for (int64_t i = 0; i < count; ++i) {
-      if (std::find(chosen, chosen + k, i) != chosen + k) continue;
-      if (best < 0 || values[i] > values[best]) best = i;
+      if (best >= 0 && !(values[i] > values[best])) continue;
+      if (std::find(chosen, chosen + k, i) == chosen + k) best = i;
     }
     chosen[k] = best;
   }
@@ -441,11 +444,7 @@ void run_experts(const ExpertWeights* routed, const int32_t* indices, const floa
   const int64_t hidden = (routed != nullptr ? routed : shared)->hidden();
   for (int64_t first = 0; first < tokens; first += kChunkTokens) {
     const int64_t count = std::min(kChunkTokens, tokens - first);
-    std::vector<ExpertRun> runs;
-    if (routed != nullptr) {
-      runs = routed_runs(*routed, indices + first * top_k, weights + first * top_k, top_k, count);
-    }
-    if (shared != nullptr) runs.push_back(shared_run(*shared, count));
+    const ExpertRuns runs(routed, indices + first * top_k, weights + first * top_k, top_k, shared, count);
     (count <= kFewTokens ? run_few : run_many)(runs, x + first * hidden, count, out + first * hidden);
   }
 }

@@ -39,7 +39,8 @@ struct AttentionSplitArgs {
   int keys_ahead;
   int latent_dim;
   int rope_dim;
-  float* weights;  // scratch [groups][kAttentionSplitKeys][16]
+  float* scores;   // [groups][kAttentionSplitKeys][16]
+  float* weights;  // scratch like scores; may be the same
   float* states;   // out [groups][attention_state_floats(latent_dim)]
 };
 
@@ -75,8 +76,12 @@ struct KernelTable {
   // out = fma(scale, x, out)
   void (*add_scaled)(const float* x, float scale, int64_t n, float* out);
 
-  // score = fma over latent_dim, then rope_dim, in order; keys are summed in order.
-  void (*attend_split)(const AttentionSplitArgs& args);
+  // score = fma over latent_dim, then rope_dim, in order.
+  void (*score_split)(const AttentionSplitArgs& args);
+
+  // weight = exp(score - max); columns [first, end) of the context, keys summed in order. `first` is a multiple of 16, `end`
+  // too or latent_dim. Max and sum are written by the call that has the first column.
+  void (*sum_split)(const AttentionSplitArgs& args, int first, int end);
 
   // Merges heads [first, first + count) of a split into a state whose context has no others:
   // m' = max(m, sm); a = exp(m - m'), b = exp(sm - m'); s = fma(ss, b, s * a), likewise the context.

@@ -66,6 +66,18 @@ struct SplitRows {
   }
 };
 
+// Part `part` of `parts` of n things, of which `step` stay together.
+struct Span {
+  int first;
+  int end;
+};
+
+Span span_of(int n, int step, int64_t part, int64_t parts) {
+  const int64_t steps = (n + step - 1) / step;
+  const auto bound = [&](int64_t p) { return static_cast<int>(std::min<int64_t>(n, steps * p / parts * step)); };
+  return {bound(part), bound(part + 1)};
+}
+
 // Groups of 16 heads that go over the keys together: those of a token, one after the other, then those of the next. All
 // see the same keys from the first on, some fewer than others.
 struct Bundle {
@@ -100,6 +112,24 @@ std::vector<Bundle> bundles_of(const TokenRange& tokens, int64_t groups_per_toke
   return bundles;
 }
 
+int64_t splits_of(const std::vector<Bundle>& bundles) {
+  int64_t splits = 0;
+  for (const Bundle& bundle : bundles) splits += bundle.keys.splits();
+  return splits;
+}
+
+// Keys that one task scores at least: whole tiles of 6 and of 8, and for 16 heads about 10 us.
+constexpr int kPartKeys = 24;
+
+// Into how many parts each split is divided for `wanted` tasks, bundles having one group each; one where keys are few.
+int64_t parts_of_split(const std::vector<Bundle>& bundles, int64_t wanted) {
+  int64_t most_keys = 0;
+  for (const Bundle& bundle : bundles) most_keys = std::max(most_keys, bundle.keys.count);
+  const int64_t splits = std::max<int64_t>(1, splits_of(bundles));
+  const int64_t most_parts = (std::min<int64_t>(most_keys, kAttentionSplitKeys) + kPartKeys - 1) / kPartKeys;
+  return std::clamp<int64_t>((wanted + splits - 1) / splits, 1, std::max<int64_t>(1, most_parts));
+}
+
 // Some of the 16 heads of a group.
 struct Heads {
   int64_t first;
@@ -111,6 +141,13 @@ void clear_state(float* state, const Heads& heads, int64_t latent_dim) {
   std::fill_n(state, kLanes, -INFINITY);
   std::fill_n(state + kLanes, kLanes + heads.count * latent_dim, 0.0f);
 }
+
+// A bundle over a split.
+struct SplitTask {
+  size_t bundle;
+  int64_t split;
+  int64_t state;  // where those of its groups begin, among the states of all splits
+};
 
 class LatentAttention {
  public:
@@ -130,7 +167,8 @@ class LatentAttention {
       float* split_states = states + bundle.groups * state_floats();
       float* scratch = split_states + bundle.groups * state_floats();
       for (int g = 0; g < bundle.groups; ++g) {
-        transpose_queries(bundle.first_group + g, queries + g * query_floats());
+        transpose_queries(bundle.first_group + g, {0, static_cast<int>(dims_.latent_dim + dims_.rope_dim)},
+                          queries + g * query_floats());
         clear_state(states + g * state_floats(), kAllHeads, dims_.latent_dim);
       }
       const std::vector<int64_t> shown = shown_keys(bundle.keys, cache_.length);
@@ -150,19 +188,15 @@ class LatentAttention {
     });
   }
 
-  // Each task takes one bundle over one split; splits are then merged in the same order as above.
-  void splits_in_parallel(const std::vector<Bundle>& bundles, int64_t groups) const {
-    struct Task {
-      size_t bundle;
-      int64_t split;
-      int64_t state;  // where those of its groups begin, in `split_states`
-    };
+  // Each task takes one bundle over one split, or with parts > 1, bundles having one group each, first some of its keys and
+  // then some of its columns; splits are then merged in the same order as above.
+  void splits_in_parallel(const std::vector<Bundle>& bundles, int64_t groups, int64_t parts) const {
     struct Group {
       int64_t keys;
       int64_t first_state;
       int64_t stride;  // states from one split to the next
     };
-    std::vector<Task> tasks;
+    std::vector<SplitTask> tasks;
     std::vector<Group> all_groups;
     std::vector<std::vector<int64_t>> shown;  // per bundle
     int64_t state_count = 0;
@@ -184,20 +218,29 @@ class LatentAttention {
       }
     }
     const ScratchBuffer queries(static_cast<size_t>(groups * query_floats()) * sizeof(float));
-    parallel_for(groups, [&](int64_t i) { transpose_queries(i, queries.floats() + i * query_floats()); });
-    const ScratchBuffer split_states(static_cast<size_t>(state_count * state_floats()) * sizeof(float));
-    parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
-      const Task& task = tasks[static_cast<size_t>(i)];
-      const Bundle& bundle = bundles[task.bundle];
-      const ScratchBuffer scratch(static_cast<size_t>(bundle.groups * kScratchFloats) * sizeof(float));
-      const auto rows_of = [&](const Task& t) {
-        return SplitRows(cache_, bundles[t.bundle].keys, shown[t.bundle], t.split);
-      };
-      // A thread's next task is mostly the next one.
-      const Task& after = tasks[std::min(static_cast<size_t>(i) + 1, tasks.size() - 1)];
-      attend(bundle, queries.floats() + bundle.first_group * query_floats(), task.split, rows_of(task), rows_of(after),
-             scratch.floats(), split_states.floats() + task.state * state_floats());
+    const int64_t width = dims_.latent_dim + dims_.rope_dim;
+    parallel_for(groups * parts, [&](int64_t i) {
+      const int64_t group = i / parts;
+      transpose_queries(group, span_of(static_cast<int>(width), 16, i % parts, parts),
+                        queries.floats() + group * query_floats());
     });
+    const ScratchBuffer split_states(static_cast<size_t>(state_count * state_floats()) * sizeof(float));
+    const auto rows_of = [&](const SplitTask& t) {
+      return SplitRows(cache_, bundles[t.bundle].keys, shown[t.bundle], t.split);
+    };
+    if (parts > 1) {
+      attend_in_parts(tasks, parts, rows_of, queries.floats(), split_states.floats());
+    } else {
+      parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
+        const SplitTask& task = tasks[static_cast<size_t>(i)];
+        const Bundle& bundle = bundles[task.bundle];
+        const ScratchBuffer scratch(static_cast<size_t>(bundle.groups * kScratchFloats) * sizeof(float));
+        // A thread's next task is mostly the next one.
+        const SplitTask& after = tasks[std::min(static_cast<size_t>(i) + 1, tasks.size() - 1)];
+        attend(bundle, queries.floats() + bundle.first_group * query_floats(), task.split, rows_of(task),
+               rows_of(after), scratch.floats(), split_states.floats() + task.state * state_floats());
+      });
+    }
     // At 4,096 keys the splits of a token are 1 MB: merged by one thread they would hold up the others. A few are merged
     // sooner than another thread gets to it.
     constexpr size_t kFewSplits = 4;
@@ -223,17 +266,65 @@ class LatentAttention {
   int64_t query_floats() const { return (dims_.latent_dim + dims_.rope_dim) * kLanes; }
   int64_t state_floats() const { return attention_state_floats(dims_.latent_dim); }
 
-  // Queries of a group, lane = head, scaled; heads past the last are zero.
-  void transpose_queries(int64_t group, float* out) const {
+  // Some columns of a group's queries, lane = head, scaled; heads past the last are zero.
+  void transpose_queries(int64_t group, Span columns, float* out) const {
     const int64_t width = dims_.latent_dim + dims_.rope_dim;
     const int64_t first_head = group % groups_per_token() * kLanes;
     const int64_t heads = std::min(kLanes, dims_.heads - first_head);
     const float* queries = queries_ + (group / groups_per_token() * dims_.heads + first_head) * width;
-    if (heads < kLanes) std::fill_n(out, width * kLanes, 0.0f);
+    if (heads < kLanes) std::fill(out + columns.first * kLanes, out + columns.end * kLanes, 0.0f);
     for (int64_t h = 0; h < heads; ++h) {
       const float* q = queries + h * width;
-      for (int64_t i = 0; i < width; ++i) out[i * kLanes + h] = q[i] * dims_.softmax_scale;
+      for (int64_t i = columns.first; i < columns.end; ++i) out[i * kLanes + h] = q[i] * dims_.softmax_scale;
     }
+  }
+
+  AttentionSplitArgs args_of(const SplitRows& rows, int first_key) const {
+    AttentionSplitArgs args{};
+    args.latents = rows.latents + first_key;
+    args.ropes = rows.ropes + first_key;
+    args.latent_dim = static_cast<int>(dims_.latent_dim);
+    args.rope_dim = static_cast<int>(dims_.rope_dim);
+    return args;
+  }
+
+  // States of splits of bundles of one group each, so that bundle i has queries i. The keys are read twice, once for each
+  // loop: with 100 keys of V3 and 64 threads one waits 28 us for the two, and 196 for a task of 4 groups and all keys (Zen 3).
+  template <typename RowsOf>
+  void attend_in_parts(const std::vector<SplitTask>& tasks, int64_t parts, const RowsOf& rows_of, const float* queries,
+                       float* states) const {
+    constexpr int kPartColumns = 32;  // whole tiles of one and of two vectors
+    const ScratchBuffer scores(tasks.size() * kScratchFloats * sizeof(float));
+    const int64_t pieces = static_cast<int64_t>(tasks.size()) * parts;
+    parallel_for(pieces, [&](int64_t piece) {
+      const int64_t i = piece / parts;
+      const SplitTask& task = tasks[static_cast<size_t>(i)];
+      const SplitRows rows = rows_of(task);
+      const Span keys = span_of(rows.count, kPartKeys, piece % parts, parts);
+      const int count = keys.end - keys.first;
+      if (count == 0) return;
+      AttentionSplitArgs args = args_of(rows, keys.first);
+      args.groups = 1;
+      args.query = queries + task.bundle * query_floats();
+      args.keys = &count;
+      args.scores = scores.floats() + i * kScratchFloats + keys.first * kLanes;
+      kernels_.score_split(args);
+    });
+    parallel_for(pieces, [&](int64_t piece) {
+      const int64_t i = piece / parts;
+      const SplitTask& task = tasks[static_cast<size_t>(i)];
+      const SplitRows rows = rows_of(task);
+      const Span columns = span_of(static_cast<int>(dims_.latent_dim), kPartColumns, piece % parts, parts);
+      if (columns.first == columns.end) return;
+      const ScratchBuffer weights(kScratchFloats * sizeof(float));
+      AttentionSplitArgs args = args_of(rows, 0);
+      args.groups = 1;
+      args.keys = &rows.count;
+      args.scores = scores.floats() + i * kScratchFloats;
+      args.weights = weights.floats();
+      args.states = states + task.state * state_floats();
+      kernels_.sum_split(args, columns.first, columns.end);
+    });
   }
 
   // states[groups] of one split of a bundle; those of groups that see none of its keys are left alone.
@@ -246,22 +337,20 @@ class LatentAttention {
       counts[g] = static_cast<int>(std::clamp<int64_t>(left, 0, kAttentionSplitKeys));
       all_see_keys = all_see_keys && counts[g] > 0;
     }
-    AttentionSplitArgs args;
+    AttentionSplitArgs args = args_of(rows, 0);
     args.groups = all_see_keys ? bundle.groups : 1;
-    args.latents = rows.latents;
-    args.ropes = rows.ropes;
     args.latents_ahead = next.latents;
     args.ropes_ahead = next.ropes;
     args.keys_ahead = next.count;
-    args.latent_dim = static_cast<int>(dims_.latent_dim);
-    args.rope_dim = static_cast<int>(dims_.rope_dim);
+    args.scores = scratch;
     args.weights = scratch;
     for (int g = 0; g < bundle.groups; g += args.groups) {
       if (counts[g] == 0) continue;
       args.query = queries + g * query_floats();
       args.keys = counts + g;
       args.states = states + g * state_floats();
-      kernels_.attend_split(args);
+      kernels_.score_split(args);
+      kernels_.sum_split(args, 0, args.latent_dim);
     }
   }
 
@@ -297,14 +386,22 @@ void attend_latents(const LatentDims& dims, const float* queries, const TokenRan
   const int64_t groups = tokens.count * attention.groups_per_token();
   // Below it the states of all splits take little memory: 64 x 32 x 33 KB at 4,096 keys.
   constexpr int64_t kFewGroups = 64;
+  constexpr int64_t kTasksPerThread = 4;  // where there is enough for so many
+  const int64_t wanted = kTasksPerThread * thread_count();
   if (groups < kFewGroups) {
-    const std::vector<Bundle> bundles =
-        bundles_of(tokens, attention.groups_per_token(), kAttentionGroups, cache, visibility);
-    attention.splits_in_parallel(bundles, groups);
+    const auto bundles_of_at_most = [&](int64_t together) {
+      return bundles_of(tokens, attention.groups_per_token(), together, cache, visibility);
+    };
+    const std::vector<Bundle> bundles = bundles_of_at_most(kAttentionGroups);
+    if (thread_count() > 1 && splits_of(bundles) < wanted) {
+      const std::vector<Bundle> singles = bundles_of_at_most(1);
+      const int64_t parts = parts_of_split(singles, wanted);
+      if (parts > 1) return attention.splits_in_parallel(singles, groups, parts);
+    }
+    attention.splits_in_parallel(bundles, groups, 1);
     return;
   }
-  // Four tasks for a thread, if need be of fewer groups.
-  const int64_t together = std::clamp<int64_t>(groups / (4 * thread_count()), 1, kAttentionGroups);
+  const int64_t together = std::clamp<int64_t>(groups / wanted, 1, kAttentionGroups);
   attention.bundles_in_parallel(bundles_of(tokens, attention.groups_per_token(), together, cache, visibility));
 }
 

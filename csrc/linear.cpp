@@ -18,30 +18,46 @@ int64_t buffer_bytes(ActivationFormat format, int64_t rows, int64_t cols) {
 
 int64_t tile_count(const LinearTask& task) { return (task.tokens + kTaskTokens - 1) / kTaskTokens; }
 
-// None on nodes that were not there when the matrix was packed.
-PanelRange pairs_on(const LinearTask& task, int node) {
-  return node < task.w->nodes() ? task.w->pairs_of_node(node) : PanelRange{0, 0};
-}
+// Panels of each matrix of a task that lie on a node, taken `at_once`: 1 or 2. None on nodes that were not there when the
+// matrix was packed.
+struct NodePanels {
+  PanelRange panels;
+  int64_t at_once;
 
-// One pair of panels times up to kTaskTokens tokens.
-void run_piece(const KernelTable& table, const LinearTask& task, int64_t pair, int64_t tile_index) {
+  NodePanels(const LinearTask& task, int node, int64_t take)
+      : panels(node < task.w->nodes() ? task.w->panels_of_node(node) : PanelRange{0, 0}), at_once(take) {}
+  int64_t takes() const { return (panels.count() + at_once - 1) / at_once; }
+};
+
+// One or two panels of a matrix times up to kTaskTokens tokens.
+void run_piece(const KernelTable& table, const LinearTask& task, int64_t matrix, int64_t first_panel, int panel_count,
+               int64_t tile_index) {
   alignas(64) float tile[kTaskTokens * 32];
   const int64_t first_token = tile_index * kTaskTokens;
-  const int64_t first_row = pair * 2 * kPanelRows;
+  const int64_t first_row = first_panel * kPanelRows;
 
   DotArgs args;
-  args.panel_count = static_cast<int>(std::min<int64_t>(2, task.w->panels() - pair * 2));
-  for (int p = 0; p < args.panel_count; ++p) args.panels[p] = task.w->panel(task.index, pair * 2 + p);
+  args.panel_count = panel_count;
+  for (int p = 0; p < panel_count; ++p) args.panels[p] = task.w->panel(task.index + matrix, first_panel + p);
   args.blocks = task.w->blocks();
-  args.activations = task.activations + first_token;
+  args.activations = task.activations + matrix * task.tokens + first_token;
   args.tokens = static_cast<int>(std::min(kTaskTokens, task.tokens - first_token));
   args.out = tile;
   table.dot[static_cast<int>(task.w->info().type)](args);
 
-  const size_t row_bytes = sizeof(float) * static_cast<size_t>(std::min<int64_t>(32, task.w->rows() - first_row));
+  const int64_t rows = std::min<int64_t>(panel_count * kPanelRows, task.w->rows() - first_row);
+  float* out = task.out + matrix * task.matrix_stride + first_token * task.token_stride + first_row;
   for (int t = 0; t < args.tokens; ++t) {
-    std::memcpy(task.out + (first_token + t) * task.out_stride + first_row, tile + t * 32, row_bytes);
+    std::memcpy(out + t * task.token_stride, tile + t * 32, sizeof(float) * static_cast<size_t>(rows));
   }
+}
+
+// Panels that a thread takes at once: one where there are so few that threads would go without. V3's router has 8 pairs.
+int64_t panels_at_once(const std::vector<LinearTask>& tasks) {
+  constexpr int64_t kPairsPerThread = 2;
+  int64_t pairs = 0;
+  for (const LinearTask& task : tasks) pairs += (task.w->panels() + 1) / 2 * task.matrices * tile_count(task);
+  return pairs < kPairsPerThread * thread_count() ? 1 : 2;
 }
 
 }  // namespace
@@ -82,13 +98,15 @@ void Activations::quantize_row(int64_t i) const {
 
 void run_linears(const std::vector<LinearTask>& tasks) {
   const KernelTable& table = kernels();
+  const int64_t at_once = panels_at_once(tasks);
   size_t nodes = 0;
   for (const LinearTask& task : tasks) nodes = std::max(nodes, static_cast<size_t>(task.w->nodes()));
   std::vector<int64_t> totals(nodes, 0);
   std::vector<int64_t> ends(nodes * tasks.size());  // [node][task]
   for (size_t node = 0; node < nodes; ++node) {
     for (size_t i = 0; i < tasks.size(); ++i) {
-      totals[node] += pairs_on(tasks[i], static_cast<int>(node)).count() * tile_count(tasks[i]);
+      const LinearTask& task = tasks[i];
+      totals[node] += NodePanels(task, static_cast<int>(node), at_once).takes() * tile_count(task) * task.matrices;
       ends[node * tasks.size() + i] = totals[node];
     }
   }
@@ -96,15 +114,18 @@ void run_linears(const std::vector<LinearTask>& tasks) {
     const int64_t* ends_here = ends.data() + static_cast<size_t>(node) * tasks.size();
     const int64_t i = std::upper_bound(ends_here, ends_here + tasks.size(), piece) - ends_here;
     const LinearTask& task = tasks[static_cast<size_t>(i)];
+    const NodePanels here(task, node, at_once);
     const int64_t offset = piece - (i == 0 ? 0 : ends_here[i - 1]);
-    const PanelRange pairs = pairs_on(task, node);
-    run_piece(table, task, pairs.first + offset % pairs.count(), offset / pairs.count());
+    const int64_t first_panel = here.panels.first + offset % here.takes() * at_once;
+    const int64_t tile = offset / here.takes();
+    run_piece(table, task, tile / tile_count(task), first_panel,
+              static_cast<int>(std::min(at_once, here.panels.end - first_panel)), tile % tile_count(task));
   });
 }
 
 void linear(const PackedMatrix& w, int64_t index, const float* x, int64_t tokens, float* out) {
   const Activations activations(w.info().activation, x, tokens, w.cols(), w.cols());
-  run_linears({{&w, index, activations.rows(), tokens, out, w.rows()}});
+  run_linears({{&w, index, 1, activations.rows(), tokens, out, 0, w.rows()}});
 }
 
 }  // namespace tkt

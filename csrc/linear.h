@@ -37,14 +37,16 @@ class Activations {
   std::vector<const uint8_t*> rows_;
 };
 
-// out[token][row] = dot(w[index][row], activations[token]).
+// out[m][token][row] = dot(w[index + m][row], activations[m][token]) for each m in [0, matrices).
 struct LinearTask {
   const PackedMatrix* w;
   int64_t index;
-  const uint8_t* const* activations;  // [tokens], in w's format
+  int64_t matrices;
+  const uint8_t* const* activations;  // [matrices][tokens], in w's format
   int64_t tokens;
   float* out;
-  int64_t out_stride;  // floats between tokens
+  int64_t matrix_stride;  // floats from one matrix's results to the next one's
+  int64_t token_stride;   // and from one token's
 };
 
 // All tasks in one parallel loop.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from fake_machines import write_machine
 from gguf import GGMLQuantizationType
 
 from transformers_kt import _C
@@ -40,7 +42,11 @@ CASES = [
     Case(16, 32, 4, 1, 66, 131, "causal"),  # over 64 groups: a task takes four tokens over all keys
     Case(24, 36, 4, 2, 17, 150, "ranges"),
     Case(16, 32, 4, 1, 65, 140, "mask"),
+    Case(20, 80, 4, 1, 1, 100, "causal"),
+    Case(16, 72, 6, 3, 1, 55, "ranges"),
+    Case(16, 48, 4, 1, 1, 1, "causal"),
 ]
+MANY_CORES = 32
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +54,7 @@ def _isa_and_threads_as_before() -> Iterator[None]:
     isa, threads = _C.isa(), _C.thread_count()
     yield
     _C.select_isa(isa)
+    _C.use_topology()
     _C.set_thread_count(threads)
 
 
@@ -152,6 +159,17 @@ def test_attention_equals_the_scalar_reference_bit_for_bit(case: Case, isa: str)
     expected = attention.computed()
     _C.select_isa(isa)
     for threads in (1, 2):
+        _C.set_thread_count(threads)
+        np.testing.assert_array_equal(attention.computed(), expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_more_threads_the_smaller_the_parts_and_the_same_bits(case: Case, tmp_path: Path) -> None:
+    attention = Attention(case)
+    _C.set_thread_count(1)
+    expected = attention.computed()
+    _C.use_topology(write_machine(tmp_path, {0: [[cpu] for cpu in range(MANY_CORES)]}), list(range(MANY_CORES)))
+    for threads in (2, 5, MANY_CORES):
         _C.set_thread_count(threads)
         np.testing.assert_array_equal(attention.computed(), expected)
 

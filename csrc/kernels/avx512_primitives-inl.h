@@ -51,6 +51,7 @@ struct Avx512Primitives {
   }
 
   TKT_INLINE int32_t sum_of_lanes(I a) { return _mm512_reduce_add_epi32(a); }
+  TKT_INLINE float largest_lane(F a) { return _mm512_reduce_max_ps(a); }
   TKT_INLINE I set_i(int32_t x) { return _mm512_set1_epi32(x); }
   TKT_INLINE I load_i(const void* p) { return _mm512_loadu_si512(p); }
   TKT_INLINE void store_i(void* p, I a) { _mm512_storeu_si512(p, a); }

@@ -131,40 +131,46 @@ void add_scaled(const float* x, float scale, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = std::fma(scale, x[i], out[i]);
 }
 
-// Of 16 heads.
-void attend_group(const AttentionSplitArgs& args, const float* queries, int keys, float* weights, float* state) {
-  for (int lane = 0; lane < 16; ++lane) {
-    float max = -INFINITY;
-    for (int key = 0; key < keys; ++key) {
-      float score = 0.0f;
-      const float* query = queries + lane;
-      for (int i = 0; i < args.latent_dim; ++i) score = std::fma(query[i * 16], args.latents[key][i], score);
-      query += args.latent_dim * 16;
-      for (int i = 0; i < args.rope_dim; ++i) score = std::fma(query[i * 16], args.ropes[key][i], score);
-      weights[key * 16 + lane] = score;
-      max = std::fmax(max, score);
-    }
-    float sum = 0.0f;
-    for (int key = 0; key < keys; ++key) {
-      const float weight = exp_polynomial(weights[key * 16 + lane] - max);
-      weights[key * 16 + lane] = weight;
-      sum = sum + weight;
-    }
-    state[lane] = max;
-    state[16 + lane] = sum;
-    for (int i = 0; i < args.latent_dim; ++i) {
-      float acc = 0.0f;
-      for (int key = 0; key < keys; ++key) acc = std::fma(weights[key * 16 + lane], args.latents[key][i], acc);
-      state[32 + lane * args.latent_dim + i] = acc;
+void score_split(const AttentionSplitArgs& args) {
+  for (int group = 0; group < args.groups; ++group) {
+    const float* queries = args.query + group * (args.latent_dim + args.rope_dim) * 16;
+    for (int key = 0; key < args.keys[group]; ++key) {
+      for (int lane = 0; lane < 16; ++lane) {
+        float score = 0.0f;
+        const float* query = queries + lane;
+        for (int i = 0; i < args.latent_dim; ++i) score = std::fma(query[i * 16], args.latents[key][i], score);
+        query += args.latent_dim * 16;
+        for (int i = 0; i < args.rope_dim; ++i) score = std::fma(query[i * 16], args.ropes[key][i], score);
+        args.scores[(group * kAttentionSplitKeys + key) * 16 + lane] = score;
+      }
     }
   }
 }
 
-void attend_split(const AttentionSplitArgs& args) {
+void sum_split(const AttentionSplitArgs& args, int first, int end) {
   for (int group = 0; group < args.groups; ++group) {
-    attend_group(args, args.query + group * (args.latent_dim + args.rope_dim) * 16, args.keys[group],
-                 args.weights + group * kAttentionSplitKeys * 16,
-                 args.states + group * attention_state_floats(args.latent_dim));
+    const int keys = args.keys[group];
+    float* state = args.states + group * attention_state_floats(args.latent_dim);
+    for (int lane = 0; lane < 16; ++lane) {
+      const float* scores = args.scores + group * kAttentionSplitKeys * 16 + lane;
+      float* weights = args.weights + group * kAttentionSplitKeys * 16 + lane;
+      float max = -INFINITY;
+      for (int key = 0; key < keys; ++key) max = std::fmax(max, scores[key * 16]);
+      float sum = 0.0f;
+      for (int key = 0; key < keys; ++key) {
+        weights[key * 16] = exp_polynomial(scores[key * 16] - max);
+        sum = sum + weights[key * 16];
+      }
+      if (first == 0) {
+        state[lane] = max;
+        state[16 + lane] = sum;
+      }
+      for (int i = first; i < end; ++i) {
+        float acc = 0.0f;
+        for (int key = 0; key < keys; ++key) acc = std::fma(weights[key * 16], args.latents[key][i], acc);
+        state[32 + lane * args.latent_dim + i] = acc;
+      }
+    }
   }
 }
 
@@ -196,7 +202,8 @@ extern const KernelTable kTable = {
     swiglu,
     exp_minus,
     add_scaled,
-    attend_split,
+    score_split,
+    sum_split,
     merge_split,
 };
 

@@ -10,6 +10,7 @@ extern const KernelTable kTable = {
     swiglu,
     exp_minus,
     add_scaled,
-    attend_split,
+    score_split,
+    sum_split,
     merge_split,
 };

@@ -26,22 +26,13 @@ static inline void store_tail(float* out, V::F value, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = buffer[i];
 }
 
-static inline float largest_lane(V::F x) {
-  alignas(64) float lane[16];
-  V::store(lane, x);
-  for (int width = 8; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
-  }
-  return lane[0];
-}
-
 static void quantize_q8(const float* x, int64_t cols, uint8_t* row) {
   ActivationQ8* blocks = reinterpret_cast<ActivationQ8*>(row);
   for (int64_t b = 0; b < cols / 32; ++b) {
     ActivationQ8& block = blocks[b];
     const V::F low = V::load(x + b * 32);
     const V::F high = V::load(x + b * 32 + 16);
-    const float largest = largest_lane(V::max(V::abs(low), V::abs(high)));
+    const float largest = V::largest_lane(V::max(V::abs(low), V::abs(high)));
     const bool is_zero = !(largest >= kSmallestAmax);
     const V::F inverse = V::set_f(is_zero ? 0.0f : 127.0f / largest);
     const V::I low_q = V::to_int(V::mul(low, inverse));
@@ -196,7 +187,7 @@ template <int M, int K>
 static inline void score_groups(const AttentionSplitArgs& args, int group, int keys) {
   const int width = args.latent_dim + args.rope_dim;
   const float* query = args.query + group * width * 16;
-  float* scores = args.weights + group * kAttentionSplitKeys * 16;
+  float* scores = args.scores + group * kAttentionSplitKeys * 16;
   for (int m = 0; m < M; ++m) {
     for (int key = 0; key < keys; ++key) V::store(scores + (m * kAttentionSplitKeys + key) * 16, V::zero_f());
   }
@@ -206,24 +197,29 @@ static inline void score_groups(const AttentionSplitArgs& args, int group, int k
   score_rows<M, K>(query + args.latent_dim * 16, width * 16, ropes, args.rope_dim, scores);
 }
 
-// Scores of 16 heads become weights. Four maxima, because each waits for the one before; a largest value has no order.
-static inline void weigh(float* weights, int keys, float* state) {
+// What 16 heads have of a softmax state beside the context.
+struct MaxAndSum {
+  V::F max;
+  V::F sum;
+};
+
+// weights = exp(scores - their max). Four maxima, because each waits for the one before; a largest value has no order.
+static inline MaxAndSum weigh(const float* scores, int keys, float* weights) {
   V::F largest[4];
-  TKT_UNROLL for (int i = 0; i < 4; ++i) largest[i] = V::load(weights);
+  TKT_UNROLL for (int i = 0; i < 4; ++i) largest[i] = V::load(scores);
   int first = 0;
   for (; first + 4 <= keys; first += 4) {
-    TKT_UNROLL for (int i = 0; i < 4; ++i) largest[i] = V::max(largest[i], V::load(weights + (first + i) * 16));
+    TKT_UNROLL for (int i = 0; i < 4; ++i) largest[i] = V::max(largest[i], V::load(scores + (first + i) * 16));
   }
-  for (; first < keys; ++first) largest[0] = V::max(largest[0], V::load(weights + first * 16));
+  for (; first < keys; ++first) largest[0] = V::max(largest[0], V::load(scores + first * 16));
   const V::F max = V::max(V::max(largest[0], largest[1]), V::max(largest[2], largest[3]));
   V::F sum = V::zero_f();
   for (int key = 0; key < keys; ++key) {
-    const V::F weight = exp_f(V::sub(V::load(weights + key * 16), max));
+    const V::F weight = exp_f(V::sub(V::load(scores + key * 16), max));
     V::store(weights + key * 16, weight);
     sum = V::add(sum, weight);
   }
-  V::store(state, max);
-  V::store(state + 16, sum);
+  return {max, sum};
 }
 
 // context[head][column] = sum of weights[key][head] * rows[key][column] over keys in order, for H heads and N vectors of
@@ -270,7 +266,7 @@ static inline void sum_one_column(const float* weights, const float* const* rows
   for (int h = 0; h < 16; ++h) context[h * stride + column] = lane[h];
 }
 
-static void attend_split(const AttentionSplitArgs& args) {
+static void score_split(const AttentionSplitArgs& args) {
   int most_keys = 0;
   for (int g = 0; g < args.groups; ++g) most_keys = args.keys[g] > most_keys ? args.keys[g] : most_keys;
   // Scores past the keys that a group sees are computed with the others and left alone.
@@ -280,28 +276,34 @@ static void attend_split(const AttentionSplitArgs& args) {
     score_groups<kTogether, V::kGroupedScoreKeys>(args, group, most_keys);
   }
   for (; group < args.groups; ++group) score_groups<1, V::kScoreKeys>(args, group, args.keys[group]);
+}
 
+static void sum_split(const AttentionSplitArgs& args, int first, int end) {
   const int dim = args.latent_dim;
-  const int64_t state_floats = attention_state_floats(dim);
   const auto weights_of = [&](int g) { return args.weights + g * kAttentionSplitKeys * 16; };
-  const auto context_of = [&](int g) { return args.states + g * state_floats + 32; };
-  for (int g = 0; g < args.groups; ++g) weigh(weights_of(g), args.keys[g], args.states + g * state_floats);
+  const auto state_of = [&](int g) { return args.states + g * attention_state_floats(dim); };
+  for (int g = 0; g < args.groups; ++g) {
+    const MaxAndSum of_g = weigh(args.scores + g * kAttentionSplitKeys * 16, args.keys[g], weights_of(g));
+    if (first > 0) continue;
+    V::store(state_of(g), of_g.max);
+    V::store(state_of(g) + 16, of_g.sum);
+  }
 
   constexpr int kWide = V::kSumVectors;
-  int column = 0;
-  for (; column + kWide * 16 <= dim; column += kWide * 16) {
+  int column = first;
+  for (; column + kWide * 16 <= end; column += kWide * 16) {
     for (int g = 0; g < args.groups; ++g) {
-      sum_heads<kWide>(weights_of(g), args.latents, args.keys[g], column, dim, context_of(g));
+      sum_heads<kWide>(weights_of(g), args.latents, args.keys[g], column, dim, state_of(g) + 32);
     }
   }
-  for (; column + 16 <= dim; column += 16) {
+  for (; column + 16 <= end; column += 16) {
     for (int g = 0; g < args.groups; ++g) {
-      sum_heads<1>(weights_of(g), args.latents, args.keys[g], column, dim, context_of(g));
+      sum_heads<1>(weights_of(g), args.latents, args.keys[g], column, dim, state_of(g) + 32);
     }
   }
-  for (; column < dim; ++column) {
+  for (; column < end; ++column) {
     for (int g = 0; g < args.groups; ++g) {
-      sum_one_column(weights_of(g), args.latents, args.keys[g], column, dim, context_of(g));
+      sum_one_column(weights_of(g), args.latents, args.keys[g], column, dim, state_of(g) + 32);
     }
   }
 }
