@@ -41,7 +41,8 @@ class ExpertRuns {
     const int64_t chosen = routed != nullptr ? tokens * top_k : 0;
     tokens_.resize(static_cast<size_t>(chosen + (shared != nullptr ? tokens : 0)));
     weights_.resize(static_cast<size_t>(chosen));
-    // Sorted by expert and then by token. Lists for each of 256 experts would cost a token more than its norms.
+    // Sorted by expert and then by token, in one list: one for each of 256 experts, and the like below, cost a token of V3
+    // some 10 us a layer.
     std::vector<int64_t> order(static_cast<size_t>(chosen));
     std::iota(order.begin(), order.end(), 0);
     std::sort(order.begin(), order.end(),

@@ -34,7 +34,7 @@ struct AttentionSplitArgs {
   const int* keys;                    // [groups] 1..kAttentionSplitKeys: how many of the rows a group sees
   const float* const* latents;        // rows of latent_dim floats
   const float* const* ropes;          // rows of rope_dim floats
-  const float* const* latents_ahead;  // [keys_ahead] rows that this thread will want next
+  const float* const* latents_ahead;  // [keys_ahead] rows that this thread will want next, or none
   const float* const* ropes_ahead;
   int keys_ahead;
   int latent_dim;
