@@ -1,4 +1,4 @@
-"""Prefill, decode, load and memory of whole models: ours against llama.cpp and stock transformers on the same file.
+"""Prefill, decode, load and memory of whole models: ours, llama.cpp, ik_llama.cpp, stock transformers on the same file.
 
     python benchmarks/synthetic.py v2-lite q4_k_m v2-lite.gguf
     python benchmarks/bench_generate.py v2-lite.gguf --llama-python venv/bin/python --json out.json --plot out.png
@@ -9,10 +9,11 @@ each process the file is read once, so that every load is one with a warm page c
 really held is shown.
 
 Ours and stock are timed inside `generate()` by a streamer: prefill is the time to the first token, decode the gap
-between two tokens. "python_ms_per_token" is that gap less the time inside compiled calls. llama.cpp does not choose
-tokens. "rss_before_load_gb" is what the engine's libraries take by themselves. `--llama-python` is an interpreter that
-has llama-cpp-python; "llama.cpp-fa" is the same with flash attention. For AVX2, give an interpreter with a
-llama-cpp-python built for it, and `--isa avx2`.
+between two tokens. "python_ms_per_token" is that gap less the time inside compiled calls. llama.cpp and ik_llama.cpp do
+not choose tokens. "rss_before_load_gb" is what the engine's libraries take by themselves. `--llama-python` is an
+interpreter that has llama-cpp-python, `--ik-llama-python` one that has ik-llama-cpp-python; "llama.cpp-fa" is llama.cpp
+with flash attention, "ik_llama.cpp-repacked" is ik_llama.cpp with its run-time repacking. For AVX2, give interpreters
+with builds for it, and `--isa avx2`.
 """
 
 from __future__ import annotations
@@ -141,9 +142,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gguf")
     parser.add_argument(
-        "--engines", nargs="+", choices=engines.ENGINES, help="default: ours, and llama.cpp where given"
+        "--engines", nargs="+", choices=engines.ENGINES, help="default: ours, and those whose interpreters are given"
     )
     parser.add_argument("--llama-python", metavar="INTERPRETER")
+    parser.add_argument("--ik-llama-python", metavar="INTERPRETER")
     parser.add_argument("--isa", help="instruction set of ours, as in TRANSFORMERS_KT_ISA")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--depth", type=int, nargs="*", default=[4096], help="contexts for further decode figures")
@@ -154,9 +156,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    wanted = args.engines or (["ours", "llama.cpp"] if args.llama_python else ["ours"])
-    if any(engine.startswith("llama") for engine in wanted) and not args.llama_python:
-        parser.error("llama.cpp needs --llama-python, an interpreter that has llama-cpp-python")
+    interpreters = {"llama.cpp": args.llama_python, "ik_llama.cpp": args.ik_llama_python}
+    wanted = args.engines or ["ours", *(engine for engine, given in interpreters.items() if given)]
+    interpreter_of = {engine: interpreters.get(engine.split("-")[0], sys.executable) for engine in wanted}
+    for engine, interpreter in interpreter_of.items():
+        if interpreter is None:
+            parser.error(f"{engine} needs an interpreter that has it: --llama-python or --ik-llama-python")
 
     checkpoint = open_checkpoint(args.gguf)
     files = [file.path for file in checkpoint.files]
@@ -173,8 +178,7 @@ def main() -> None:
         for engine in wanted:
             read += measuring.in_turns({"read": limits.read_gb_per_s}, LIMIT_SAMPLES)["read"]
             cached.append(min(map(warm_page_cache, files)))
-            interpreter = args.llama_python if engine.startswith("llama") else sys.executable
-            runs[engine].append(run_engine(engine, interpreter, args))
+            runs[engine].append(run_engine(engine, interpreter_of[engine], args))
             shown = {key: round(median(value), 2) for key, value in runs[engine][-1].items() if isinstance(value, list)}
             print(engine, shown, flush=True)
 
@@ -200,7 +204,9 @@ def main() -> None:
             "read_gb_per_s": read,
             "page_cache_share": cached,
             "settings": {
-                key: value for key, value in vars(args).items() if key not in ("json", "plot", "llama_python")
+                key: value
+                for key, value in vars(args).items()
+                if key not in ("json", "plot", "llama_python", "ik_llama_python")
             },
             "results": results,
             "runs": runs,

@@ -207,10 +207,57 @@ def run_llama(path: str, settings: argparse.Namespace, *, flash_attention: bool 
     return {"load_s": [load_s], "rss_before_load_gb": [before], **measured(generate, settings)}
 
 
+def run_ik_llama(path: str, settings: argparse.Namespace, *, repack: bool = False) -> dict[str, Any]:
+    """ik_llama.cpp through ik-llama-cpp-python, without choosing tokens.
+
+    With its attention over latents (`mla` 3) and its flash attention. `repack` is its run-time repacking, which takes
+    memory of its own in place of mapping the file.
+    """
+    from ik_llama_cpp import _ctypes_api as ik
+    from ik_llama_cpp._internals import make_batch_range
+
+    before = peak_rss_gb()
+    start = time.perf_counter()
+    ik.llama_backend_init()
+    model_options = ik.llama_model_default_params()
+    model_options.repack_tensors, model_options.use_mmap = repack, not repack
+    model = ik.llama_model_load_from_file(path.encode(), model_options)
+    options = ik.llama_context_default_params()
+    options.n_ctx = max([*settings.depth, settings.prefill]) + settings.new_tokens + 32
+    options.n_batch = options.n_ubatch = LLAMA_BATCH
+    options.n_threads = options.n_threads_batch = settings.threads
+    options.mla_attn, options.flash_attn, options.fused_moe_up_gate = 3, True, True
+    context = ik.llama_init_from_model(model, options) if model else None
+    if context is None:
+        raise SystemExit(f"ik_llama.cpp cannot load {path}; its own message stands above")
+    load_s = time.perf_counter() - start
+
+    def timed(tokens: list[int], position: int) -> float:
+        """The pointer to the logits is asked for last: that call waits until they are there."""
+        begin = time.perf_counter()
+        for first in range(0, len(tokens), LLAMA_BATCH):
+            part = tokens[first : first + LLAMA_BATCH]
+            batch = make_batch_range(part, pos_start=position + first)
+            status = ik.llama_decode(context, batch)
+            ik.llama_batch_free(batch)
+            if status != 0:
+                raise SystemExit(f"ik_llama.cpp refused a batch of {len(part)} tokens with status {status}")
+        ik.llama_get_logits_ith(context, -1)
+        return time.perf_counter() - begin
+
+    def generate(tokens: list[int]) -> Run:
+        ik.llama_kv_cache_clear(context)
+        return Run(timed(tokens, 0), [timed([3 + step], len(tokens) + step) for step in range(settings.new_tokens)])
+
+    return {"load_s": [load_s], "rss_before_load_gb": [before], **measured(generate, settings)}
+
+
 ENGINES: dict[str, Callable[[str, argparse.Namespace], dict[str, Any]]] = {
     "ours": run_ours,
     "llama.cpp": run_llama,
     "llama.cpp-fa": lambda path, settings: run_llama(path, settings, flash_attention=True),
+    "ik_llama.cpp": run_ik_llama,
+    "ik_llama.cpp-repacked": lambda path, settings: run_ik_llama(path, settings, repack=True),
     "stock": run_stock,
 }
 
