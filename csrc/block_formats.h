@@ -100,12 +100,15 @@ inline int64_t activation_row_bytes(ActivationFormat format, int64_t cols) {
 // - f16 scales of blocks whose size is no multiple of 4, 32 bytes of a panel, lead two blocks at a time, so that units
 //   stay on 64-byte lines: scales of blocks 0 and 1, units of block 0, units of block 1, scales of blocks 2 and 3, ... A
 //   last block without a second is led by its own scales alone.
-// - Units of upper bits are spread evenly among the units of lower bits (`unit_place`), each before those that it belongs
-//   to, with bits exchanged between units so that it belongs to those alone (panel_layout.h, `regroup_upper_bits`):
-//   Q5_K: per chunk of 64 columns 2 times upper bits of 4 units, the 4 units. Q6_K: per chunk of 64 columns (32 and the 32
-//   that lie 64 behind them) 4 times upper bits of 2 units, the 2 units.
-// - In Q5_0's unit of upper bits, those of 4 consecutive columns lie where a kernel wants them, each in the byte of its
-//   column: bit 4 g + k of the file is bit g of byte k.
+// - Lower and upper bits of 5- and 6-bit types, which stand apart in the file, come together in sets of units, one set after
+//   the other. A set holds, for the same columns of all rows, vectors of 4 columns: 8 in 5 units in Q5_0 and Q5_K, 4 in 3 units in
+//   Q6_K. Byte by byte, from the lowest bit (v2:0-2 is bits 0 to 2 of vector 2):
+//   Q5_0, Q5_K: unit 0 is v0, v2:0-2; unit 1 v1, v7:3, v2:3-4; unit 2 v3, v5:0-2; unit 3 v4, v7:4, v5:3-4; unit 4 v6, v7:0-2.
+//   Q6_K: unit 0 is v0, v3:0-1; unit 1 v1, v3:2-3; unit 2 v2, v3:4-5.
+//   To take 8 vectors of 5 bits apart are 23 operations, 4 of 6 bits 11; with nibbles and upper bits beside them 35 and 17.
+// - Vectors 2 i and 2 i + 1 are group i of 4 columns of two blocks of 32: of Q5_0, the first and second 16 columns of one
+//   block; of Q5_K, blocks 2 c and 2 c + 1, a chunk c of two sets; of Q6_K, a block and the one 64 columns behind it, a chunk
+//   of four sets. Chunks follow each other as their columns do.
 
 constexpr int kPanelRows = 16;
 
@@ -138,6 +141,11 @@ constexpr WeightTypeInfo kWeightTypeInfos[kWeightTypes] = {
 };
 
 constexpr const WeightTypeInfo& info_of(WeightType type) { return kWeightTypeInfos[static_cast<int>(type)]; }
+
+// Units of a set, whose bits a panel distributes anew (panel_layout.h, `spread_sets`).
+constexpr int set_units(WeightType type) {
+  return type == WeightType::kQ6_K ? 3 : type == WeightType::kQ5_K || type == WeightType::kQ5_0 ? 5 : 1;
+}
 
 // Where unit `unit` of a block of the file stands in a block of a panel.
 constexpr int unit_place(WeightType type, int unit) {

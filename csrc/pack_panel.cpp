@@ -14,6 +14,8 @@ uint64_t load_word(const uint8_t* p) {
   return word;
 }
 
+typedef uint64_t FourRows __attribute__((vector_size(16)));  // what every x86-64 and every ARM has registers for
+
 void store_word(uint8_t* p, uint64_t word) { std::memcpy(p, &word, sizeof(word)); }
 
 // A line is read for each 144 bytes of 16 rows: too irregular for the prefetchers, which do read ahead when all rows of the
@@ -56,8 +58,19 @@ void pack_blocks(const uint8_t* source, int64_t blocks, uint8_t* panel) {
         std::memcpy(last + 1, second + info.unit_offset + (kUnits - 1) * 4, 4);
         std::memcpy(units + kUnits - 1, last, 8);
       }
-      regroup_upper_bits(type, units, false);
+      regroup_upper_bits<type, false>(units);
       for (int u = 0; u < kUnits; ++u) store_word(to + unit_place(type, u) * kPanelRows * 4 + lane * 4, units[u]);
+    }
+  }
+  // In a pass of its own, of 4 rows at once, because reading what was just stored in pieces of 8 bytes would wait for it.
+  if constexpr (set_units(type) > 1) {
+    constexpr int kVectors = kPanelRows * 4 / sizeof(FourRows);
+    for (int64_t b = 0; b < blocks; ++b) {
+      uint8_t* block = panel + units_position(info, blocks, b);
+      FourRows units[kUnits * kVectors];
+      std::memcpy(units, block, sizeof units);
+      spread_sets<type, false, kVectors>(units);
+      std::memcpy(block, units, sizeof units);
     }
   }
 }

@@ -15,7 +15,8 @@ namespace {
 
 struct V : Avx2Primitives {
   static constexpr bool kAddsIn16Bits = true;
-  // One core of Zen 3, 12 and 48 tokens: Q4_K 4 and 6% faster, Q5_K 0 and 5, Q6_K 5 and 10.
+  // One core of Zen 3, 12 and 48 tokens: Q4_K 4 and 6% faster, Q5_K 0 and 5, Q6_K 5 and 10. One token, weights from memory,
+  // two cores: Q4_K 2% and Q5_K 1% faster.
   static constexpr bool kFoldsScales = true;
   // Likewise Q5_0 15 and 29% faster, Q4_0 1 and 10. Not Q8_0, whose bytes need no unpacking: 9 and 4% slower.
   static constexpr bool kUnpacks32Wide = true;
@@ -23,15 +24,34 @@ struct V : Avx2Primitives {
     return {_mm256_maddubs_epi16(w.low, a.low), _mm256_maddubs_epi16(w.high, a.high)};
   }
   // gcc regroups long sums of integers into trees, whose many leaves then wait in memory; an empty asm keeps them chains.
-  // Q4_K: 189 stack accesses in a tile instead of 981, 272 GOPS instead of 202 on one core of Zen 5; Q4_0 297 instead of
-  // 220.
-  TKT_INLINE I add_pairs(I a, I b) {
-    I sum = {_mm256_add_epi16(a.low, b.low), _mm256_add_epi16(a.high, b.high)};
+  // Sums of pairs of Q4_K: 189 stack accesses in a tile instead of 981, 272 GOPS instead of 202 on one core of Zen 5; Q4_0
+  // 297 instead of 220.
+  TKT_INLINE I chained(I sum) {
     __asm__("" : "+x"(sum.low), "+x"(sum.high));
     return sum;
   }
+  TKT_INLINE I add_pairs(I a, I b) {
+    return chained({_mm256_add_epi16(a.low, b.low), _mm256_add_epi16(a.high, b.high)});
+  }
   TKT_INLINE I widen_pairs(I a, I factors) {
     return {_mm256_madd_epi16(a.low, factors.low), _mm256_madd_epi16(a.high, factors.high)};
+  }
+  // Bytes `low` and `high` of each lane as a pair of 16 bits: unsigned, or signed and times 2^kLog2.
+  template <int low, int high>
+  TKT_INLINE I byte_pair(I a) {
+    return bytes_of_lanes(a, 0x80008000u | low | high << 16);
+  }
+  template <int low, int high, int kLog2>
+  TKT_INLINE I signed_byte_pair(I a) {
+    const I upper = bytes_of_lanes(a, 0x00800080u | low << 8 | high << 24);
+    return {_mm256_srai_epi16(upper.low, 8 - kLog2), _mm256_srai_epi16(upper.high, 8 - kLog2)};
+  }
+  // The bytes of each lane that `which` names, 0 where that is 0x80.
+  TKT_INLINE I bytes_of_lanes(I a, uint32_t which) {
+    const __m256i first =
+        _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c);
+    const __m256i places = _mm256_add_epi8(_mm256_set1_epi32(static_cast<int32_t>(which)), first);
+    return {_mm256_shuffle_epi8(a.low, places), _mm256_shuffle_epi8(a.high, places)};
   }
   TKT_INLINE I broadcast_pair(const int32_t* two) {
     long long both;

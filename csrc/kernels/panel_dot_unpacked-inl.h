@@ -211,10 +211,10 @@ static inline void dot_tile_unpacked_k(const UnpackedBlock<R>& unpacked, const D
 
 // ---- 32-wide types ---------------------------------------------------------------------------------------------------
 
-template <class Words, int R, int group>
+template <class Words, int R, int position>
 TKT_INLINE void unpack_groups_32(UnpackedBlock<R>& unpacked, int b, int r, const uint8_t* words) {
-  V::store_i(unpacked.weights[b][group][r], Words::template weights<group>(words));
-  if constexpr (group < 7) unpack_groups_32<Words, R, group + 1>(unpacked, b, r, words);
+  V::store_i(unpacked.weights[b][Words::group_at(position)][r], Words::template weights<position>(words));
+  if constexpr (position < 7) unpack_groups_32<Words, R, position + 1>(unpacked, b, r, words);
 }
 
 template <class Words, int R>
