@@ -7,7 +7,7 @@ struct Avx512Primitives {
   static constexpr int kTileTokensK = 6;
   static constexpr int kTilePanels = 2;
   static constexpr bool kTouchesNextLine = true;
-  static constexpr bool kTouchesAcross = false;
+  static constexpr int kAheadInPlace = 0;
   static constexpr int kScoreKeys = 8;
   static constexpr int kShuffledKeys = 2;  // one core of Zen 5, keys in L2: 220 GFLOPS with it, 210 without
   static constexpr int kScoreGroups = 2;
@@ -17,6 +17,9 @@ struct Avx512Primitives {
 
   TKT_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   TKT_INLINE void prefetch_to_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+  TKT_INLINE void prefetch_here(const void* p) {
+    __asm__ volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(p)));
+  }
   TKT_INLINE F zero_f() { return _mm512_setzero_ps(); }
   TKT_INLINE F set_f(float x) { return _mm512_set1_ps(x); }
   TKT_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }

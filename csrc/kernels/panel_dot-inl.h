@@ -29,19 +29,23 @@ TKT_INLINE void ask_ahead(const uint8_t* words, int first, int end, int64_t ahea
   TKT_UNROLL for (int line = first; line < end; ++line) V::prefetch_to_l2(words + line * 64 + ahead);
 }
 
-// Reads a little of the line that comes next. Why that helps is not known, only that it does, where asking for the same
-// line by a prefetch hurts. Share of the read bandwidth of one core of Zen 4 with prefetches, without both, with this:
-// Q4_K 0.73, 0.85, 0.98, Q5_K 0.55, 0.78, 0.98, Q6_K 0.7, 0.95, 0.95; two lines ahead is as good, four are not. Where a line
-// takes two loads anyway, on Zen 3, two cores read 7% less with it. Behind the last line of all lies kReadPast (memory.h).
-TKT_INLINE void touch(const uint8_t* p) { (void)*reinterpret_cast<const volatile uint32_t*>(p); }
-
-// The same by a read across the end of the line that begins at `line`: Q8_0, which has few instructions to a line, on two
-// cores of Zen 3 6 to 9% faster; by touch() 5%, other types not at all. A volatile read instead of the asm loses half of
-// it, for gcc moves several of those together.
-TKT_INLINE void touch_across(const uint8_t* line) {
-  uint64_t bytes;
-  __builtin_memcpy(&bytes, line + 60, sizeof bytes);
-  __asm__ volatile("" : : "r"(bytes));
+// What a product of one token does, line by line, about weights that software does not ask for in advance as above.
+//
+// On AVX2 it asks for the line V::kAheadInPlace bytes ahead, among the instructions of this one, so that a core that looks 256
+// instructions ahead, 10 lines, has more misses under way. Two cores of Zen 3, GB/s against without: Q4_K 1.14, Q5_K 1.17,
+// Q6_K 1.16, Q8_0 1.12, Q5_0 and Q4_0 1.19; 1 and 2 KB are about as good. Floats, with few instructions to a line, lose 2 to
+// 6%. Several lines in one place, which is also what gcc makes of prefetches that it may move, are slower than none: they
+// wait for the few buffers that misses have.
+//
+// On AVX-512 it reads a little of the line that comes next. Why that helps is not known, only that it does, where asking in
+// bursts hurts. Share of the read bandwidth of one core of Zen 4 with bursts, without both, with this: Q4_K 0.73, 0.85,
+// 0.98, Q5_K 0.55, 0.78, 0.98, Q6_K 0.7, 0.95, 0.95; two lines ahead is as good, four are not. Behind the last line of all
+// lies kReadPast (memory.h).
+TKT_INLINE void look_ahead(const uint8_t* line) {
+  if constexpr (V::kAheadInPlace > 0) V::prefetch_here(line + V::kAheadInPlace);
+}
+TKT_INLINE void touch(const uint8_t* p) {
+  if constexpr (V::kTouchesNextLine) (void)*reinterpret_cast<const volatile uint32_t*>(p);
 }
 
 // Factors that leave 16-bit sums as they are.
@@ -139,7 +143,7 @@ struct Q8_0Words {
 
 template <class Words, int T, int R, int position>
 TKT_INLINE void add_groups_32(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uint8_t* const (&words)[R],
-                              const int8_t* const (&q)[T], bool touches) {
+                              const int8_t* const (&q)[T], bool looks_ahead) {
   V::I w[R];
   // Tiles after the first take the panels from L2. Two cores of Zen 4, 16 and 60 tokens: Q5_0 528 and 593 GOPS without
   // this, 589 and 648 with; Q8_0, which has more lines to a product, 5% less.
@@ -147,14 +151,14 @@ TKT_INLINE void add_groups_32(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uin
   TKT_UNROLL for (int r = 0; r < R; ++r) V::prefetch(words[r] + position * 64 + 1024);
   }
   TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = Words::template weights<position>(words[r]);
-  if (touches) touch_across(words[0] + position * 64);
+  if (looks_ahead && position < Words::kWords) look_ahead(words[0] + position * 64);
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     const V::I a = V::broadcast_i(q[t] + 4 * Words::group_at(position));
     TKT_UNROLL for (int r = 0; r < R; ++r) {
       accumulate<Words::kNarrowGroups, position, 8>(dot[t][r], narrow[t][r], w[r], a);
     }
   }
-  if constexpr (position < 7) add_groups_32<Words, T, R, position + 1>(dot, narrow, words, q, touches);
+  if constexpr (position < 7) add_groups_32<Words, T, R, position + 1>(dot, narrow, words, q, looks_ahead);
 }
 
 template <class Words, int T, int R>
@@ -185,8 +189,7 @@ TKT_INLINE void dot_tile_32(const DotArgs& args, int token, int64_t ahead) {
     const int8_t* q[T];
     TKT_UNROLL for (int t = 0; t < T; ++t) q[t] = act[t][b].q;
     V::I narrow[T][R];
-    add_groups_32<Words, T, R, 0>(dot, narrow, words, q,
-                                  T == 1 && Words::kWords == 8 && V::kTouchesAcross && ahead == 0);
+    add_groups_32<Words, T, R, 0>(dot, narrow, words, q, T == 1 && ahead == 0);
     TKT_UNROLL for (int r = 0; r < R; ++r) {
       const V::F d = V::load_f16(block_scales<Words>(args.panels[r], b));
       TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -453,20 +456,24 @@ TKT_INLINE void dot_tile_k(const DotArgs& args, int token, int64_t ahead) {
 // Groups of a chunk, from `group` to the end of a sub-block; dot[nibble].
 template <class Words, int chunk, int group>
 TKT_INLINE void add_words(V::I (&dot)[2], V::I (&narrow)[2], const V::I (&factors)[2], const uint8_t* words,
-                          const ActivationQ8* act, bool touches) {
+                          const ActivationQ8* act, bool looks_ahead) {
   constexpr int kGroups = Words::kSubColumns / 4;
   constexpr int kOfSet = group % Words::kSetGroups;
   constexpr int kNextWord = ((kOfSet + 1) * Words::kSetWords + Words::kSetGroups - 1) / Words::kSetGroups;
   const uint8_t* set = set_of<Words>(words, chunk, group);
   const V::I low = Words::template weights<2 * kOfSet>(set);
   const V::I high = Words::template weights<2 * kOfSet + 1>(set);
-  if (touches) touch(set + kNextWord * 64);
+  if (looks_ahead) {
+    constexpr int kFirstWord = (kOfSet * Words::kSetWords + Words::kSetGroups - 1) / Words::kSetGroups;
+    TKT_UNROLL for (int word = kFirstWord; word < kNextWord; ++word) look_ahead(set + word * 64);
+    touch(set + kNextWord * 64);
+  }
   accumulate<Words::kNarrowGroups, group % kGroups, kGroups>(
       dot[0], narrow[0], low, V::broadcast_i(act[Words::block_of(chunk, 0)].q + 4 * group), factors[0]);
   accumulate<Words::kNarrowGroups, group % kGroups, kGroups>(
       dot[1], narrow[1], high, V::broadcast_i(act[Words::block_of(chunk, 1)].q + 4 * group), factors[1]);
   if constexpr ((group + 1) % kGroups != 0) {
-    add_words<Words, chunk, group + 1>(dot, narrow, factors, words, act, touches);
+    add_words<Words, chunk, group + 1>(dot, narrow, factors, words, act, looks_ahead);
   }
 }
 
@@ -495,8 +502,7 @@ TKT_INLINE void add_chunk(V::I (&sums)[4], const typename Words::Scales& scales,
   }
   V::I narrow[2];
   if constexpr (half == 0) ask_ahead(words, chunk * Words::kWords / 4, (chunk + 1) * Words::kWords / 4, ahead);
-  add_words<Words, chunk, half * Words::kSubColumns / 4>(dot, narrow, factors, words, act,
-                                                         ahead == 0 && V::kTouchesNextLine);
+  add_words<Words, chunk, half * Words::kSubColumns / 4>(dot, narrow, factors, words, act, ahead == 0);
   if constexpr (V::kFoldsScales) {
     // Nothing else ends these sums: Q6_K in cache, one core of Zen 3, 26 GB/s without this, 29 with it.
     TKT_UNROLL for (int n = 0; n < 2; ++n) dot[n] = Isa::chained(dot[n]);
@@ -534,6 +540,9 @@ TKT_INLINE void dot_one_panel_k(const uint8_t* panel, int64_t blocks, const uint
     if constexpr (Words::kLeadingScales) ask_ahead(block_scales<Words>(panel, b), 0, 1, ahead);
     Scales scales;
     scales.read(words, block_scales<Words>(panel, b));
+    if (ahead == 0) {
+      TKT_UNROLL for (int word = 0; word < 4; ++word) look_ahead(words + word * 64);
+    }
     V::F scaled = V::zero_f();
     add_chunks<Words, 0>(scaled, scales, words, act[0], ahead);
     add_chunks<Words, 2>(scaled, scales, words, act[0], ahead);
