@@ -56,11 +56,6 @@ inline void exchange(Word& a, Word& b, Word mask, int distance) {
   a ^= differing << distance;
 }
 
-template <typename Word>
-inline Word in_each_byte(uint32_t mask) {
-  return in_each_unit<Word>(mask * 0x01010101u);
-}
-
 // Upper bits among a block's units, given in the order of the file, each to a unit that goes with the lower bits of one set
 // alone, or, with `back`, back.
 //
