@@ -134,6 +134,7 @@ def plot(path: Path, results: dict[str, dict[str, Any]]) -> None:
         for index, engine in enumerate(names):
             values = results[engine][key]["rounds"]
             axis.plot([index] * len(values), values, "k.", alpha=0.6)
+        axis.set_xticks(range(len(names)), [engine.replace("-", "\n") for engine in names])
         axis.set(title=key.replace("_", " "), ylabel="tokens / s")
     figure.savefig(path, dpi=150)
 
