@@ -31,8 +31,8 @@ TKT_INLINE void ask_ahead(const uint8_t* words, int first, int end, int64_t ahea
 
 // What a product of one token does, line by line, about weights that software does not ask for in advance as above.
 //
-// On AVX2 it asks for the line V::kAheadInPlace bytes ahead, among the instructions of this one, so that a core that looks 256
-// instructions ahead, 10 lines, has more misses under way. Two cores of Zen 3, GB/s against without: Q4_K 1.14, Q5_K 1.17,
+// On AVX2 it asks for the line V::kAheadInPlace bytes ahead, among the instructions of this one, so that a core that
+// looks 256 instructions ahead, 10 lines, has more misses under way. Two cores of Zen 3, GB/s against without: Q4_K 1.14, Q5_K 1.17,
 // Q6_K 1.16, Q8_0 1.12, Q5_0 and Q4_0 1.19; 1 and 2 KB are about as good. Floats, with few instructions to a line, lose 2 to
 // 6%. Several lines in one place, which is also what gcc makes of prefetches that it may move, are slower than none: they
 // wait for the few buffers that misses have.
@@ -76,7 +76,7 @@ TKT_INLINE V::I bits_of(V::I bytes, uint32_t mask) {
 }
 TKT_INLINE V::I word_at(const uint8_t* set, int word) { return V::load_i(set + word * 64); }
 
-// Vector `2 * group + nibble` of a set (panel_layout.h) of 2, 4 or 8 of them in 1, 3 or 5 words.
+// Vector `2 * group + nibble` of a set (block_formats.h) of 2, 4 or 8 of them in 1, 3 or 5 words.
 template <int vector>
 TKT_INLINE V::I four_bits(const uint8_t* set) {
   return bits_of<4 * vector>(word_at(set, 0), 0x0f);
@@ -248,7 +248,7 @@ struct SixBitScales {
   }
 };
 
-// A chunk is two blocks of 32 columns, of which a set (panel_layout.h) holds the same kSetGroups groups of 4 columns.
+// A chunk is two blocks of 32 columns, of which a set (block_formats.h) holds the same kSetGroups groups of 4 columns.
 
 struct Q4_KWords {
   static constexpr int kColumns = 256;
