@@ -12,11 +12,13 @@
 #include <vector>
 
 #include "attention.h"
+#include "choose_look_ahead.h"
 #include "cpu_features.h"
 #include "decoder_layer.h"
 #include "dispatch.h"
 #include "experts.h"
 #include "linear.h"
+#include "look_ahead.h"
 #include "packed_matrix.h"
 #include "panel_layout.h"
 #include "row_decoder.h"
@@ -443,6 +445,31 @@ std::vector<std::string> supported_isas() {
   return names;
 }
 
+py::tuple look_ahead_names() {
+  py::list names;
+  for (const LookAhead how : kLookAheads) names.append(name_of(how));
+  return py::tuple(names);
+}
+
+void set_look_ahead_op(const std::string& name) {
+  if (name.empty()) return set_look_ahead(std::nullopt);
+  for (const LookAhead how : kLookAheads) {
+    if (name == name_of(how)) return set_look_ahead(how);
+  }
+  throw std::invalid_argument("no way of looking ahead is called " + name);
+}
+
+py::dict choose_look_ahead_op(const std::vector<std::shared_ptr<PackedMatrix>>& matrices) {
+  std::vector<LookAheadSpeed> found;
+  {
+    const py::gil_scoped_release release;
+    found = choose_look_ahead(matrices);
+  }
+  py::dict speeds;
+  for (const LookAheadSpeed& each : found) speeds[name_of(each.how)] = each.speed;
+  return speeds;
+}
+
 void set_thread_count_op(int n) {
   set_thread_count(n);
   const int used = thread_count();
@@ -499,10 +526,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "hide_cpu_features", [](const std::string& names) { hide_cpu_features(features_named(names)); }, py::arg("names"),
       "for tests; '' ends it");
+  m.attr("LOOK_AHEADS") = look_ahead_names();
   m.def(
-      "set_software_prefetch_pays",
-      [](std::optional<bool> pays) { set_software_prefetch_pays(pays.has_value() ? (*pays ? 1 : 0) : -1); },
-      py::arg("pays"), "for tests and measurements; None goes back to what the CPU's maker suggests");
+      "look_ahead", [] { return name_of(look_ahead(kernels().look_ahead)); },
+      "how products of few tokens see to it that weights are under way before they are needed");
+  m.def("set_look_ahead", &set_look_ahead_op, py::arg("name"),
+        "for tests and measurements; '' goes back to what suits the CPU's maker and the kernels");
   m.def("supported_isas", &supported_isas, "names of the kernel tables this CPU can run, best first");
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("select_isa", &select_kernels, py::arg("name"), "for tests; '' chooses automatically");
@@ -532,6 +561,9 @@ PYBIND11_MODULE(_C, m) {
         return ranges;
       });
 
+  m.def(
+      "choose_look_ahead", &choose_look_ahead_op, py::arg("matrices"),
+      "tries the LOOK_AHEADS and keeps the fastest: name -> times as fast as the one before; {} where it did not try");
   m.def("linear", &linear_op, py::arg("w"), py::arg("x").noconvert(), py::arg("out").noconvert());
   m.def("rms_norm", &rms_norm_op, py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("eps"),
         py::arg("out").noconvert());
@@ -544,6 +576,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<ExpertWeights, std::shared_ptr<ExpertWeights>>(m, "Experts")
       .def(py::init<std::shared_ptr<PackedMatrix>, std::shared_ptr<PackedMatrix>, std::shared_ptr<PackedMatrix>>(),
            py::arg("gate"), py::arg("up"), py::arg("down"))
+      .def_property_readonly("matrices", &ExpertWeights::matrices, "gate, up, down")
       .def("forward_routed", &routed_experts_op, py::arg("x").noconvert(), py::arg("indices").noconvert(),
            py::arg("weights").noconvert(), py::arg("out").noconvert())
       .def("forward_mlp", &mlp_op, py::arg("x").noconvert(), py::arg("out").noconvert());
@@ -552,6 +585,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&make_moe), py::arg("router"), py::arg("bias").noconvert(), py::arg("routed"), py::arg("shared"),
            py::kw_only(), py::arg("sigmoid"), py::arg("groups"), py::arg("top_groups"), py::arg("top_k"),
            py::arg("normalize"), py::arg("scale"))
+      .def_property_readonly("routed", &MoeBlock::routed)
       .def("forward", &moe_op, py::arg("x").noconvert(), py::arg("out").noconvert(), py::arg("logits").noconvert());
 
   py::class_<MlaAttention, std::shared_ptr<MlaAttention>>(m, "MlaAttention")

@@ -21,7 +21,6 @@ constexpr NamedFeature kNames[] = {
 };
 
 std::atomic<uint32_t> hidden{0};
-std::atomic<int> prefetch_pays{-1};  // -1: as the CPU's maker suggests
 
 #if defined(__x86_64__)
 uint64_t read_xcr0() {
@@ -57,14 +56,8 @@ uint32_t detect() {
   if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && ((a >> 4) & 1)) features |= kAvxvnni;
   return features;
 }
-bool is_intel() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid(0, &a, &b, &c, &d) != 0 && b == signature_INTEL_ebx && c == signature_INTEL_ecx &&
-         d == signature_INTEL_edx;
-}
 #else
 uint32_t detect() { return 0; }
-bool is_intel() { return false; }
 #endif
 
 }  // namespace
@@ -74,13 +67,15 @@ uint32_t cpu_features() {
   return features & ~hidden.load();
 }
 
-bool software_prefetch_pays() {
-  static const bool intel = is_intel();
-  const int set = prefetch_pays.load(std::memory_order_relaxed);
-  return set < 0 ? intel : set != 0;
+bool is_intel() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(0, &a, &b, &c, &d) != 0 && b == signature_INTEL_ebx && c == signature_INTEL_ecx &&
+         d == signature_INTEL_edx;
+#else
+  return false;
+#endif
 }
-
-void set_software_prefetch_pays(int pays) { prefetch_pays.store(pays); }
 
 void hide_cpu_features(uint32_t features) { hidden.store(features); }
 

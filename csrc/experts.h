@@ -21,6 +21,7 @@ class ExpertWeights {
   const PackedMatrix& gate() const { return *gate_; }
   const PackedMatrix& up() const { return *up_; }
   const PackedMatrix& down() const { return *down_; }
+  std::vector<std::shared_ptr<PackedMatrix>> matrices() const { return {gate_, up_, down_}; }
   int64_t count() const { return gate_->count(); }
   int64_t hidden() const { return gate_->cols(); }
   int64_t intermediate() const { return gate_->rows(); }
@@ -63,6 +64,7 @@ class MoeBlock {
 
   int64_t hidden() const { return routed_->hidden(); }
   int64_t experts() const { return routed_->count(); }
+  const std::shared_ptr<ExpertWeights>& routed() const { return routed_; }
 
   // x, out: [tokens][hidden]. logits receives the router's output, [tokens][experts].
   void forward(const float* x, int64_t tokens, float* out, float* logits) const;

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "block_formats.h"
+#include "look_ahead.h"
 
 namespace tkt {
 
@@ -51,6 +52,7 @@ constexpr int64_t attention_state_floats(int64_t latent_dim) { return 16 * (2 + 
 struct KernelTable {
   const char* name;            // "scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni"
   uint32_t required_features;  // CpuFeature bits
+  LookAhead look_ahead;        // what suits it, where nothing else is known
 
   // Integer products are exact; a_j is the activation block of 32 that sub-block j meets, d_j its scale.
   // K-quants, per block: S = 0; for each j: S = fma(float(P_j), d_j, S), where P_j is sc[j] * dot(q_j, a_j), for Q6_K the

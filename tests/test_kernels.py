@@ -20,7 +20,7 @@ SCALE_OFFSETS = {"Q4_0": [0], "Q5_0": [0], "Q8_0": [0], "Q4_K": [0, 2], "Q5_K": 
 def _automatic_isa_afterwards() -> Iterator[None]:
     yield
     _C.select_isa("")
-    _C.set_software_prefetch_pays(None)
+    _C.set_look_ahead("")
 
 
 def gguf_type(name: str) -> gguf.GGMLQuantizationType:
@@ -90,13 +90,42 @@ def test_products_equal_the_scalar_reference_bit_for_bit(isa: str, name: str, to
     assert_equal_to_scalar(isa, name, tokens, cols=768)
 
 
-@pytest.mark.parametrize("asks", [True, False])
+@pytest.mark.parametrize("look_ahead", _C.LOOK_AHEADS)
 @pytest.mark.parametrize("isa", VECTOR_ISAS)
 @pytest.mark.parametrize("name", TYPES)
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_asking_for_weights_ahead_changes_no_bit(asks: bool, isa: str, name: str, tokens: int) -> None:
-    _C.set_software_prefetch_pays(asks)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 9])
+def test_looking_ahead_changes_no_bit(look_ahead: str, isa: str, name: str, tokens: int) -> None:
+    _C.set_look_ahead(look_ahead)
     assert_equal_to_scalar(isa, name, tokens, cols=512)
+    assert _C.look_ahead() == look_ahead
+
+
+def test_the_fastest_way_of_looking_ahead_is_kept() -> None:
+    """Matrices that nobody packed read as zeros, and take no memory."""
+    number, _elements, _nbytes = TYPES["Q4_K"]
+    matrices = [_C.PackedMatrix(number, 64, 1408, 2048) for _ in range(6)]
+    for before in _C.LOOK_AHEADS:
+        _C.set_look_ahead(before)
+        speeds = _C.choose_look_ahead(matrices)
+        assert list(speeds) == list(_C.LOOK_AHEADS)
+        assert speeds[before] == 1.0
+        assert min(speeds.values()) > 0
+        chosen = _C.look_ahead()
+        # Another one has to be faster in most rounds; then it is the fastest of those in the middle one.
+        assert chosen == before or speeds[chosen] >= 1.03
+
+
+def test_what_caches_may_hold_is_no_measure_of_looking_ahead() -> None:
+    number, _elements, _nbytes = TYPES["Q4_K"]
+    _C.set_look_ahead("bursts")
+    assert _C.choose_look_ahead([_C.PackedMatrix(number, 64, 1408, 2048)]) == {}
+    assert _C.choose_look_ahead([]) == {}
+    assert _C.look_ahead() == "bursts"
+
+
+def test_an_unknown_way_of_looking_ahead_is_refused() -> None:
+    with pytest.raises(ValueError, match="no way of looking ahead is called sideways"):
+        _C.set_look_ahead("sideways")
 
 
 @pytest.mark.parametrize("isa", VECTOR_ISAS)

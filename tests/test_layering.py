@@ -55,13 +55,14 @@ CALLERS_OF_KERNELS = {"__init__", "operations", "ops", "modules", "cli"}
 # Lowest first: a file includes only headers of layers below its own, and its own header.
 CPP_LAYERS = (
     ("block_formats", "cpu_features", "f16"),
+    ("look_ahead",),
     ("kernel_table", "panel_layout", "row_decoder"),
     ("kernels",),
     ("dispatch", "memory", "pack_panel", "topology"),
     ("thread_pool",),
     ("packed_matrix",),
     ("latent_attention", "linear"),
-    ("attention", "experts"),
+    ("attention", "choose_look_ahead", "experts"),
     ("decoder_layer",),
     ("bindings",),
 )

@@ -384,6 +384,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         from transformers_kt.modules.base_model import join_base_models
         from transformers_kt.modules.decoder_layer import join_decoder_layers
+        from transformers_kt.modules.look_ahead import choose_look_ahead
 
         job, self._job = self._job, None
         assert job is not None
@@ -393,7 +394,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
             rows = loading.fill(model, job.assignments, job.modules, job.checkpoint, bar)
         join_decoder_layers(model)
         join_base_models(model)
-        model.kt_report = KtReport(job.title, job.rules.source, rows, job.notes)
+        model.kt_report = KtReport(job.title, job.rules.source, rows, job.notes, choose_look_ahead(model))
         guard = InputGuard(model.config, job.lost_outputs)
         model.base_model.register_forward_pre_hook(guard, with_kwargs=True)
         if job.wish.device_map is not None or torch.accelerator.is_available():

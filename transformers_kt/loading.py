@@ -58,13 +58,14 @@ class ReportRow:
 class KtReport:
     """What became of each module of a loaded model. ``str()`` gives a table in which equal layers share a line.
 
-    ``notes`` say what rules asked for and became something else or nothing.
+    ``notes`` say what rules asked for and became something else or nothing, ``kernels`` what this machine made of ours.
     """
 
     title: str
     rules: str
     rows: tuple[ReportRow, ...]
     notes: tuple[str, ...] = ()
+    kernels: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +75,14 @@ class KtReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values all through, fit for JSON."""
         rows = [{**asdict(row), "types": list(row.types)} for row in self.rows]
-        return {"title": self.title, "rules": self.rules, "nbytes": self.nbytes, "rows": rows, "notes": [*self.notes]}
+        return {
+            "title": self.title,
+            "rules": self.rules,
+            "nbytes": self.nbytes,
+            "rows": rows,
+            "notes": [*self.notes],
+            "kernels": self.kernels,
+        }
 
     def __str__(self) -> str:
         table = new_table("module", "operation", "device", "types", "memory", numbers=["memory"])
@@ -82,7 +90,9 @@ class KtReport:
         for module, rows in grouped(self.rows, lambda row: (row.operation, row.device, row.types)):
             first, nbytes = rows[0], sum(row.nbytes for row in rows)
             table.add_row(module, first.operation, first.device, ", ".join(first.types), format_bytes(nbytes))
-        return rendered(f"{self.title}, rules: {self.rules}", table, *(f"Note: {note}" for note in self.notes))
+        lines = [f"Note: {note}" for note in self.notes]
+        lines += [f"Kernels: {self.kernels}"] if self.kernels else []
+        return rendered(f"{self.title}, rules: {self.rules}", table, *lines)
 
 
 def apply_plan(model: nn.Module, assignments: Iterable[Assignment], modules: Modules) -> None:

@@ -20,32 +20,29 @@ TKT_INLINE const uint8_t* block_scales(const uint8_t* panel, int64_t block) {
   return panel + block / 2 * 2 * (Words::kWords * 64 + 32) + block % 2 * 32;
 }
 
-// How far ahead of what is computed lines are asked for where software does that (see software_prefetch_pays).
-constexpr int64_t kAheadBytes = 8192;
-
-// Asks for lines first to end - 1 of those that lie `ahead` bytes behind `words`; for none where that is 0.
-TKT_INLINE void ask_ahead(const uint8_t* words, int first, int end, int64_t ahead) {
-  if (ahead == 0) return;
-  TKT_UNROLL for (int line = first; line < end; ++line) V::prefetch_to_l2(words + line * 64 + ahead);
+// In bursts: lines first to end - 1 of those that lie kBurstBytes behind `words`. 8 and 16 KB are alike.
+constexpr int64_t kBurstBytes = 8192;
+TKT_INLINE void ask_in_burst(const uint8_t* words, int first, int end, LookAhead how) {
+  if (how != LookAhead::kBursts) return;
+  TKT_UNROLL for (int line = first; line < end; ++line) V::prefetch_to_l2(words + line * 64 + kBurstBytes);
 }
 
-// What a product of one token does, line by line, about weights that software does not ask for in advance as above.
-//
-// On AVX2 it asks for the line V::kAheadInPlace bytes ahead, among the instructions of this one, so that a core that
-// looks 256 instructions ahead, 10 lines, has more misses under way. Two cores of Zen 3, GB/s against without: Q4_K 1.14, Q5_K 1.17,
-// Q6_K 1.16, Q8_0 1.12, Q5_0 and Q4_0 1.19; 1 and 2 KB are about as good. Floats, with few instructions to a line, lose 2 to
-// 6%. Several lines in one place, which is also what gcc makes of prefetches that it may move, are slower than none: they
-// wait for the few buffers that misses have.
-//
-// On AVX-512 it reads a little of the line that comes next. Why that helps is not known, only that it does, where asking in
-// bursts hurts. Share of the read bandwidth of one core of Zen 4 with bursts, without both, with this: Q4_K 0.73, 0.85,
-// 0.98, Q5_K 0.55, 0.78, 0.98, Q6_K 0.7, 0.95, 0.95; two lines ahead is as good, four are not. Behind the last line of all
-// lies kReadPast (memory.h).
-TKT_INLINE void look_ahead(const uint8_t* line) {
-  if constexpr (V::kAheadInPlace > 0) V::prefetch_here(line + V::kAheadInPlace);
+// In place: one line at each line, among the instructions that compute it, so that a core that looks 256 instructions ahead,
+// 10 lines, has more misses under way. Two cores of Zen 3, one token, GB/s against without: Q4_K 1.14, Q5_K 1.17, Q6_K 1.16, Q8_0
+// 1.12, Q5_0 and Q4_0 1.19; 1 and 2 KB are about as good. Floats, with few instructions to a line, lose 2 to 6%. Several lines
+// in one place, which is also what gcc makes of prefetches that it may move, are slower than none there: they wait for the few
+// buffers that misses have.
+constexpr int64_t kInPlaceBytes = 1536;
+TKT_INLINE void ask_in_place(const uint8_t* line, LookAhead how) {
+  if (how == LookAhead::kInPlace) V::prefetch_here(line + kInPlaceBytes);
 }
-TKT_INLINE void touch(const uint8_t* p) {
-  if constexpr (V::kTouchesNextLine) (void)*reinterpret_cast<const volatile uint32_t*>(p);
+
+// Left to the hardware: on AVX-512 one token reads a little of the line that comes next. Why that helps is not known, only that it
+// does, where asking in bursts hurts. Share of the read bandwidth of one core of Zen 4 with bursts, without both, with this:
+// Q4_K 0.73, 0.85, 0.98, Q5_K 0.55, 0.78, 0.98, Q6_K 0.7, 0.95, 0.95; two lines ahead is as good, four are not. Behind the last
+// line of all lies kReadPast (memory.h).
+TKT_INLINE void touch(const uint8_t* p, LookAhead how) {
+  if (V::kTouchesNextLine && how == LookAhead::kHardware) (void)*reinterpret_cast<const volatile uint32_t*>(p);
 }
 
 // Factors that leave 16-bit sums as they are.
@@ -107,6 +104,7 @@ struct Q4_0Words {
   static constexpr int kWords = 4;
   static constexpr int kNarrowGroups = 8;  // 8 * 2 * 15 * 127 = 30,480
   static constexpr int kOffsetLog2 = 3;
+  static constexpr int kInPlaceTokens = 2;
   static constexpr int group_at(int position) { return position / 2 + position % 2 * 4; }
   template <int position>
   static V::I weights(const uint8_t* words) {
@@ -120,6 +118,7 @@ struct Q5_0Words {
   static constexpr int kWords = 5;
   static constexpr int kNarrowGroups = 4;  // 4 * 2 * 31 * 127 = 31,496
   static constexpr int kOffsetLog2 = 4;
+  static constexpr int kInPlaceTokens = 2;
   static constexpr int group_at(int position) { return position / 2 + position % 2 * 4; }
   template <int position>
   static V::I weights(const uint8_t* words) {
@@ -133,6 +132,7 @@ struct Q8_0Words {
   static constexpr int kWords = 8;
   static constexpr int kNarrowGroups = 0;  // 2 * 255 * 127 = 64,770, but signed 2 * 128 * 127 = 32,512
   static constexpr int kOffsetLog2 = V::kAddsIn16Bits ? -1 : 7;
+  static constexpr int kInPlaceTokens = 6;
   static constexpr int group_at(int position) { return position; }
   template <int position>
   static V::I weights(const uint8_t* words) {
@@ -143,7 +143,7 @@ struct Q8_0Words {
 
 template <class Words, int T, int R, int position>
 TKT_INLINE void add_groups_32(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uint8_t* const (&words)[R],
-                              const int8_t* const (&q)[T], bool looks_ahead) {
+                              const int8_t* const (&q)[T], LookAhead how) {
   V::I w[R];
   // Tiles after the first take the panels from L2. Two cores of Zen 4, 16 and 60 tokens: Q5_0 528 and 593 GOPS without
   // this, 589 and 648 with; Q8_0, which has more lines to a product, 5% less.
@@ -151,18 +151,20 @@ TKT_INLINE void add_groups_32(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uin
   TKT_UNROLL for (int r = 0; r < R; ++r) V::prefetch(words[r] + position * 64 + 1024);
   }
   TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = Words::template weights<position>(words[r]);
-  if (looks_ahead && position < Words::kWords) look_ahead(words[0] + position * 64);
+  if constexpr (T <= Words::kInPlaceTokens && position < Words::kWords) {
+    TKT_UNROLL for (int r = 0; r < R; ++r) ask_in_place(words[r] + position * 64, how);
+  }
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     const V::I a = V::broadcast_i(q[t] + 4 * Words::group_at(position));
     TKT_UNROLL for (int r = 0; r < R; ++r) {
       accumulate<Words::kNarrowGroups, position, 8>(dot[t][r], narrow[t][r], w[r], a);
     }
   }
-  if constexpr (position < 7) add_groups_32<Words, T, R, position + 1>(dot, narrow, words, q, looks_ahead);
+  if constexpr (position < 7) add_groups_32<Words, T, R, position + 1>(dot, narrow, words, q, how);
 }
 
 template <class Words, int T, int R>
-TKT_INLINE void dot_tile_32(const DotArgs& args, int token, int64_t ahead) {
+TKT_INLINE void dot_tile_32(const DotArgs& args, int token, LookAhead how) {
   V::F acc[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     TKT_UNROLL for (int r = 0; r < R; ++r) acc[t][r] = V::zero_f();
@@ -183,13 +185,13 @@ TKT_INLINE void dot_tile_32(const DotArgs& args, int token, int64_t ahead) {
     const uint8_t* words[R];
     TKT_UNROLL for (int r = 0; r < R; ++r) {
       words[r] = block_words<Words>(args.panels[r], args.blocks, b);
-      ask_ahead(block_scales<Words>(args.panels[r], b), 0, 1, ahead);
-      ask_ahead(words[r], 0, Words::kWords, ahead);
+      ask_in_burst(block_scales<Words>(args.panels[r], b), 0, 1, how);
+      ask_in_burst(words[r], 0, Words::kWords, how);
     }
     const int8_t* q[T];
     TKT_UNROLL for (int t = 0; t < T; ++t) q[t] = act[t][b].q;
     V::I narrow[T][R];
-    add_groups_32<Words, T, R, 0>(dot, narrow, words, q, T == 1 && ahead == 0);
+    add_groups_32<Words, T, R, 0>(dot, narrow, words, q, how);
     TKT_UNROLL for (int r = 0; r < R; ++r) {
       const V::F d = V::load_f16(block_scales<Words>(args.panels[r], b));
       TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -259,6 +261,7 @@ struct Q4_KWords {
   static constexpr int kSetWords = 1;
   static constexpr int kSetGroups = 1;
   static constexpr int kOffsetLog2 = -1;  // quants are unsigned
+  static constexpr int kInPlaceTokens = 2;
   using Scales = SixBitScales;
   static constexpr int block_of(int chunk, int nibble) { return 2 * chunk + nibble; }
   template <int vector>
@@ -276,6 +279,7 @@ struct Q5_KWords {
   static constexpr int kSetWords = 5;
   static constexpr int kSetGroups = 4;
   static constexpr int kOffsetLog2 = -1;  // quants are unsigned
+  static constexpr int kInPlaceTokens = 2;
   using Scales = SixBitScales;
   static constexpr int block_of(int chunk, int nibble) { return 2 * chunk + nibble; }
   template <int vector>
@@ -293,6 +297,7 @@ struct Q6_KWords {
   static constexpr int kSetWords = 3;
   static constexpr int kSetGroups = 2;
   static constexpr int kOffsetLog2 = 5;
+  static constexpr int kInPlaceTokens = 2;
   struct Scales {
     static constexpr bool kHasMinima = false;
     V::I bytes[4];  // 16 signed scales
@@ -344,21 +349,47 @@ TKT_INLINE V::I weights_of(const uint8_t* words) {
   return Words::template weights<2 * (group % Words::kSetGroups) + kNibble>(set_of<Words>(words, kChunk, group));
 }
 
+// The words of a set that its groups before `group` have no need of.
+template <class Words>
+constexpr int first_new_word(int group) {
+  return (group * Words::kSetWords + Words::kSetGroups - 1) / Words::kSetGroups;
+}
+
+// In place: for each word that group `group` of a set is the first to need.
+template <class Words, int group>
+TKT_INLINE void ask_with_group(const uint8_t* set, LookAhead how) {
+  constexpr int kFirst = first_new_word<Words>(group);
+  constexpr int kEnd = first_new_word<Words>(group + 1);
+  TKT_UNROLL for (int word = kFirst; word < kEnd; ++word) ask_in_place(set + word * 64, how);
+}
+
+// The same where blocks are taken one after the other, so that high nibbles find their words asked for.
+template <class Words, int block, int group>
+TKT_INLINE void ask_with_low_nibbles(const uint8_t* words, LookAhead how) {
+  constexpr int kChunk = chunk_of<Words>(block);
+  if constexpr (Words::block_of(kChunk, 0) == block) {
+    ask_with_group<Words, group % Words::kSetGroups>(set_of<Words>(words, kChunk, group), how);
+  }
+}
+
 // Groups of 4 columns of sub-block j.
 template <class Words, int T, int R, int j, int group>
 TKT_INLINE void add_groups_k(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uint8_t* const (&words)[R],
-                             const ActivationQ8* const (&act)[T]) {
+                             const ActivationQ8* const (&act)[T], LookAhead how) {
   constexpr int kGroups = Words::kSubColumns / 4;
   constexpr int kColumn = j * Words::kSubColumns + 4 * group;
   V::I w[R];
-  TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = weights_of<Words, kColumn / 32, kColumn % 32 / 4>(words[r]);
+  TKT_UNROLL for (int r = 0; r < R; ++r) {
+    w[r] = weights_of<Words, kColumn / 32, kColumn % 32 / 4>(words[r]);
+    if constexpr (T <= Words::kInPlaceTokens) ask_with_low_nibbles<Words, kColumn / 32, kColumn % 32 / 4>(words[r], how);
+  }
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     const V::I a = V::broadcast_i(act[t][kColumn / 32].q + kColumn % 32);
     TKT_UNROLL for (int r = 0; r < R; ++r) {
       accumulate<Words::kNarrowGroups, group, kGroups>(dot[t][r], narrow[t][r], w[r], a);
     }
   }
-  if constexpr (group + 1 < kGroups) add_groups_k<Words, T, R, j, group + 1>(dot, narrow, words, act);
+  if constexpr (group + 1 < kGroups) add_groups_k<Words, T, R, j, group + 1>(dot, narrow, words, act, how);
 }
 
 // sums += scale of j * dot of j, up to the end of an activation block. Bounds: a sub-block of 32 gives at most
@@ -367,7 +398,7 @@ TKT_INLINE void add_groups_k(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uint
 // Q6_K 274 and 328.
 template <class Words, int T, int R, int j>
 TKT_INLINE void add_sub_blocks(V::F (&sums)[T][R], const typename Words::Scales (&scales)[R],
-                               const uint8_t* const (&words)[R], const ActivationQ8* const (&act)[T]) {
+                               const uint8_t* const (&words)[R], const ActivationQ8* const (&act)[T], LookAhead how) {
   constexpr int kColumn = j * Words::kSubColumns;
   V::I dot[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -379,7 +410,7 @@ TKT_INLINE void add_sub_blocks(V::F (&sums)[T][R], const typename Words::Scales 
     TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = start;
   }
   V::I narrow[T][R];
-  add_groups_k<Words, T, R, j, 0>(dot, narrow, words, act);
+  add_groups_k<Words, T, R, j, 0>(dot, narrow, words, act, how);
   TKT_UNROLL for (int r = 0; r < R; ++r) {
     const V::F scale = V::to_float(scales[r].template scale<j>());
     TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -387,22 +418,24 @@ TKT_INLINE void add_sub_blocks(V::F (&sums)[T][R], const typename Words::Scales 
       sums[t][r] = kColumn % 32 == 0 ? V::mul(of_j, scale) : V::fma(of_j, scale, sums[t][r]);
     }
   }
-  if constexpr ((kColumn + Words::kSubColumns) % 32 != 0) add_sub_blocks<Words, T, R, j + 1>(sums, scales, words, act);
+  if constexpr ((kColumn + Words::kSubColumns) % 32 != 0) {
+    add_sub_blocks<Words, T, R, j + 1>(sums, scales, words, act, how);
+  }
 }
 
 template <class Words, int T, int R, int block>
 TKT_INLINE void add_blocks(V::F (&scaled)[T][R], const typename Words::Scales (&scales)[R],
-                           const uint8_t* const (&words)[R], const ActivationQ8* const (&act)[T], int64_t ahead) {
+                           const uint8_t* const (&words)[R], const ActivationQ8* const (&act)[T], LookAhead how) {
   TKT_UNROLL for (int r = 0; r < R; ++r) {
-    ask_ahead(words[r], block * Words::kWords / 8, (block + 1) * Words::kWords / 8, ahead);
+    ask_in_burst(words[r], block * Words::kWords / 8, (block + 1) * Words::kWords / 8, how);
   }
   V::F sums[T][R];
-  add_sub_blocks<Words, T, R, block * 32 / Words::kSubColumns>(sums, scales, words, act);
+  add_sub_blocks<Words, T, R, block * 32 / Words::kSubColumns>(sums, scales, words, act, how);
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     const V::F d = V::set_f(act[t][block].d);
     TKT_UNROLL for (int r = 0; r < R; ++r) scaled[t][r] = V::fma(sums[t][r], d, scaled[t][r]);
   }
-  if constexpr (block < 7) add_blocks<Words, T, R, block + 1>(scaled, scales, words, act, ahead);
+  if constexpr (block < 7) add_blocks<Words, T, R, block + 1>(scaled, scales, words, act, how);
 }
 
 template <class Scales, int T, int j>
@@ -413,7 +446,7 @@ TKT_INLINE void add_minima(V::F (&minima)[T], const Scales& scales, const Activa
 }
 
 template <class Words, int T, int R>
-TKT_INLINE void dot_tile_k(const DotArgs& args, int token, int64_t ahead) {
+TKT_INLINE void dot_tile_k(const DotArgs& args, int token, LookAhead how) {
   using Scales = typename Words::Scales;
   V::F acc[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -434,7 +467,7 @@ TKT_INLINE void dot_tile_k(const DotArgs& args, int token, int64_t ahead) {
     TKT_UNROLL for (int t = 0; t < T; ++t) {
       TKT_UNROLL for (int r = 0; r < R; ++r) scaled[t][r] = V::zero_f();
     }
-    add_blocks<Words, T, R, 0>(scaled, scales, words, act, ahead);
+    add_blocks<Words, T, R, 0>(scaled, scales, words, act, how);
     TKT_UNROLL for (int r = 0; r < R; ++r) {
       TKT_UNROLL for (int t = 0; t < T; ++t) acc[t][r] = V::fma(scales[r].d, scaled[t][r], acc[t][r]);
       // A pass of its own: beside the products, the sums of minima would cost registers that the products need.
@@ -456,31 +489,27 @@ TKT_INLINE void dot_tile_k(const DotArgs& args, int token, int64_t ahead) {
 // Groups of a chunk, from `group` to the end of a sub-block; dot[nibble].
 template <class Words, int chunk, int group>
 TKT_INLINE void add_words(V::I (&dot)[2], V::I (&narrow)[2], const V::I (&factors)[2], const uint8_t* words,
-                          const ActivationQ8* act, bool looks_ahead) {
+                          const ActivationQ8* act, LookAhead how) {
   constexpr int kGroups = Words::kSubColumns / 4;
   constexpr int kOfSet = group % Words::kSetGroups;
-  constexpr int kNextWord = ((kOfSet + 1) * Words::kSetWords + Words::kSetGroups - 1) / Words::kSetGroups;
   const uint8_t* set = set_of<Words>(words, chunk, group);
   const V::I low = Words::template weights<2 * kOfSet>(set);
   const V::I high = Words::template weights<2 * kOfSet + 1>(set);
-  if (looks_ahead) {
-    constexpr int kFirstWord = (kOfSet * Words::kSetWords + Words::kSetGroups - 1) / Words::kSetGroups;
-    TKT_UNROLL for (int word = kFirstWord; word < kNextWord; ++word) look_ahead(set + word * 64);
-    touch(set + kNextWord * 64);
-  }
+  ask_with_group<Words, kOfSet>(set, how);
+  touch(set + first_new_word<Words>(kOfSet + 1) * 64, how);
   accumulate<Words::kNarrowGroups, group % kGroups, kGroups>(
       dot[0], narrow[0], low, V::broadcast_i(act[Words::block_of(chunk, 0)].q + 4 * group), factors[0]);
   accumulate<Words::kNarrowGroups, group % kGroups, kGroups>(
       dot[1], narrow[1], high, V::broadcast_i(act[Words::block_of(chunk, 1)].q + 4 * group), factors[1]);
   if constexpr ((group + 1) % kGroups != 0) {
-    add_words<Words, chunk, group + 1>(dot, narrow, factors, words, act, looks_ahead);
+    add_words<Words, chunk, group + 1>(dot, narrow, factors, words, act, how);
   }
 }
 
 // sums[block % 4] = scale * dot of the blocks of a chunk, as add_sub_blocks; from sub-block `half` of two, or of one.
 template <class Words, int chunk, int half, class Isa = V>
 TKT_INLINE void add_chunk(V::I (&sums)[4], const typename Words::Scales& scales, const uint8_t* words,
-                          const ActivationQ8* act, int64_t ahead) {
+                          const ActivationQ8* act, LookAhead how) {
   constexpr int kHalves = 32 / Words::kSubColumns;
   constexpr int kBlocks[2] = {Words::block_of(chunk, 0), Words::block_of(chunk, 1)};
   constexpr int kSubBlocks[2] = {kBlocks[0] * kHalves + half, kBlocks[1] * kHalves + half};
@@ -501,8 +530,8 @@ TKT_INLINE void add_chunk(V::I (&sums)[4], const typename Words::Scales& scales,
     }
   }
   V::I narrow[2];
-  if constexpr (half == 0) ask_ahead(words, chunk * Words::kWords / 4, (chunk + 1) * Words::kWords / 4, ahead);
-  add_words<Words, chunk, half * Words::kSubColumns / 4>(dot, narrow, factors, words, act, ahead == 0);
+  if constexpr (half == 0) ask_in_burst(words, chunk * Words::kWords / 4, (chunk + 1) * Words::kWords / 4, how);
+  add_words<Words, chunk, half * Words::kSubColumns / 4>(dot, narrow, factors, words, act, how);
   if constexpr (V::kFoldsScales) {
     // Nothing else ends these sums: Q6_K in cache, one core of Zen 3, 26 GB/s without this, 29 with it.
     TKT_UNROLL for (int n = 0; n < 2; ++n) dot[n] = Isa::chained(dot[n]);
@@ -514,16 +543,16 @@ TKT_INLINE void add_chunk(V::I (&sums)[4], const typename Words::Scales& scales,
     }
   }
   TKT_UNROLL for (int n = 0; n < 2; ++n) sums[kBlocks[n] % 4] = dot[n];
-  if constexpr (half + 1 < kHalves) add_chunk<Words, chunk, half + 1>(sums, scales, words, act, ahead);
+  if constexpr (half + 1 < kHalves) add_chunk<Words, chunk, half + 1>(sums, scales, words, act, how);
 }
 
 // scaled += d * sum of the four blocks that two chunks have together.
 template <class Words, int chunk>
 TKT_INLINE void add_chunks(V::F& scaled, const typename Words::Scales& scales, const uint8_t* words,
-                           const ActivationQ8* act, int64_t ahead) {
+                           const ActivationQ8* act, LookAhead how) {
   V::I sums[4];
-  add_chunk<Words, chunk, 0>(sums, scales, words, act, ahead);
-  add_chunk<Words, chunk + 1, 0>(sums, scales, words, act, ahead);
+  add_chunk<Words, chunk, 0>(sums, scales, words, act, how);
+  add_chunk<Words, chunk + 1, 0>(sums, scales, words, act, how);
   TKT_UNROLL for (int j = 0; j < 4; ++j) {
     scaled = V::fma(V::to_float(sums[j]), V::set_f(act[2 * chunk + j].d), scaled);
   }
@@ -531,21 +560,19 @@ TKT_INLINE void add_chunks(V::F& scaled, const typename Words::Scales& scales, c
 
 template <class Words>
 TKT_INLINE void dot_one_panel_k(const uint8_t* panel, int64_t blocks, const uint8_t* activations, float* out,
-                                int64_t ahead) {
+                                LookAhead how) {
   using Scales = typename Words::Scales;
   const ActivationQ8* act[1] = {reinterpret_cast<const ActivationQ8*>(activations)};
   V::F acc = V::zero_f();
   for (int64_t b = 0; b < blocks; ++b, act[0] += 8) {
     const uint8_t* words = block_words<Words>(panel, blocks, b);
-    if constexpr (Words::kLeadingScales) ask_ahead(block_scales<Words>(panel, b), 0, 1, ahead);
+    if constexpr (Words::kLeadingScales) ask_in_burst(block_scales<Words>(panel, b), 0, 1, how);
     Scales scales;
     scales.read(words, block_scales<Words>(panel, b));
-    if (ahead == 0) {
-      TKT_UNROLL for (int word = 0; word < 4; ++word) look_ahead(words + word * 64);
-    }
+    TKT_UNROLL for (int word = 0; word < 4; ++word) ask_in_place(words + word * 64, how);
     V::F scaled = V::zero_f();
-    add_chunks<Words, 0>(scaled, scales, words, act[0], ahead);
-    add_chunks<Words, 2>(scaled, scales, words, act[0], ahead);
+    add_chunks<Words, 0>(scaled, scales, words, act[0], how);
+    add_chunks<Words, 2>(scaled, scales, words, act[0], how);
     acc = V::fma(scales.d, scaled, acc);
     if constexpr (Scales::kHasMinima) {
       V::F minima[1] = {V::zero_f()};
@@ -556,10 +583,10 @@ TKT_INLINE void dot_one_panel_k(const uint8_t* panel, int64_t blocks, const uint
   V::store(out, acc);
 }
 
-template <class Words, int64_t ahead>
+template <class Words, LookAhead how>
 static inline void dot_one_k(const DotArgs& args) {
   for (int p = 0; p < args.panel_count; ++p) {
-    dot_one_panel_k<Words>(args.panels[p], args.blocks, args.activations[0], args.out + p * 16, ahead);
+    dot_one_panel_k<Words>(args.panels[p], args.blocks, args.activations[0], args.out + p * 16, how);
   }
 }
 
@@ -567,19 +594,22 @@ static inline void dot_one_k(const DotArgs& args) {
 
 struct F32Words {
   static constexpr int kBytes = 64;
+  static constexpr int kInPlaceTokens = 0;
   static V::F weights(const uint8_t* p) { return V::load(reinterpret_cast<const float*>(p)); }
 };
 struct F16Words {
   static constexpr int kBytes = 32;
+  static constexpr int kInPlaceTokens = 0;
   static V::F weights(const uint8_t* p) { return V::load_f16(p); }
 };
 struct BF16Words {
   static constexpr int kBytes = 32;
+  static constexpr int kInPlaceTokens = 0;
   static V::F weights(const uint8_t* p) { return V::load_bf16(p); }
 };
 
 template <class Words, int T, int R>
-TKT_INLINE void dot_tile_float(const DotArgs& args, int token, int64_t ahead) {
+TKT_INLINE void dot_tile_float(const DotArgs& args, int token, LookAhead how) {
   V::F acc[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     TKT_UNROLL for (int r = 0; r < R; ++r) acc[t][r] = V::zero_f();
@@ -588,7 +618,7 @@ TKT_INLINE void dot_tile_float(const DotArgs& args, int token, int64_t ahead) {
   TKT_UNROLL for (int t = 0; t < T; ++t) act[t] = reinterpret_cast<const float*>(args.activations[token + t]);
   for (int64_t column = 0; column < args.blocks; ++column) {
     if (column * Words::kBytes % 64 == 0) {
-      TKT_UNROLL for (int r = 0; r < R; ++r) ask_ahead(args.panels[r] + column * Words::kBytes, 0, 1, ahead);
+      TKT_UNROLL for (int r = 0; r < R; ++r) ask_in_burst(args.panels[r] + column * Words::kBytes, 0, 1, how);
     }
     V::F w[R];
     TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = Words::weights(args.panels[r] + column * Words::kBytes);

@@ -1,52 +1,64 @@
 // The dot functions of a KernelTable: which of the loop nests of panel_dot-inl.h and panel_dot_unpacked-inl.h a type takes
 // for how many tokens. Rules as for those, which come before it.
 
-// From 2 tokens on.
-#define TKT_DEFINE_FEW(function, tile, words, tile_tokens)                                 \
-  template <int T, int R>                                                                  \
-  static inline int function##_tiles(const DotArgs& args, int token) {                     \
-    for (; token + T <= args.tokens; token += T) {                                         \
-      const bool asks = T > 1 && token == 0 && software_prefetch_pays();                   \
-      tile<words, T, R>(args, token, asks ? kAheadBytes : 0);                              \
-    }                                                                                      \
-    return token;                                                                          \
-  }                                                                                        \
-  template <int R>                                                                         \
-  static inline void function##_panels(const DotArgs& args) {                              \
-    int token = 0;                                                                         \
-    token = function##_tiles<tile_tokens, R>(args, token);                                 \
-    if constexpr (tile_tokens > 4) token = function##_tiles<4, R>(args, token);            \
-    if constexpr (tile_tokens > 2) token = function##_tiles<2, R>(args, token);            \
-    function##_tiles<1, R>(args, token);                                                   \
-  }                                                                                        \
-  static void function(const DotArgs& args) {                                              \
-    if (args.panel_count == 2 && V::kTilePanels == 2) {                                    \
-      function##_panels<V::kTilePanels>(args);                                             \
-    } else {                                                                               \
-      for (int p = 0; p < args.panel_count; ++p) function##_panels<1>(one_panel(args, p)); \
-    }                                                                                      \
+// From 2 tokens on. Only the first tile has lines asked for ahead: the others find the panels in L2. In place it needs `how` to be a
+// constant, for a branch at each line would cost what it gives.
+#define TKT_DEFINE_FEW(function, tile, words, tile_tokens)                                            \
+  template <int T, int R>                                                                             \
+  static inline int function##_tiles(const DotArgs& args, int token, LookAhead how) {                 \
+    if (T <= words::kInPlaceTokens && token == 0 && how == LookAhead::kInPlace && T <= args.tokens) { \
+      tile<words, T, R>(args, token, LookAhead::kInPlace);                                            \
+      token = T;                                                                                      \
+    }                                                                                                 \
+    for (; token + T <= args.tokens; token += T) {                                                    \
+      const bool asks = T > 1 && token == 0 && how == LookAhead::kBursts;                             \
+      tile<words, T, R>(args, token, asks ? LookAhead::kBursts : LookAhead::kHardware);               \
+    }                                                                                                 \
+    return token;                                                                                     \
+  }                                                                                                   \
+  template <int R>                                                                                    \
+  static inline void function##_panels(const DotArgs& args, LookAhead how) {                          \
+    int token = 0;                                                                                    \
+    token = function##_tiles<tile_tokens, R>(args, token, how);                                       \
+    if constexpr (tile_tokens > 4) token = function##_tiles<4, R>(args, token, how);                  \
+    if constexpr (tile_tokens > 2) token = function##_tiles<2, R>(args, token, how);                  \
+    function##_tiles<1, R>(args, token, how);                                                         \
+  }                                                                                                   \
+  static void function(const DotArgs& args) {                                                         \
+    const LookAhead how = look_ahead(V::kLookAhead);                                                  \
+    if (args.panel_count == 2 && V::kTilePanels == 2) {                                               \
+      function##_panels<V::kTilePanels>(args, how);                                                   \
+    } else {                                                                                          \
+      for (int p = 0; p < args.panel_count; ++p) function##_panels<1>(one_panel(args, p), how);       \
+    }                                                                                                 \
+  }
+
+// Calls what needs to know at compile time how a product of one token looks ahead.
+#define TKT_CALL_LOOKING_AHEAD(function)           \
+  switch (look_ahead(V::kLookAhead)) {             \
+    case LookAhead::kHardware:                     \
+      return function<LookAhead::kHardware>(args); \
+    case LookAhead::kInPlace:                      \
+      return function<LookAhead::kInPlace>(args);  \
+    case LookAhead::kBursts:                       \
+      return function<LookAhead::kBursts>(args);   \
   }
 
 // One token is bound by memory, and memory likes one stream: quantized panels are then read one after the other (Q4_K on
 // one core of Zen 5: 30 GB/s instead of 23). Floats keep two, because a single chain of fma reaches 26 GB/s of F16.
-#define TKT_DEFINE_DOT(function, tile, words, tile_tokens, panels_for_one_token)                  \
-  TKT_DEFINE_FEW(function##_few, tile, words, tile_tokens)                                        \
-  template <int64_t ahead>                                                                        \
-  static inline void function##_one(const DotArgs& args) {                                        \
-    if (panels_for_one_token == 2 && args.panel_count == 2) {                                     \
-      tile<words, 1, panels_for_one_token>(args, 0, ahead);                                       \
-    } else {                                                                                      \
-      for (int p = 0; p < args.panel_count; ++p) tile<words, 1, 1>(one_panel(args, p), 0, ahead); \
-    }                                                                                             \
-  }                                                                                               \
-  static void function(const DotArgs& args) {                                                     \
-    if (args.tokens > 1) {                                                                        \
-      function##_few(args);                                                                       \
-    } else if (software_prefetch_pays()) {                                                        \
-      function##_one<kAheadBytes>(args);                                                          \
-    } else {                                                                                      \
-      function##_one<0>(args);                                                                    \
-    }                                                                                             \
+#define TKT_DEFINE_DOT(function, tile, words, tile_tokens, panels_for_one_token)                \
+  TKT_DEFINE_FEW(function##_few, tile, words, tile_tokens)                                      \
+  template <LookAhead how>                                                                      \
+  static inline void function##_one(const DotArgs& args) {                                      \
+    if (panels_for_one_token == 2 && args.panel_count == 2) {                                   \
+      tile<words, 1, panels_for_one_token>(args, 0, how);                                       \
+    } else {                                                                                    \
+      for (int p = 0; p < args.panel_count; ++p) tile<words, 1, 1>(one_panel(args, p), 0, how); \
+    }                                                                                           \
+  }                                                                                             \
+  static void function(const DotArgs& args) {                                                   \
+    if (args.tokens > 1) return function##_few(args);                                           \
+    TKT_CALL_LOOKING_AHEAD(function##_one)                                                      \
   }
 
 #define TKT_DEFINE_NIBBLE_DOT(function, words)                             \
@@ -58,18 +70,16 @@
     function##_packed(args);                                               \
   }
 
-#define TKT_DEFINE_K_QUANT_DOT(function, words)        \
-  TKT_DEFINE_FEW(function##_few, dot_tile_k, words, 4) \
-  static void function(const DotArgs& args) {          \
-    if (args.tokens >= kUnpackTokens) {                \
-      dot_many<words>(args);                           \
-    } else if (args.tokens > 1) {                      \
-      function##_few(args);                            \
-    } else if (software_prefetch_pays()) {             \
-      dot_one_k<words, kAheadBytes>(args);             \
-    } else {                                           \
-      dot_one_k<words, 0>(args);                       \
-    }                                                  \
+#define TKT_DEFINE_K_QUANT_DOT(function, words)                     \
+  TKT_DEFINE_FEW(function##_few, dot_tile_k, words, 4)              \
+  template <LookAhead how>                                          \
+  static inline void function##_one(const DotArgs& args) {          \
+    dot_one_k<words, how>(args);                                    \
+  }                                                                 \
+  static void function(const DotArgs& args) {                       \
+    if (args.tokens >= kUnpackTokens) return dot_many<words>(args); \
+    if (args.tokens > 1) return function##_few(args);               \
+    TKT_CALL_LOOKING_AHEAD(function##_one)                          \
   }
 
 TKT_DEFINE_DOT(dot_f32, dot_tile_float, F32Words, V::kTileTokens, 2)
@@ -85,4 +95,5 @@ TKT_DEFINE_K_QUANT_DOT(dot_q6_k, Q6_KWords)
 #undef TKT_DEFINE_K_QUANT_DOT
 #undef TKT_DEFINE_NIBBLE_DOT
 #undef TKT_DEFINE_DOT
+#undef TKT_CALL_LOOKING_AHEAD
 #undef TKT_DEFINE_FEW

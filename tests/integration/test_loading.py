@@ -7,6 +7,7 @@ import json
 import weakref
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fakes
@@ -17,15 +18,17 @@ import torch
 import transformers
 from conftest import Example, make_example, make_stock, make_tokenizer
 from gguf import GGMLQuantizationType as GgmlType
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from transformers_kt import assignments, loading, operations, placement
+from transformers_kt import _C, assignments, loading, operations, placement
 from transformers_kt.errors import KtError, OutOfMemoryError, UnsupportedModelError, UnsupportedTypeError
 from transformers_kt.gguf.checkpoint import Checkpoint
 from transformers_kt.gguf.export import export_gguf
 from transformers_kt.gguf.reader import TensorInfo
 from transformers_kt.loading import KtReport, ReportRow
+from transformers_kt.modules import look_ahead
 from transformers_kt.placement import MemoryLimit
 from transformers_kt.rules import PlanEntry
 
@@ -61,9 +64,27 @@ def test_the_report_counts_what_stock_modules_hold_in_float32(v3_f16: Example) -
     assert found["lm_head"] == ReportRow("lm_head", "torch", "cpu", ("F16",), 320 * 64 * 4)
 
 
+def test_the_report_names_the_kernels(v3: Example) -> None:
+    report = load(v3).kt_report
+    assert report.kernels == _C.isa()  # experts as small as these are no measure of looking ahead
+    assert str(report).splitlines()[-1] == f"Kernels: {report.kernels}"
+
+
+def test_the_kernels_of_a_large_model_are_told_with_how_they_look_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = {"hardware": 0.8, "in place": 1.0, "bursts": 0.7}
+    monkeypatch.setattr(
+        look_ahead,
+        "_C",
+        SimpleNamespace(isa=lambda: "avx2", look_ahead=lambda: "in place", choose_look_ahead=lambda matrices: speeds),
+    )
+    said = look_ahead.choose_look_ahead(nn.Module())
+    assert said == "avx2, weights of few tokens asked for: in place (times as fast: hardware 0.80, bursts 0.70)"
+
+
 def test_the_report_is_fit_for_json(v3: Example) -> None:
     report = load(v3).kt_report
     stated = json.loads(json.dumps(report.to_dict()))
+    assert stated["kernels"] == report.kernels
     assert stated["nbytes"] == report.nbytes
     assert stated["rows"][-1]["module"] == "lm_head"
     assert stated["rows"][-1]["types"] == ["F32"]

@@ -50,6 +50,12 @@ class KtExperts(KtModule):
         self._experts = Handle(experts)
         return nbytes
 
+    @property
+    def routed(self) -> _C.Experts:
+        """The loaded weights."""
+        assert self._experts is not None
+        return self._experts.packed
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
@@ -141,3 +147,8 @@ class KtMoe(KtModule):
         """The loaded weights."""
         assert self._block is not None
         return self._block
+
+    @property
+    def routed(self) -> _C.Experts:
+        """The loaded weights of the routed experts."""
+        return self.weights.packed.routed
