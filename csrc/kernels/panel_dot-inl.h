@@ -105,6 +105,7 @@ struct Q4_0Words {
   static constexpr int kNarrowGroups = 8;  // 8 * 2 * 15 * 127 = 30,480
   static constexpr int kOffsetLog2 = 3;
   static constexpr int kInPlaceTokens = 2;
+  static constexpr int kUnpackTokensOf16Registers = 12;
   static constexpr int group_at(int position) { return position / 2 + position % 2 * 4; }
   template <int position>
   static V::I weights(const uint8_t* words) {
@@ -119,6 +120,7 @@ struct Q5_0Words {
   static constexpr int kNarrowGroups = 4;  // 4 * 2 * 31 * 127 = 31,496
   static constexpr int kOffsetLog2 = 4;
   static constexpr int kInPlaceTokens = 2;
+  static constexpr int kUnpackTokensOf16Registers = 7;
   static constexpr int group_at(int position) { return position / 2 + position % 2 * 4; }
   template <int position>
   static V::I weights(const uint8_t* words) {
@@ -262,6 +264,7 @@ struct Q4_KWords {
   static constexpr int kSetGroups = 1;
   static constexpr int kOffsetLog2 = -1;  // quants are unsigned
   static constexpr int kInPlaceTokens = 2;
+  static constexpr int kUnpackTokensOf16Registers = 5;
   using Scales = SixBitScales;
   static constexpr int block_of(int chunk, int nibble) { return 2 * chunk + nibble; }
   template <int vector>
@@ -280,6 +283,7 @@ struct Q5_KWords {
   static constexpr int kSetGroups = 4;
   static constexpr int kOffsetLog2 = -1;  // quants are unsigned
   static constexpr int kInPlaceTokens = 2;
+  static constexpr int kUnpackTokensOf16Registers = 5;
   using Scales = SixBitScales;
   static constexpr int block_of(int chunk, int nibble) { return 2 * chunk + nibble; }
   template <int vector>
@@ -298,6 +302,7 @@ struct Q6_KWords {
   static constexpr int kSetGroups = 2;
   static constexpr int kOffsetLog2 = 5;
   static constexpr int kInPlaceTokens = 2;
+  static constexpr int kUnpackTokensOf16Registers = 3;
   struct Scales {
     static constexpr bool kHasMinima = false;
     V::I bytes[4];  // 16 signed scales

@@ -5,11 +5,17 @@
 // Dot products, multiplications and fma share two pipes of a core of Zen 5: per 32 columns of an output, Q4_K and Q5_K need
 // 8 dot products, a product with the scale, and an fma each for the sum and for the minimum, Q6_K two products and one fma.
 // So this order of work can reach 71% of the dot products' peak (1,008 GOPS). Measured at 64 tokens, 7,168 columns, with
-// every tile unpacking for itself and so: Q4_K 580 and 650 GOPS, Q5_K 510 and 645, Q6_K 470 and 620. Fewer than 12 tokens do
-// not pay for it: two cores of Zen 4, weights from memory, 6 tokens Q4_K 345 and 250, Q6_K 335 and 225, 12 the same within
-// noise. 32-wide types need less unpacking, so that only 16 registers make it pay (V::kUnpacks32Wide).
+// every tile unpacking for itself and so: Q4_K 580 and 650 GOPS, Q5_K 510 and 645, Q6_K 470 and 620. 32-wide types need less
+// unpacking, so that only 16 registers make it pay (V::kUnpacks32Wide).
 
-constexpr int kUnpackTokens = 12;
+// From how many tokens on it pays. With 32 registers: two cores of Zen 4, weights from memory, 6 tokens Q4_K 345 and 250, Q6_K 335
+// and 225, 12 the same within noise. With 16, where tiles that unpack for themselves run out of them: two cores of Zen 3, against
+// those, 3, 4, 5, 6, 8 and 10 tokens Q4_K 0.92, 0.88, 1.06, 1.12, 1.06, 1.24; Q5_K 0.97, 1.00, 1.36, 1.19, 1.23, 1.40; Q6_K 1.10,
+// 1.36, 1.28, 1.47, 1.83, 1.84; Q5_0 0.84, 0.85, 0.88, 0.92, 1.03, 1.07; Q4_0 0.81, 0.78, 0.77, 0.83, 0.93, 0.91.
+template <class Words>
+constexpr int unpack_tokens() {
+  return V::kFoldsScales ? Words::kUnpackTokensOf16Registers : 12;
+}
 constexpr int kUnpackPassTokens = 96;  // as fast as 64, and the experts of a prompt of 512 rarely have more
 
 template <int R>
@@ -284,13 +290,13 @@ struct NextBlocks {
   }
 };
 
-// One of the tiles of at most kTokens that share all tokens evenly: 7 = 4 + 3, 13 = 5 + 4 + 4; 9 = 3 + 3 + 3 where kTokens
-// is 4.
+// One of the tiles of at most kTokens that share all tokens evenly: 7 = 4 + 3, 13 = 5 + 4 + 4; 9 = 3 + 3 + 3 and 5 = 3 + 2
+// where kTokens is 4.
 template <class Words, int kTokens, int R, int T>
 TKT_INLINE void dot_even_tile(const UnpackedBlock<R>& unpacked, const DotArgs& args, int64_t block, int count, int token,
                               int tokens) {
-  constexpr int kSmallest = 3;
-  static_assert(kUnpackTokens >= 6 && kTokens >= 4 && kTokens <= 6, "smaller tiles would be needed");
+  static_assert(unpack_tokens<Words>() >= 3 && kTokens >= 4 && kTokens <= 6, "smaller tiles would be needed");
+  constexpr int kSmallest = unpack_tokens<Words>() < 6 ? 2 : 3;
   if constexpr (T > kSmallest) {
     if (tokens < T) return dot_even_tile<Words, kTokens, R, T - 1>(unpacked, args, block, count, token, tokens);
   }

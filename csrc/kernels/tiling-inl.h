@@ -1,36 +1,38 @@
 // The dot functions of a KernelTable: which of the loop nests of panel_dot-inl.h and panel_dot_unpacked-inl.h a type takes
 // for how many tokens. Rules as for those, which come before it.
 
-// From 2 tokens on. Only the first tile has lines asked for ahead: the others find the panels in L2. In place it needs `how` to be a
-// constant, for a branch at each line would cost what it gives.
-#define TKT_DEFINE_FEW(function, tile, words, tile_tokens)                                            \
-  template <int T, int R>                                                                             \
-  static inline int function##_tiles(const DotArgs& args, int token, LookAhead how) {                 \
-    if (T <= words::kInPlaceTokens && token == 0 && how == LookAhead::kInPlace && T <= args.tokens) { \
-      tile<words, T, R>(args, token, LookAhead::kInPlace);                                            \
-      token = T;                                                                                      \
-    }                                                                                                 \
-    for (; token + T <= args.tokens; token += T) {                                                    \
-      const bool asks = T > 1 && token == 0 && how == LookAhead::kBursts;                             \
-      tile<words, T, R>(args, token, asks ? LookAhead::kBursts : LookAhead::kHardware);               \
-    }                                                                                                 \
-    return token;                                                                                     \
-  }                                                                                                   \
-  template <int R>                                                                                    \
-  static inline void function##_panels(const DotArgs& args, LookAhead how) {                          \
-    int token = 0;                                                                                    \
-    token = function##_tiles<tile_tokens, R>(args, token, how);                                       \
-    if constexpr (tile_tokens > 4) token = function##_tiles<4, R>(args, token, how);                  \
-    if constexpr (tile_tokens > 2) token = function##_tiles<2, R>(args, token, how);                  \
-    function##_tiles<1, R>(args, token, how);                                                         \
-  }                                                                                                   \
-  static void function(const DotArgs& args) {                                                         \
-    const LookAhead how = look_ahead(V::kLookAhead);                                                  \
-    if (args.panel_count == 2 && V::kTilePanels == 2) {                                               \
-      function##_panels<V::kTilePanels>(args, how);                                                   \
-    } else {                                                                                          \
-      for (int p = 0; p < args.panel_count; ++p) function##_panels<1>(one_panel(args, p), how);       \
-    }                                                                                                 \
+// From 2 tokens on: in as few tiles as there can be, which share the tokens evenly (7 = 3 + 4, so that none has just one and
+// unpacks weights for it alone). Only the first has lines asked for ahead: the others find the panels in L2. In place it needs
+// `how` to be a constant, for a branch at each line would cost what it gives.
+#define TKT_DEFINE_FEW(function, tile, words, tile_tokens)                                                   \
+  template <int R, int T>                                                                                    \
+  TKT_INLINE void function##_tile(const DotArgs& args, int token, int tokens, LookAhead how) {               \
+    if constexpr (T > 2) {                                                                                   \
+      if (tokens < T) return function##_tile<R, T - 1>(args, token, tokens, how);                            \
+    }                                                                                                        \
+    if (T <= words::kInPlaceTokens && how == LookAhead::kInPlace) {                                          \
+      tile<words, T, R>(args, token, LookAhead::kInPlace);                                                   \
+    } else {                                                                                                 \
+      tile<words, T, R>(args, token, how == LookAhead::kBursts ? LookAhead::kBursts : LookAhead::kHardware); \
+    }                                                                                                        \
+  }                                                                                                          \
+  template <int R>                                                                                           \
+  static inline void function##_panels(const DotArgs& args, LookAhead how) {                                 \
+    const int tiles = (args.tokens + tile_tokens - 1) / tile_tokens;                                         \
+    int token = 0;                                                                                           \
+    for (int i = 1; i <= tiles; ++i) {                                                                       \
+      const int end = args.tokens * i / tiles;                                                               \
+      function##_tile<R, tile_tokens>(args, token, end - token, i == 1 ? how : LookAhead::kHardware);        \
+      token = end;                                                                                           \
+    }                                                                                                        \
+  }                                                                                                          \
+  static void function(const DotArgs& args) {                                                                \
+    const LookAhead how = look_ahead(V::kLookAhead);                                                         \
+    if (args.panel_count == 2 && V::kTilePanels == 2) {                                                      \
+      function##_panels<V::kTilePanels>(args, how);                                                          \
+    } else {                                                                                                 \
+      for (int p = 0; p < args.panel_count; ++p) function##_panels<1>(one_panel(args, p), how);              \
+    }                                                                                                        \
   }
 
 // Calls what needs to know at compile time how a product of one token looks ahead.
@@ -61,25 +63,25 @@
     TKT_CALL_LOOKING_AHEAD(function##_one)                                                      \
   }
 
-#define TKT_DEFINE_NIBBLE_DOT(function, words)                             \
-  TKT_DEFINE_DOT(function##_packed, dot_tile_32, words, V::kTileTokens, 1) \
-  static void function(const DotArgs& args) {                              \
-    if constexpr (V::kUnpacks32Wide) {                                     \
-      if (args.tokens >= kUnpackTokens) return dot_many<words>(args);      \
-    }                                                                      \
-    function##_packed(args);                                               \
+#define TKT_DEFINE_NIBBLE_DOT(function, words)                                 \
+  TKT_DEFINE_DOT(function##_packed, dot_tile_32, words, V::kTileTokens, 1)     \
+  static void function(const DotArgs& args) {                                  \
+    if constexpr (V::kUnpacks32Wide) {                                         \
+      if (args.tokens >= unpack_tokens<words>()) return dot_many<words>(args); \
+    }                                                                          \
+    function##_packed(args);                                                   \
   }
 
-#define TKT_DEFINE_K_QUANT_DOT(function, words)                     \
-  TKT_DEFINE_FEW(function##_few, dot_tile_k, words, 4)              \
-  template <LookAhead how>                                          \
-  static inline void function##_one(const DotArgs& args) {          \
-    dot_one_k<words, how>(args);                                    \
-  }                                                                 \
-  static void function(const DotArgs& args) {                       \
-    if (args.tokens >= kUnpackTokens) return dot_many<words>(args); \
-    if (args.tokens > 1) return function##_few(args);               \
-    TKT_CALL_LOOKING_AHEAD(function##_one)                          \
+#define TKT_DEFINE_K_QUANT_DOT(function, words)                              \
+  TKT_DEFINE_FEW(function##_few, dot_tile_k, words, 4)                       \
+  template <LookAhead how>                                                   \
+  static inline void function##_one(const DotArgs& args) {                   \
+    dot_one_k<words, how>(args);                                             \
+  }                                                                          \
+  static void function(const DotArgs& args) {                                \
+    if (args.tokens >= unpack_tokens<words>()) return dot_many<words>(args); \
+    if (args.tokens > 1) return function##_few(args);                        \
+    TKT_CALL_LOOKING_AHEAD(function##_one)                                   \
   }
 
 TKT_DEFINE_DOT(dot_f32, dot_tile_float, F32Words, V::kTileTokens, 2)
