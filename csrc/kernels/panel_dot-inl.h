@@ -29,9 +29,9 @@ TKT_INLINE void ask_in_burst(const uint8_t* words, int first, int end, LookAhead
 
 // In place: one line at each line, among the instructions that compute it, so that a core that looks 256 instructions ahead,
 // 10 lines, has more misses under way. Two cores of Zen 3, one token, GB/s against without: Q4_K 1.14, Q5_K 1.17, Q6_K 1.16, Q8_0
-// 1.12, Q5_0 and Q4_0 1.19; 1 and 2 KB are about as good. Floats, with few instructions to a line, lose 2 to 6%. Several lines
-// in one place, which is also what gcc makes of prefetches that it may move, are slower than none there: they wait for the few
-// buffers that misses have.
+// 1.12, Q5_0 and Q4_0 1.19; 1 and 2 KB are about as good. Several lines in one place, which is also what gcc makes of prefetches
+// that it may move, are slower than none there: they wait for the few buffers that misses have. Tiles of more than
+// Words::kInPlaceTokens tokens do not ask: Q4_K loses 4% with 4 tokens. Floats, with few instructions to a line, lose 2 to 6% with one.
 constexpr int64_t kInPlaceBytes = 1536;
 TKT_INLINE void ask_in_place(const uint8_t* line, LookAhead how) {
   if (how == LookAhead::kInPlace) V::prefetch_here(line + kInPlaceBytes);

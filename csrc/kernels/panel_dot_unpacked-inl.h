@@ -12,6 +12,7 @@
 // and 225, 12 the same within noise. With 16, where tiles that unpack for themselves run out of them: two cores of Zen 3, against
 // those, 3, 4, 5, 6, 8 and 10 tokens Q4_K 0.92, 0.88, 1.06, 1.12, 1.06, 1.24; Q5_K 0.97, 1.00, 1.36, 1.19, 1.23, 1.40; Q6_K 1.10,
 // 1.36, 1.28, 1.47, 1.83, 1.84; Q5_0 0.84, 0.85, 0.88, 0.92, 1.03, 1.07; Q4_0 0.81, 0.78, 0.77, 0.83, 0.93, 0.91.
+// With 16 and VNNI it has not been measured, hence kFoldsScales, which is AVX2 alone.
 template <class Words>
 constexpr int unpack_tokens() {
   return V::kFoldsScales ? Words::kUnpackTokensOf16Registers : 12;
