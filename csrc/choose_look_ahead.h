@@ -16,7 +16,8 @@ struct LookAheadSpeed {
 
 // Times products of one token over `matrices`, all threads taking part, and has products look ahead in the fastest way from
 // now on: in another one than before only where that is 3% slower or more. Reads some GB, which takes a fraction of a second.
-// Returns what it found; nothing, and changes nothing, where the matrices could stay in caches, where they are no measure.
+// Returns what it found; nothing, and changes nothing, where the matrices could stay in caches, where they are no measure, or
+// where products do not look ahead at all.
 std::vector<LookAheadSpeed> choose_look_ahead(const std::vector<std::shared_ptr<PackedMatrix>>& matrices);
 
 }  // namespace tkt

@@ -123,6 +123,13 @@ def test_what_caches_may_hold_is_no_measure_of_looking_ahead() -> None:
     assert _C.look_ahead() == "bursts"
 
 
+def test_scalar_kernels_which_do_not_look_ahead_try_nothing() -> None:
+    """It would take minutes."""
+    number, _elements, _nbytes = TYPES["Q4_K"]
+    _C.select_isa("scalar")
+    assert _C.choose_look_ahead([_C.PackedMatrix(number, 64, 1408, 2048) for _ in range(6)]) == {}
+
+
 def test_an_unknown_way_of_looking_ahead_is_refused() -> None:
     with pytest.raises(ValueError, match="no way of looking ahead is called sideways"):
         _C.set_look_ahead("sideways")

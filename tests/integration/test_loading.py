@@ -78,7 +78,7 @@ def test_the_kernels_of_a_large_model_are_told_with_how_they_look_ahead(monkeypa
         SimpleNamespace(isa=lambda: "avx2", look_ahead=lambda: "in place", choose_look_ahead=lambda matrices: speeds),
     )
     said = look_ahead.choose_look_ahead(nn.Module())
-    assert said == "avx2, weights of few tokens asked for: in place (times as fast: hardware 0.80, bursts 0.70)"
+    assert said == "avx2; how weights are fetched ahead: in place (hardware 0.80, bursts 0.70 times as fast)"
 
 
 def test_the_report_is_fit_for_json(v3: Example) -> None:

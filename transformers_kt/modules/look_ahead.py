@@ -11,7 +11,7 @@ from transformers_kt.modules.experts import KtExperts, KtMoe
 def choose_look_ahead(model: nn.Module) -> str:
     """Time the ways over the routed experts of the loaded ``model`` and keep the fastest; the kernels in words.
 
-    It takes a fifth of a second. No result changes. Experts of less than 0.5 GB, which caches may hold, are not tried.
+    A quarter of a second; no result changes. Experts of less than 0.5 GB, which caches may hold, are not tried.
     """
     experts = (module.routed for module in model.modules() if isinstance(module, KtExperts | KtMoe))
     speeds = _C.choose_look_ahead([matrix for each in experts for matrix in each.matrices])
@@ -19,4 +19,4 @@ def choose_look_ahead(model: nn.Module) -> str:
     if not speeds:
         return str(_C.isa())
     others = (f"{name} {speed / speeds[chosen]:.2f}" for name, speed in speeds.items() if name != chosen)
-    return f"{_C.isa()}, weights of few tokens asked for: {chosen} (times as fast: {', '.join(others)})"
+    return f"{_C.isa()}; how weights are fetched ahead: {chosen} ({', '.join(others)} times as fast)"
