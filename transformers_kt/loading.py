@@ -58,7 +58,7 @@ class ReportRow:
 class KtReport:
     """What became of each module of a loaded model. ``str()`` gives a table in which equal layers share a line.
 
-    ``notes`` say what rules asked for and became something else or nothing, ``kernels`` what this machine made of ours.
+    ``notes`` say what rules asked for and became something else or nothing, ``kernels`` which of ours run here.
     """
 
     title: str
