@@ -335,9 +335,11 @@ void run_many(const ExpertRuns& expert_runs, const float* x, int64_t tokens, flo
   const ScratchBuffer intermediate(static_cast<size_t>(rows * widest) * sizeof(float));
   std::vector<int64_t> piece_counts;
   for (const PieceIndex& of_node : pieces) piece_counts.push_back(of_node.total());
-  parallel_for_nodes(piece_counts, [&](int node, int64_t position) {
-    const Piece piece = pieces[static_cast<size_t>(node)].at(position);
-    gate_and_up(table, inputs, piece, widest, intermediate.floats());
+  parallel_for_nodes(piece_counts, [&](int node, int64_t first, int64_t end) {
+    for (int64_t position = first; position < end; ++position) {
+      const Piece piece = pieces[static_cast<size_t>(node)].at(position);
+      gate_and_up(table, inputs, piece, widest, intermediate.floats());
+    }
   });
   const DownInputs down_inputs(runs, intermediate.floats(), rows, widest, [](int64_t, int64_t, float*) {});
 
@@ -348,10 +350,12 @@ void run_many(const ExpertRuns& expert_runs, const float* x, int64_t tokens, flo
   for (int node = 0; node < first_down.nodes(); ++node) {
     groups.push_back((first_down.pairs_of_node(node).count() + pairs_at_once - 1) / pairs_at_once);
   }
-  parallel_for_nodes(groups, [&](int node, int64_t group) {
+  parallel_for_nodes(groups, [&](int node, int64_t first, int64_t end) {
     const PanelRange all = first_down.pairs_of_node(node);
-    const int64_t first = all.first + group * pairs_at_once;
-    down(table, runs, down_inputs.of_runs(), {first, std::min(all.end, first + pairs_at_once)}, hidden, tokens, out);
+    for (int64_t group = first; group < end; ++group) {
+      const int64_t pair = all.first + group * pairs_at_once;
+      down(table, runs, down_inputs.of_runs(), {pair, std::min(all.end, pair + pairs_at_once)}, hidden, tokens, out);
+    }
   });
 }
 

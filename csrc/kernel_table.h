@@ -27,6 +27,16 @@ struct DotArgs {
   float* out;  // [tokens][32]: panel 0 in 0..15, panel 1 in 16..31
 };
 
+// Dot products of all rows of neighbouring panels with one activation row.
+struct GemvArgs {
+  const uint8_t* panels;
+  int64_t panel_count;
+  int64_t panel_bytes;
+  int64_t blocks;              // per row
+  const uint8_t* activations;  // in the type's ActivationFormat
+  float* out;                  // [panel_count * 16]
+};
+
 // One split of MLA attention for groups of up to 16 query heads of one token, lane = head. Groups may be of different tokens
 // that see the same keys from the first on, some fewer than others.
 struct AttentionSplitArgs {
@@ -61,6 +71,10 @@ struct KernelTable {
   // 32-wide types, per block: acc = fma(d * d_j, float(dot(q, a_j)), acc). Float types: acc = fma(w, x, acc), column by
   // column.
   void (*dot[kWeightTypes])(const DotArgs& args);
+
+  // The same numbers. One call for a long stretch of memory: what a core does between two panels, be it 50 ns, it does not
+  // ask memory for weights.
+  void (*gemv[kWeightTypes])(const GemvArgs& args);
 
   // d = amax / 127, q = round-to-nearest-even(x * (127 / amax)); all zero where amax < 1e-30 (127 / amax overflows).
   void (*quantize_q8)(const float* x, int64_t cols, uint8_t* row);

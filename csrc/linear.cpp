@@ -27,28 +27,67 @@ struct NodePanels {
   NodePanels(const LinearTask& task, int node, int64_t take)
       : panels(node < task.w->nodes() ? task.w->panels_of_node(node) : PanelRange{0, 0}), at_once(take) {}
   int64_t takes() const { return (panels.count() + at_once - 1) / at_once; }
+  PanelRange of_takes(int64_t first, int64_t end) const {
+    return {panels.first + first * at_once, std::min(panels.end, panels.first + end * at_once)};
+  }
 };
 
+// Neighbouring panels of a matrix times its one token, the last rows apart where they are no whole panel.
+void multiply_one_token(const KernelTable& table, const LinearTask& task, int64_t matrix, PanelRange panels) {
+  const PackedMatrix& w = *task.w;
+  const auto gemv = [&](int64_t first, int64_t count, float* out) {
+    table.gemv[static_cast<int>(w.info().type)](
+        {w.panel(task.index + matrix, first), count, w.panel_bytes(), w.blocks(), task.activations[matrix], out});
+  };
+  float* out = task.out + matrix * task.matrix_stride;
+  const int64_t whole_end = std::min(panels.end, w.rows() / kPanelRows);
+  if (whole_end > panels.first) gemv(panels.first, whole_end - panels.first, out + panels.first * kPanelRows);
+  if (whole_end < panels.end) {
+    alignas(64) float last[kPanelRows];
+    gemv(whole_end, 1, last);
+    std::memcpy(out + whole_end * kPanelRows, last, sizeof(float) * static_cast<size_t>(w.rows() % kPanelRows));
+  }
+}
+
 // One or two panels of a matrix times up to kTaskTokens tokens.
-void run_piece(const KernelTable& table, const LinearTask& task, int64_t matrix, int64_t first_panel, int panel_count,
-               int64_t tile_index) {
+void multiply_tile(const KernelTable& table, const LinearTask& task, int64_t matrix, PanelRange panels,
+                   int64_t tile_index) {
   alignas(64) float tile[kTaskTokens * 32];
   const int64_t first_token = tile_index * kTaskTokens;
-  const int64_t first_row = first_panel * kPanelRows;
+  const int64_t first_row = panels.first * kPanelRows;
 
   DotArgs args;
-  args.panel_count = panel_count;
-  for (int p = 0; p < panel_count; ++p) args.panels[p] = task.w->panel(task.index + matrix, first_panel + p);
+  args.panel_count = static_cast<int>(panels.count());
+  for (int p = 0; p < args.panel_count; ++p) args.panels[p] = task.w->panel(task.index + matrix, panels.first + p);
   args.blocks = task.w->blocks();
   args.activations = task.activations + matrix * task.tokens + first_token;
   args.tokens = static_cast<int>(std::min(kTaskTokens, task.tokens - first_token));
   args.out = tile;
   table.dot[static_cast<int>(task.w->info().type)](args);
 
-  const int64_t rows = std::min<int64_t>(panel_count * kPanelRows, task.w->rows() - first_row);
+  const int64_t rows = std::min<int64_t>(panels.count() * kPanelRows, task.w->rows() - first_row);
   float* out = task.out + matrix * task.matrix_stride + first_token * task.token_stride + first_row;
   for (int t = 0; t < args.tokens; ++t) {
     std::memcpy(out + t * task.token_stride, tile + t * 32, sizeof(float) * static_cast<size_t>(rows));
+  }
+}
+
+// Takes [first, end) of a task: of each matrix and each kTaskTokens tokens of it, all panels that are here.
+void run_takes(const KernelTable& table, const LinearTask& task, const NodePanels& here, int64_t first, int64_t end) {
+  while (first < end) {
+    const int64_t pass = first / here.takes();
+    const int64_t end_of_pass = std::min(end, (pass + 1) * here.takes());
+    const int64_t matrix = pass / tile_count(task);
+    const PanelRange panels = here.of_takes(first - pass * here.takes(), end_of_pass - pass * here.takes());
+    if (task.tokens == 1) {
+      multiply_one_token(table, task, matrix, panels);
+    } else {
+      for (int64_t panel = panels.first; panel < panels.end; panel += here.at_once) {
+        multiply_tile(table, task, matrix, {panel, std::min(panels.end, panel + here.at_once)},
+                      pass % tile_count(task));
+      }
+    }
+    first = end_of_pass;
   }
 }
 
@@ -110,16 +149,19 @@ void run_linears(const std::vector<LinearTask>& tasks) {
       ends[node * tasks.size() + i] = totals[node];
     }
   }
-  parallel_for_nodes(totals, [&](int node, int64_t piece) {
+  parallel_for_nodes(totals, [&](int node, int64_t first, int64_t end) {
     const int64_t* ends_here = ends.data() + static_cast<size_t>(node) * tasks.size();
-    const int64_t i = std::upper_bound(ends_here, ends_here + tasks.size(), piece) - ends_here;
-    const LinearTask& task = tasks[static_cast<size_t>(i)];
-    const NodePanels here(task, node, at_once);
-    const int64_t offset = piece - (i == 0 ? 0 : ends_here[i - 1]);
-    const int64_t first_panel = here.panels.first + offset % here.takes() * at_once;
-    const int64_t tile = offset / here.takes();
-    run_piece(table, task, tile / tile_count(task), first_panel,
-              static_cast<int>(std::min(at_once, here.panels.end - first_panel)), tile % tile_count(task));
+    size_t i = static_cast<size_t>(std::upper_bound(ends_here, ends_here + tasks.size(), first) - ends_here);
+    while (first < end) {
+      const int64_t begin_of_task = i == 0 ? 0 : ends_here[i - 1];
+      const int64_t end_here = std::min(end, ends_here[i]);
+      if (end_here > first) {
+        run_takes(table, tasks[i], NodePanels(tasks[i], node, at_once), first - begin_of_task,
+                  end_here - begin_of_task);
+      }
+      first = end_here;
+      ++i;
+    }
   });
 }
 

@@ -68,9 +68,9 @@ void PackedMatrix::for_each_panel(int64_t count, PanelRange panels,
     ranges.push_back({first, std::max(first, std::min(part.panels.end, panels.end))});
     tasks.push_back(count * ranges.back().count());
   }
-  parallel_for_nodes(tasks, [&](int node, int64_t task) {
+  parallel_for_nodes(tasks, [&](int node, int64_t first, int64_t end) {
     const PanelRange range = ranges[static_cast<size_t>(node)];
-    body(task / range.count(), range.first + task % range.count());
+    for (int64_t task = first; task < end; ++task) body(task / range.count(), range.first + task % range.count());
   });
 }
 

@@ -43,6 +43,7 @@ class PackedMatrix {
   int64_t blocks() const { return cols_ / info_.block_elements; }
   int64_t panels() const { return panels_; }
   int64_t row_bytes() const { return row_bytes_; }  // of one row in the file
+  int64_t panel_bytes() const { return kPanelRows * row_bytes_; }
   int64_t nbytes() const { return count_ * panels_ * panel_bytes(); }
   const uint8_t* panel(int64_t index, int64_t panel) const {
     const Part* part = parts_.data();
@@ -66,7 +67,6 @@ class PackedMatrix {
     std::unique_ptr<WeightMemory> memory;  // null where there are no panels
   };
 
-  int64_t panel_bytes() const { return kPanelRows * row_bytes_; }
   // body(index, panel) for panels `panels` of matrices [0, count), on all threads.
   void for_each_panel(int64_t count, PanelRange panels, const std::function<void(int64_t, int64_t)>& body) const;
 

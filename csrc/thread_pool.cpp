@@ -350,16 +350,15 @@ void parallel_for(int64_t tasks, const std::function<void(int64_t)>& body) {
   }
 }
 
-void parallel_for_nodes(const std::vector<int64_t>& tasks, const std::function<void(int, int64_t)>& body) {
+void parallel_for_nodes(const std::vector<int64_t>& tasks, const ChunkBody& body) {
   std::lock_guard<std::mutex> lock(pool_mutex);
-  const auto run_chunk = [&body](int node, int64_t first, int64_t end) {
-    for (int64_t task = first; task < end; ++task) body(node, task);
-  };
   const int nodes = static_cast<int>(tasks.size());
   if (ThreadPool* threads = pool_for(std::accumulate(tasks.begin(), tasks.end(), int64_t{0}))) {
-    threads->run(tasks.data(), nodes, run_chunk);
+    threads->run(tasks.data(), nodes, body);
   } else {
-    for (int node = 0; node < nodes; ++node) run_chunk(node, 0, tasks[static_cast<size_t>(node)]);
+    for (int node = 0; node < nodes; ++node) {
+      if (tasks[static_cast<size_t>(node)] > 0) body(node, 0, tasks[static_cast<size_t>(node)]);
+    }
   }
 }
 

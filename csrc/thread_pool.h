@@ -26,8 +26,10 @@ void use_topology(const Topology* other);
 // from several threads at once (loops then run one after the other) but not from inside a body. Bodies must not throw.
 void parallel_for(int64_t tasks, const std::function<void(int64_t task)>& body);
 
-// The same for tasks whose data lies on NUMA nodes: calls body(node, task) for every task in [0, tasks[node]), with nodes
-// as positions in topology().nodes. Threads first do the tasks of their own node, then those left on others.
-void parallel_for_nodes(const std::vector<int64_t>& tasks, const std::function<void(int node, int64_t task)>& body);
+// The same for tasks whose data lies on NUMA nodes: calls body(node, first, end) for ranges of tasks that together are [0,
+// tasks[node]), with nodes as positions in topology().nodes. Threads first do the tasks of their own node, then those left on
+// others.
+void parallel_for_nodes(const std::vector<int64_t>& tasks,
+                        const std::function<void(int node, int64_t first, int64_t end)>& body);
 
 }  // namespace tkt

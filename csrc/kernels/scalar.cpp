@@ -74,6 +74,16 @@ void dot(const DotArgs& args) {
   }
 }
 
+template <WeightType type>
+void gemv(const GemvArgs& args) {
+  for (int64_t p = 0; p < args.panel_count; ++p) {
+    const uint8_t* panel = args.panels + p * args.panel_bytes;
+    for (int lane = 0; lane < kPanelRows; ++lane) {
+      args.out[p * 16 + lane] = dot_row(type, panel, args.blocks, lane, args.activations);
+    }
+  }
+}
+
 float exp_polynomial(float x) {
   x = std::fmin(std::fmax(x, kExpMin), kExpMax);
   const float n = std::nearbyint(x * kLog2e);
@@ -198,6 +208,9 @@ extern const KernelTable kTable = {
     {dot<WeightType::kF32>, dot<WeightType::kF16>, dot<WeightType::kBF16>, dot<WeightType::kQ4_0>,
      dot<WeightType::kQ5_0>, dot<WeightType::kQ8_0>, dot<WeightType::kQ4_K>, dot<WeightType::kQ5_K>,
      dot<WeightType::kQ6_K>},
+    {gemv<WeightType::kF32>, gemv<WeightType::kF16>, gemv<WeightType::kBF16>, gemv<WeightType::kQ4_0>,
+     gemv<WeightType::kQ5_0>, gemv<WeightType::kQ8_0>, gemv<WeightType::kQ4_K>, gemv<WeightType::kQ5_K>,
+     gemv<WeightType::kQ6_K>},
     quantize_q8,
     rms_norm,
     swiglu,

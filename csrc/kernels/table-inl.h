@@ -2,10 +2,19 @@
 // set by the ISA file.
 
 extern const KernelTable kTable = {
-    TKT_ISA_NAME,  TKT_ISA_FEATURES,
-    V::kLookAhead, {dot_f32, dot_f16, dot_bf16, dot_q4_0, dot_q5_0, dot_q8_0, dot_q4_k, dot_q5_k, dot_q6_k},
-    quantize_q8,   rms_norm,
-    swiglu,        exp_minus,
-    add_scaled,    score_split,
-    sum_split,     merge_split,
+    TKT_ISA_NAME,
+    TKT_ISA_FEATURES,
+    V::kLookAhead,
+    {dot<F32Words>, dot<F16Words>, dot<BF16Words>, dot<Q4_0Words>, dot<Q5_0Words>, dot<Q8_0Words>, dot<Q4_KWords>,
+     dot<Q5_KWords>, dot<Q6_KWords>},
+    {gemv<F32Words>, gemv<F16Words>, gemv<BF16Words>, gemv<Q4_0Words>, gemv<Q5_0Words>, gemv<Q8_0Words>,
+     gemv<Q4_KWords>, gemv<Q5_KWords>, gemv<Q6_KWords>},
+    quantize_q8,
+    rms_norm,
+    swiglu,
+    exp_minus,
+    add_scaled,
+    score_split,
+    sum_split,
+    merge_split,
 };

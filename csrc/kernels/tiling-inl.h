@@ -1,101 +1,87 @@
-// The dot functions of a KernelTable: which of the loop nests of panel_dot-inl.h and panel_dot_unpacked-inl.h a type takes
-// for how many tokens. Rules as for those, which come before it.
+// The dot and gemv functions of a KernelTable: which of the loop nests of panel_dot-inl.h and panel_dot_unpacked-inl.h a type
+// takes for how many tokens. Rules as for those, which come before it.
 
-// From 2 tokens on: in as few tiles as there can be, which share the tokens evenly (7 = 3 + 4, so that none has just one and
-// unpacks weights for it alone). Only the first has lines asked for ahead: the others find the panels in L2. In place it needs
-// `how` to be a constant, for a branch at each line would cost what it gives.
-#define TKT_DEFINE_FEW(function, tile, words, tile_tokens)                                                   \
-  template <int R, int T>                                                                                    \
-  TKT_INLINE void function##_tile(const DotArgs& args, int token, int tokens, LookAhead how) {               \
-    if constexpr (T > 2) {                                                                                   \
-      if (tokens < T) return function##_tile<R, T - 1>(args, token, tokens, how);                            \
-    }                                                                                                        \
-    if (T <= words::kInPlaceTokens && how == LookAhead::kInPlace) {                                          \
-      tile<words, T, R>(args, token, LookAhead::kInPlace);                                                   \
-    } else {                                                                                                 \
-      tile<words, T, R>(args, token, how == LookAhead::kBursts ? LookAhead::kBursts : LookAhead::kHardware); \
-    }                                                                                                        \
-  }                                                                                                          \
-  template <int R>                                                                                           \
-  static inline void function##_panels(const DotArgs& args, LookAhead how) {                                 \
-    const int tiles = (args.tokens + tile_tokens - 1) / tile_tokens;                                         \
-    int token = 0;                                                                                           \
-    for (int i = 1; i <= tiles; ++i) {                                                                       \
-      const int end = args.tokens * i / tiles;                                                               \
-      function##_tile<R, tile_tokens>(args, token, end - token, i == 1 ? how : LookAhead::kHardware);        \
-      token = end;                                                                                           \
-    }                                                                                                        \
-  }                                                                                                          \
-  static void function(const DotArgs& args) {                                                                \
-    const LookAhead how = look_ahead(V::kLookAhead);                                                         \
-    if (args.panel_count == 2 && V::kTilePanels == 2) {                                                      \
-      function##_panels<V::kTilePanels>(args, how);                                                          \
-    } else {                                                                                                 \
-      for (int p = 0; p < args.panel_count; ++p) function##_panels<1>(one_panel(args, p), how);              \
-    }                                                                                                        \
+// ---- One token -------------------------------------------------------------------------------------------------------
+
+// One token is bound by memory, and memory likes one stream: quantized panels are read one after the other (Q4_K on one core of
+// Zen 5: 30 GB/s instead of 23). Floats are read two at a time, because a single chain of fma reaches 26 GB/s of F16.
+template <class Words, LookAhead how>
+static inline void gemv_looking_ahead(const GemvArgs& args) {
+  constexpr int kAtOnce = Words::kColumns == 1 ? 2 : 1;
+  for (int64_t p = 0; p < args.panel_count; p += kAtOnce) {
+    const uint8_t* panel = args.panels + p * args.panel_bytes;
+    float* out = args.out + p * 16;
+    if constexpr (Words::kColumns == 256) {
+      dot_one_panel_k<Words>(panel, args.blocks, args.activations, out, how);
+    } else {
+      const DotArgs tile{{panel, panel + args.panel_bytes}, kAtOnce, args.blocks, &args.activations, 1, out};
+      if (p + kAtOnce <= args.panel_count) {
+        dot_tile<Words, 1, kAtOnce>(tile, 0, how);
+      } else {
+        dot_tile<Words, 1, 1>(tile, 0, how);
+      }
+    }
   }
+}
 
-// Calls what needs to know at compile time how a product of one token looks ahead.
-#define TKT_CALL_LOOKING_AHEAD(function)           \
-  switch (look_ahead(V::kLookAhead)) {             \
-    case LookAhead::kHardware:                     \
-      return function<LookAhead::kHardware>(args); \
-    case LookAhead::kInPlace:                      \
-      return function<LookAhead::kInPlace>(args);  \
-    case LookAhead::kBursts:                       \
-      return function<LookAhead::kBursts>(args);   \
+template <class Words>
+static void gemv(const GemvArgs& args) {
+  switch (look_ahead(V::kLookAhead)) {
+    case LookAhead::kHardware:
+      return gemv_looking_ahead<Words, LookAhead::kHardware>(args);
+    case LookAhead::kInPlace:
+      return gemv_looking_ahead<Words, LookAhead::kInPlace>(args);
+    case LookAhead::kBursts:
+      return gemv_looking_ahead<Words, LookAhead::kBursts>(args);
   }
+}
 
-// One token is bound by memory, and memory likes one stream: quantized panels are then read one after the other (Q4_K on
-// one core of Zen 5: 30 GB/s instead of 23). Floats keep two, because a single chain of fma reaches 26 GB/s of F16.
-#define TKT_DEFINE_DOT(function, tile, words, tile_tokens, panels_for_one_token)                \
-  TKT_DEFINE_FEW(function##_few, tile, words, tile_tokens)                                      \
-  template <LookAhead how>                                                                      \
-  static inline void function##_one(const DotArgs& args) {                                      \
-    if (panels_for_one_token == 2 && args.panel_count == 2) {                                   \
-      tile<words, 1, panels_for_one_token>(args, 0, how);                                       \
-    } else {                                                                                    \
-      for (int p = 0; p < args.panel_count; ++p) tile<words, 1, 1>(one_panel(args, p), 0, how); \
-    }                                                                                           \
-  }                                                                                             \
-  static void function(const DotArgs& args) {                                                   \
-    if (args.tokens > 1) return function##_few(args);                                           \
-    TKT_CALL_LOOKING_AHEAD(function##_one)                                                      \
+// ---- Few tokens: in as few tiles as there can be, which share the tokens evenly (7 = 3 + 4, so that none has just one and
+// unpacks weights for it alone). Only the first has lines asked for ahead: the others find the panels in L2. ---------------
+
+// The smallest tile that holds `tokens`. In place it needs `how` to be a constant, for a branch at each line would cost what it
+// gives.
+template <class Words, int R, int T>
+TKT_INLINE void dot_few_tile(const DotArgs& args, int token, int tokens, LookAhead how) {
+  if constexpr (T > 2) {
+    if (tokens < T) return dot_few_tile<Words, R, T - 1>(args, token, tokens, how);
   }
-
-#define TKT_DEFINE_NIBBLE_DOT(function, words)                                 \
-  TKT_DEFINE_DOT(function##_packed, dot_tile_32, words, V::kTileTokens, 1)     \
-  static void function(const DotArgs& args) {                                  \
-    if constexpr (V::kUnpacks32Wide) {                                         \
-      if (args.tokens >= unpack_tokens<words>()) return dot_many<words>(args); \
-    }                                                                          \
-    function##_packed(args);                                                   \
+  if (T <= Words::kInPlaceTokens && how == LookAhead::kInPlace) {
+    dot_tile<Words, T, R>(args, token, LookAhead::kInPlace);
+  } else {
+    dot_tile<Words, T, R>(args, token, how == LookAhead::kBursts ? LookAhead::kBursts : LookAhead::kHardware);
   }
+}
 
-#define TKT_DEFINE_K_QUANT_DOT(function, words)                              \
-  TKT_DEFINE_FEW(function##_few, dot_tile_k, words, 4)                       \
-  template <LookAhead how>                                                   \
-  static inline void function##_one(const DotArgs& args) {                   \
-    dot_one_k<words, how>(args);                                             \
-  }                                                                          \
-  static void function(const DotArgs& args) {                                \
-    if (args.tokens >= unpack_tokens<words>()) return dot_many<words>(args); \
-    if (args.tokens > 1) return function##_few(args);                        \
-    TKT_CALL_LOOKING_AHEAD(function##_one)                                   \
+template <class Words, int R>
+static inline void dot_few(const DotArgs& args, LookAhead how) {
+  constexpr int kTokens = Words::kColumns == 256 ? 4 : V::kTileTokens;
+  const int tiles = (args.tokens + kTokens - 1) / kTokens;
+  int token = 0;
+  for (int i = 1; i <= tiles; ++i) {
+    const int end = args.tokens * i / tiles;
+    dot_few_tile<Words, R, kTokens>(args, token, end - token, i == 1 ? how : LookAhead::kHardware);
+    token = end;
   }
+}
 
-TKT_DEFINE_DOT(dot_f32, dot_tile_float, F32Words, V::kTileTokens, 2)
-TKT_DEFINE_DOT(dot_f16, dot_tile_float, F16Words, V::kTileTokens, 2)
-TKT_DEFINE_DOT(dot_bf16, dot_tile_float, BF16Words, V::kTileTokens, 2)
-TKT_DEFINE_NIBBLE_DOT(dot_q4_0, Q4_0Words)
-TKT_DEFINE_NIBBLE_DOT(dot_q5_0, Q5_0Words)
-TKT_DEFINE_DOT(dot_q8_0, dot_tile_32, Q8_0Words, V::kTileTokens, 1)
-TKT_DEFINE_K_QUANT_DOT(dot_q4_k, Q4_KWords)
-TKT_DEFINE_K_QUANT_DOT(dot_q5_k, Q5_KWords)
-TKT_DEFINE_K_QUANT_DOT(dot_q6_k, Q6_KWords)
+// ---- Any number ------------------------------------------------------------------------------------------------------
 
-#undef TKT_DEFINE_K_QUANT_DOT
-#undef TKT_DEFINE_NIBBLE_DOT
-#undef TKT_DEFINE_DOT
-#undef TKT_CALL_LOOKING_AHEAD
-#undef TKT_DEFINE_FEW
+template <class Words>
+static void dot(const DotArgs& args) {
+  if (args.tokens == 1) {
+    for (int p = 0; p < args.panel_count; ++p) {
+      gemv<Words>({args.panels[p], 1, 0, args.blocks, args.activations[0], args.out + p * 16});
+    }
+    return;
+  }
+  if constexpr (Words::kUnpacks) {
+    if (args.tokens >= unpack_tokens<Words>()) return dot_many<Words>(args);
+  }
+  const LookAhead how = look_ahead(V::kLookAhead);
+  if (args.panel_count == 2 && V::kTilePanels == 2) {
+    dot_few<Words, V::kTilePanels>(args, how);
+  } else {
+    for (int p = 0; p < args.panel_count; ++p) dot_few<Words, 1>(one_panel(args, p), how);
+  }
+}
