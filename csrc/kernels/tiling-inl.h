@@ -71,7 +71,8 @@ template <class Words>
 static void dot(const DotArgs& args) {
   if (args.tokens == 1) {
     for (int p = 0; p < args.panel_count; ++p) {
-      gemv<Words>({args.panels[p], 1, 0, args.blocks, args.activations[0], args.out + p * 16});
+      constexpr int64_t kNoNextPanel = 0;
+      gemv<Words>({args.panels[p], 1, kNoNextPanel, args.blocks, args.activations[0], args.out + p * 16});
     }
     return;
   }
