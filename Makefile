@@ -12,7 +12,7 @@ TORCH_INSTALL ?= torch==2.13.0 --no-deps --extra-index-url https://download.pyto
 # The release of transformers that is built on; .ci/run tests others too. The package itself takes any from 5.23 on.
 TRANSFORMERS ?= 5.23.0
 
-CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/kernels/*.h csrc/kernels/*.cpp)
+CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp)
 
 .DELETE_ON_ERROR:
 .PHONY: help demo chat test lint bench clean
@@ -49,7 +49,7 @@ bench: $(VENV)/.installed-plot
 	mkdir -p build
 	$(BIN)/python benchmarks/bench_kernels.py --json build/bench-kernels.json --plot build/bench-kernels.png
 	$(BIN)/python benchmarks/bench_moe.py --json build/bench-moe.json
-	$(BIN)/python benchmarks/synthetic.py v2-lite q4_k_m build/bench-4-layers.gguf --layers 4
+	$(BIN)/python tests/support/synthetic.py v2-lite q4_k_m build/bench-4-layers.gguf --layers 4
 	$(BIN)/python benchmarks/bench_generate.py build/bench-4-layers.gguf --rounds 1 --json build/bench-generate.json \
 	    --plot build/bench-generate.png
 

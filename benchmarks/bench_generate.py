@@ -1,6 +1,6 @@
 """Prefill, decode, load and memory of whole models: ours, llama.cpp, ik_llama.cpp, stock transformers on the same file.
 
-    python benchmarks/synthetic.py v2-lite q4_k_m v2-lite.gguf
+    python tests/support/synthetic.py v2-lite q4_k_m v2-lite.gguf
     python benchmarks/bench_generate.py v2-lite.gguf --llama-python venv/bin/python --json out.json --plot out.png
 
 Engines take turns, each in a process of its own (two copies of a 10 GB model do not fit into 24 GB), `--rounds` times.

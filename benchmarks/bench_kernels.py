@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 
 import measuring
 import numpy as np
-import synthetic
+import transformers_kt._C as _C
 from gguf import GGMLQuantizationType
 from measuring import Limits, median, share
 from rich.console import Console
 from rich.table import Table
 
-from transformers_kt import _C
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+import synthetic
 
 TYPES = {name: (number, elements, nbytes) for name, number, elements, nbytes in _C.weight_types()}
 FLOAT_TYPES = ("F32", "F16", "BF16")

@@ -19,13 +19,14 @@ from typing import Any
 
 import measuring
 import numpy as np
-import synthetic
+import transformers_kt._C as _C
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from measuring import Limits, median, share
 from rich.console import Console
 from rich.table import Table
 
-from transformers_kt import _C
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+import synthetic
 
 HIDDEN, INTERMEDIATE, TOP_K = 7168, 2048, 8
 GROUPS, TOP_GROUPS = 8, 4

@@ -12,22 +12,27 @@ check_environment()
 
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
-from transformers_kt import hooks  # noqa: E402  (what it waits for is what was checked)
 from transformers_kt._C import set_thread_count, thread_count  # noqa: E402
 from transformers_kt.errors import KtError  # noqa: E402
+from transformers_kt.integration import hooks  # noqa: E402  (what it waits for is what was checked)
 
 __version__ = "0.1.0"
 
 __all__ = ["KtConfig", "KtError", "KtReport", "PlanReport", "plan", "set_thread_count", "thread_count"]
 
 if TYPE_CHECKING:
-    from transformers_kt.integration import KtConfig
-    from transformers_kt.loading import KtReport
-    from transformers_kt.plan_report import PlanReport
-    from transformers_kt.planning import plan
+    from transformers_kt.integration.loading import KtReport
+    from transformers_kt.integration.quantizer import KtConfig
+    from transformers_kt.planning.plan import plan
+    from transformers_kt.planning.report import PlanReport
 else:
-    # The first two import torch, which who plans has no need of, and the others who loads.
-    _LATER = {"KtConfig": "integration", "KtReport": "loading", "PlanReport": "plan_report", "plan": "planning"}
+    # Imported on first use: KtConfig and KtReport need torch, planning does not.
+    _LATER = {
+        "KtConfig": "integration.quantizer",
+        "KtReport": "integration.loading",
+        "PlanReport": "planning.report",
+        "plan": "planning.plan",
+    }
 
     def __getattr__(name: str) -> Any:
         if name not in _LATER:

@@ -1,9 +1,9 @@
 #include <immintrin.h>
 
-#include "../cpu_features.h"
-#include "../kernel_table.h"
-#include "exp_constants.h"
-#include "macros-inl.h"
+#include "kernels/exp_constants.h"
+#include "kernels/kernel_table.h"
+#include "kernels/macros-inl.h"
+#include "machine/cpu_features.h"
 
 #define TKT_ISA_NAME "avx512"
 #define TKT_ISA_FEATURES (kAvx2 | kFma | kF16c | kAvx512f | kAvx512bw | kAvx512dq | kAvx512vl)
@@ -11,7 +11,7 @@
 namespace tkt::avx512 {
 namespace {
 
-#include "avx512_primitives-inl.h"
+#include "kernels/avx512_primitives-inl.h"
 
 struct V : Avx512Primitives {
   static constexpr bool kAddsIn16Bits = true;
@@ -32,13 +32,13 @@ struct V : Avx512Primitives {
   }
 };
 
-#include "panel_dot-inl.h"
-#include "panel_dot_unpacked-inl.h"
-#include "tiling-inl.h"
-#include "vector_ops-inl.h"
+#include "kernels/panel_dot-inl.h"
+#include "kernels/panel_dot_unpacked-inl.h"
+#include "kernels/tiling-inl.h"
+#include "kernels/vector_ops-inl.h"
 
 }  // namespace
 
-#include "table-inl.h"
+#include "kernels/table-inl.h"
 
 }  // namespace tkt::avx512

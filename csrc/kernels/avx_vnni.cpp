@@ -1,9 +1,9 @@
 #include <immintrin.h>
 
-#include "../cpu_features.h"
-#include "../kernel_table.h"
-#include "exp_constants.h"
-#include "macros-inl.h"
+#include "kernels/exp_constants.h"
+#include "kernels/kernel_table.h"
+#include "kernels/macros-inl.h"
+#include "machine/cpu_features.h"
 
 #define TKT_ISA_NAME "avx_vnni"
 #define TKT_ISA_FEATURES (kAvx2 | kFma | kF16c | kAvxvnni)
@@ -11,7 +11,7 @@
 namespace tkt::avx_vnni {
 namespace {
 
-#include "avx2_primitives-inl.h"
+#include "kernels/avx2_primitives-inl.h"
 
 struct V : Avx2Primitives {
   static constexpr bool kAddsIn16Bits = false;
@@ -23,13 +23,13 @@ struct V : Avx2Primitives {
   }
 };
 
-#include "panel_dot-inl.h"
-#include "panel_dot_unpacked-inl.h"
-#include "tiling-inl.h"
-#include "vector_ops-inl.h"
+#include "kernels/panel_dot-inl.h"
+#include "kernels/panel_dot_unpacked-inl.h"
+#include "kernels/tiling-inl.h"
+#include "kernels/vector_ops-inl.h"
 
 }  // namespace
 
-#include "table-inl.h"
+#include "kernels/table-inl.h"
 
 }  // namespace tkt::avx_vnni

@@ -4,11 +4,11 @@
 #include <cmath>
 #include <cstring>
 
-#include "../f16.h"
-#include "../kernel_table.h"
-#include "../panel_layout.h"
-#include "../row_decoder.h"
-#include "exp_constants.h"
+#include "formats/f16.h"
+#include "formats/panel_layout.h"
+#include "formats/row_decoder.h"
+#include "kernels/exp_constants.h"
+#include "kernels/kernel_table.h"
 
 namespace tkt::scalar {
 namespace {

@@ -77,8 +77,8 @@ def random_prompts() -> list[Prompt]:
 
 def tiny_r1_prompts(tokenize: Any) -> list[Prompt]:
     """A sum at three stages of its answer, a greeting, a chat, and one longer than tiny-r1's 512 original positions."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    from tiny_r1_task import chat_prompt, sum_turn
+    sys.path.insert(0, str(ROOT / "tools" / "tiny_r1"))
+    from task import chat_prompt, sum_turn
 
     turn = sum_turn(348, 276)
     question = chat_prompt([], turn.question)
@@ -97,11 +97,11 @@ def tiny_r1_prompts(tokenize: Any) -> list[Prompt]:
 
 
 def build_models() -> None:
-    sys.path.insert(0, str(HERE.parent))
+    sys.path.insert(0, str(HERE.parent / "support"))
     import random_models
     from transformers import AutoTokenizer
 
-    from transformers_kt.gguf.export import export_gguf
+    from transformers_kt.families.deepseek.export import export_gguf
 
     tokenizer = AutoTokenizer.from_pretrained(TINY_R1.parent)
     F32_FOLDER.mkdir(parents=True, exist_ok=True)

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import check_device_map
-from conftest import Example
 from gguf import GGMLQuantizationType as GgmlType
+from tiny_examples import Example
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from transformers_kt import operations
 from transformers_kt.errors import (
     KtError,
     OutOfMemoryError,
@@ -22,6 +21,7 @@ from transformers_kt.errors import (
     UnsupportedOperationError,
     UnsupportedTypeError,
 )
+from transformers_kt.planning import operations
 
 WHOLE = {"": "cpu"}
 PARTS = {"model.embed_tokens": "cpu", "model": "cpu", "lm_head": "cpu"}
@@ -103,7 +103,7 @@ def test_a_gpu_that_stays_unused_is_said_where_we_chose(
 def test_what_rules_ask_for_and_is_done_otherwise_is_in_the_report(
     v3: Example, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = Path(__file__).parent.parent / "ktransformers" / "v3-one-gpu.yaml"
+    path = Path(__file__).parent.parent / "rules" / "ktransformers" / "v3-one-gpu.yaml"
     with caplog.at_level(logging.WARNING, "transformers_kt"):
         report = load(v3, kt_rules=path, device_map="cpu").kt_report
     assert any("backend AMXBF16" in note for note in report.notes)

@@ -15,7 +15,7 @@ import fakes
 import pytest
 import torch
 import transformers
-from conftest import BOS, EOS, PAD, VOCAB, Example
+from tiny_examples import BOS, EOS, PAD, VOCAB, Example
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -30,7 +30,9 @@ from transformers import (
     pipeline,
 )
 
-from transformers_kt import errors, hooks, integration, request
+from transformers_kt import errors
+from transformers_kt.integration import from_pretrained, hooks, loaded_model, quantizer
+from transformers_kt.planning import request
 
 
 def logits(model: Any, prompt: torch.Tensor) -> torch.Tensor:
@@ -190,8 +192,8 @@ def test_a_hub_name_is_asked_for_config_only(v3: Example, monkeypatch: pytest.Mo
         asked[name] = options
         return json.loads((v3.folder / "config.json").read_text()), {}
 
-    monkeypatch.setattr(integration.PreTrainedConfig, "get_config_dict", staticmethod(from_hub))
-    monkeypatch.setattr(integration, "_restore_generation_config", lambda *args: None)
+    monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", staticmethod(from_hub))
+    monkeypatch.setattr(from_pretrained, "_restore_generation_config", lambda *args: None)
     options = {"revision": "abc", "token": "secret", "cache_dir": "/nowhere"}
     model = AutoModelForCausalLM.from_pretrained("some/model", gguf_path=v3.gguf, **options)
     assert asked == {"some/model": options}
@@ -431,7 +433,7 @@ def test_the_dtype_that_the_config_states_is_no_wish(
     "option",
     [
         {"quantization_config": transformers.BitsAndBytesConfig(load_in_4bit=True)},
-        {"quantization_config": integration.KtConfig()},
+        {"quantization_config": quantizer.KtConfig()},
         {"state_dict": {}},
         {"tp_plan": "auto"},
     ],
@@ -443,8 +445,8 @@ def test_an_option_that_makes_no_sense_with_a_gguf_is_refused(v3: Example, optio
 
 
 def test_a_default_device_of_torch_does_not_move_the_model() -> None:
-    quantizer = integration.KtHfQuantizer(integration.KtConfig())
-    assert quantizer.update_device_map({"": torch.device("cuda:0")}) == {"": torch.device("cpu")}
+    kt_quantizer = quantizer.KtHfQuantizer(quantizer.KtConfig())
+    assert kt_quantizer.update_device_map({"": torch.device("cuda:0")}) == {"": torch.device("cpu")}
 
 
 def test_a_default_dtype_of_torch_does_not_matter(v3: Example) -> None:
@@ -590,7 +592,7 @@ def generated(generator: Any, prompt: str) -> str:
 def test_pipeline_takes_gguf_path_and_rules_as_model_kwargs(v3: Example) -> None:
     model_kwargs = {"gguf_path": str(v3.gguf), "kt_rules": "auto"}
     generator = pipeline("text-generation", model=str(v3.config_folder), model_kwargs=model_kwargs)
-    assert isinstance(generator.model, integration.KtModelMixin)
+    assert isinstance(generator.model, loaded_model.KtModelMixin)
     assert generated(generator, "Hello,").startswith("Hello,")
 
 
@@ -635,7 +637,7 @@ def test_calls_without_our_arguments_reach_transformers_untouched(
         return "stock"
 
     monkeypatch.setattr(owner, "from_pretrained", classmethod(stock))
-    monkeypatch.setattr(integration, "load_config", lambda *args: pytest.fail("ours"))
+    monkeypatch.setattr(from_pretrained, "load_config", lambda *args: pytest.fail("ours"))
     hooks.wrap(owner, "load_config")
     token, config = object(), object()
     for name in (str(v3.folder), "some/model", "some/model-GGUF", Path("nowhere")):
@@ -660,15 +662,15 @@ def test_installing_twice_changes_nothing() -> None:
 
     before, finders = wrapped(), list(sys.meta_path)
     hooks.install()
-    integration.install()
+    quantizer.install()
     assert sys.meta_path == finders
     assert wrapped() == before
 
 
 def test_reloading_the_module_registers_no_second_time_and_goes_on_working(v3: Example) -> None:
     before = AutoModelForCausalLM.__dict__["from_pretrained"]
-    reloaded = importlib.reload(integration)
-    reloaded._modules = lambda: fakes.MODULES
+    reloaded = importlib.reload(quantizer)
+    importlib.reload(from_pretrained)._modules = lambda: fakes.MODULES
     reloaded.install()
     assert AutoModelForCausalLM.__dict__["from_pretrained"] is before
     assert reloaded.AUTO_QUANTIZER_MAPPING["kt"] is reloaded.KtHfQuantizer
@@ -676,9 +678,9 @@ def test_reloading_the_module_registers_no_second_time_and_goes_on_working(v3: E
 
 
 def test_a_foreign_quantizer_of_our_name_is_not_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(integration.AUTO_QUANTIZER_MAPPING, "kt", fakes.FakeLinear)
+    monkeypatch.setitem(quantizer.AUTO_QUANTIZER_MAPPING, "kt", fakes.FakeLinear)
     with pytest.raises(ValueError, match="already registered"):
-        integration.install()
+        quantizer.install()
 
 
 def test_every_auto_class_for_models_is_wrapped() -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import fakes
 import pytest
 import torch
-from conftest import BOS, REAL_MODULES, VOCAB, Example
+from fakes import REAL_MODULES
+from tiny_examples import BOS, VOCAB, Example
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.trainer_utils import validate_quantization_for_training
 
-from transformers_kt import integration
 from transformers_kt.errors import InputError, UnsupportedOperationError
+from transformers_kt.integration import from_pretrained
 
 LIMIT = 96  # max_position_embeddings of the examples
 GREEDY: dict[str, Any] = {"do_sample": False}
@@ -276,7 +277,7 @@ def test_hidden_states_are_those_of_the_stock_model(model: Any, v3: Example) -> 
 
 def test_our_attention_cannot_be_switched_on_for_stock_modules(v3: Example, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers_kt._C")
-    monkeypatch.setattr(integration, "_modules", REAL_MODULES)
+    monkeypatch.setattr(from_pretrained, "_modules", REAL_MODULES)
     model = AutoModelForCausalLM.from_pretrained(v3.folder, kt_rules="auto", attn_implementation="sdpa")
     model.set_attn_implementation("kt")
     with pytest.raises(UnsupportedOperationError, match='choose "sdpa" or "eager"'):

@@ -16,20 +16,22 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import Example, make_example, make_stock, make_tokenizer
+import transformers_kt._C as _C
 from gguf import GGMLQuantizationType as GgmlType
+from tiny_examples import Example, make_example, make_stock, make_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from transformers_kt import _C, assignments, loading, operations, placement
 from transformers_kt.errors import KtError, OutOfMemoryError, UnsupportedModelError, UnsupportedTypeError
+from transformers_kt.families.deepseek.export import export_gguf
 from transformers_kt.gguf.checkpoint import Checkpoint
-from transformers_kt.gguf.export import export_gguf
 from transformers_kt.gguf.reader import TensorInfo
-from transformers_kt.loading import KtReport, ReportRow
-from transformers_kt.modules import look_ahead
-from transformers_kt.placement import MemoryLimit
+from transformers_kt.integration import loading
+from transformers_kt.integration import tune_prefetch as look_ahead
+from transformers_kt.integration.loading import KtReport, ReportRow
+from transformers_kt.planning import assignments, hardware, operations
+from transformers_kt.planning.hardware import MemoryLimit
 from transformers_kt.rules import PlanEntry
 
 KEEP_ALL = [{"match": {"name": ""}, "replace": {"op": "torch"}}]
@@ -255,7 +257,7 @@ def test_embeddings_that_double_as_the_output_fill_both(kt_rules: Any, tmp_path:
 def test_weights_that_do_not_fit_are_refused_with_numbers_before_any_is_read(
     v3: Example, loads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(placement, "free_memory", lambda: MemoryLimit(500_000, "a test"))
+    monkeypatch.setattr(hardware, "free_memory", lambda: MemoryLimit(500_000, "a test"))
     with pytest.raises(OutOfMemoryError) as caught:
         load(v3)
     message = str(caught.value)
@@ -265,7 +267,7 @@ def test_weights_that_do_not_fit_are_refused_with_numbers_before_any_is_read(
 
 
 def test_what_stays_stock_is_counted_as_float32(v3_f16: Example, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "free_memory", lambda: MemoryLimit(600_000, "a test"))
+    monkeypatch.setattr(hardware, "free_memory", lambda: MemoryLimit(600_000, "a test"))
     load(v3_f16)  # 456 kB of blocks
     with pytest.raises(OutOfMemoryError, match="908 kB"):
         load(v3_f16, KEEP_ALL)

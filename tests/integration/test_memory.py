@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from transformers_kt.errors import OutOfMemoryError
-from transformers_kt.placement import MemoryLimit, format_bytes, free_memory, require_memory
+from transformers_kt.planning.hardware import MemoryLimit, format_bytes, free_memory, require_memory
 
 GB = 10**9
 

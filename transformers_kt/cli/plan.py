@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from transformers_kt.errors import InputError
-from transformers_kt.planning import DEFAULT_CONTEXT, plan
+from transformers_kt.planning.plan import DEFAULT_CONTEXT, plan
 
 
 def plan_command(

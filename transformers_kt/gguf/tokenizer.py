@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from transformers_kt.errors import GgufFormatError, UnsupportedModelError
 from transformers_kt.gguf.checkpoint import Checkpoint
-from transformers_kt.gguf.config import NO_TOKEN
+from transformers_kt.gguf.facts import NO_TOKEN
 from transformers_kt.gguf.reader import GgufFile, StringArray
 
 _MODEL = "gpt2"  # tokenizer.ggml.model of byte-level BPE

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from transformers_kt.modules.attention import KtMlaAttention
 from transformers_kt.modules.base import KtModule
 from transformers_kt.modules.embedding import KtEmbedding
 from transformers_kt.modules.experts import KtExperts, KtMlp, KtMoe
 from transformers_kt.modules.linear import KtLinear
+from transformers_kt.modules.mla import KtMlaAttention
 from transformers_kt.modules.norm import KtRMSNorm
 from transformers_kt.modules.rotary import KtRotaryEmbedding
 

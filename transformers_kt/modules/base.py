@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
-from transformers_kt import _C, ops
+import transformers_kt._C as _C
+from transformers_kt.backends import ops
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
-from transformers_kt.operations import Operation
+from transformers_kt.planning.operations import Operation
 
 PIECE_BYTES = 32 << 20
 """Of a large tensor, about as many bytes are read and packed at a time. The pages of the file that hold them count as

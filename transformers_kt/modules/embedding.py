@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
-from transformers_kt import _C, ops
+import transformers_kt._C as _C
+from transformers_kt.backends import ops
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 from transformers_kt.modules.base import PIECE_BYTES, Handle, KtModule, TensorData
-from transformers_kt.operations import KERNEL_TYPES, OPERATIONS
+from transformers_kt.planning.operations import KERNEL_TYPES, OPERATIONS
 
 
 class _EmbeddingTable:

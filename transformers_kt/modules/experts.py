@@ -11,7 +11,8 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Exper
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts, DeepseekV3MoE
 from typing_extensions import Self
 
-from transformers_kt import _C, ops
+import transformers_kt._C as _C
+from transformers_kt.backends import ops
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 from transformers_kt.modules.base import (
     Handle,
@@ -22,7 +23,7 @@ from transformers_kt.modules.base import (
     pack_floats,
     pack_matrices,
 )
-from transformers_kt.operations import OPERATIONS
+from transformers_kt.planning.operations import OPERATIONS
 
 
 def _pack_experts(tensors: Mapping[str, TensorInfo], roles: tuple[str, str, str], data: TensorData) -> tuple[Any, int]:

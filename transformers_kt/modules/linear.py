@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
-from transformers_kt import ops
+from transformers_kt.backends import ops
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 from transformers_kt.modules.base import (
     Handle,
@@ -21,7 +21,7 @@ from transformers_kt.modules.base import (
     pack_floats,
     pack_matrices,
 )
-from transformers_kt.operations import OPERATIONS
+from transformers_kt.planning.operations import OPERATIONS
 
 
 class KtLinear(KtModule):

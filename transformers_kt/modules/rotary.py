@@ -14,10 +14,11 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Rotar
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 from typing_extensions import Self
 
-from transformers_kt import _C, ops
+import transformers_kt._C as _C
+from transformers_kt.backends import ops
 from transformers_kt.gguf.reader import TensorInfo
 from transformers_kt.modules.base import KtModule, TensorData
-from transformers_kt.operations import OPERATIONS
+from transformers_kt.planning.operations import OPERATIONS
 
 
 class KtRotaryEmbedding(KtModule):

@@ -1,0 +1,111 @@
+"""The command line: what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from transformers_kt import plan
+from transformers_kt.assets import bundled_model
+from transformers_kt.cli import build_app
+from transformers_kt.errors import KtError, RuleError
+
+MODEL = str(bundled_model())
+MACHINE = ("--gpu", "24GiB,24GiB", "--ram", "64GiB", "--bandwidth", "100,900")
+SAME_MACHINE: dict[str, Any] = {"gpus": ["24GiB", "24GiB"], "ram": "64GiB", "bandwidth": (100, 900)}
+
+
+def run(*args: str) -> str:
+    """What ``transformers-kt plan`` prints; its errors are raised."""
+    result = CliRunner().invoke(build_app(), ["plan", *args], standalone_mode=False)
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def transformers_kt_command(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "transformers_kt.cli", *args], capture_output=True, text=True)
+
+
+def test_plan_prints_the_table_of_plan() -> None:
+    assert run(MODEL, *MACHINE) == f"{plan(MODEL, **SAME_MACHINE)}\n"
+
+
+def test_a_gguf_alone_is_enough_and_a_folder_with_config_takes_its_weights_from_elsewhere() -> None:
+    (gguf,) = Path(MODEL).glob("*.gguf")
+    alone = json.loads(run(str(gguf), "--json", *MACHINE))
+    named = json.loads(run(MODEL, "--gguf-path", str(gguf), "--json", *MACHINE))
+    assert alone["rows"] == named["rows"]
+
+
+def test_json_holds_what_the_report_holds() -> None:
+    assert json.loads(run(MODEL, "--json", *MACHINE)) == plan(MODEL, **SAME_MACHINE).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [
+        (("--device-map", "cpu"), {"device_map": "cpu"}),
+        (("--device-map", '{"": "cpu", "lm_head": 1}'), {"device_map": {"": "cpu", "lm_head": 1}}),
+        (("--kt-cpu-layers", "3"), {"kt_cpu_layers": 3}),
+        (("--kt-gpu-experts", "1"), {"kt_gpu_experts": 1}),
+        (("--context", "100"), {"context": 100}),
+        (("--kt-rules", "cpu"), {"kt_rules": "cpu"}),
+        (("--gpu", "none"), {"gpus": []}),
+    ],
+)
+def test_each_option_is_that_of_plan(args: tuple[str, ...], options: dict[str, Any]) -> None:
+    expected = plan(MODEL, **{**SAME_MACHINE, **options}).to_dict()
+    assert json.loads(run(MODEL, "--json", *MACHINE, *args)) == expected
+    assert expected != plan(MODEL, **SAME_MACHINE).to_dict()
+
+
+def test_a_picture_is_written_beside_the_table(tmp_path: Path) -> None:
+    said = run(MODEL, *MACHINE, "--plot", str(tmp_path / "plan.png"))
+    assert "model.embed_tokens" in said
+    assert (tmp_path / "plan.png").stat().st_size > 1000
+
+
+def test_a_refusal_is_one_of_our_errors() -> None:
+    with pytest.raises(RuleError, match=r"ram is 'lots'"):
+        run(MODEL, "--ram", "lots")
+    with pytest.raises(KtError, match=r"--device-map '\{cpu' is no JSON"):
+        run(MODEL, "--device-map", "{cpu")
+
+
+def test_an_error_is_one_message_without_a_traceback_and_ends_with_1() -> None:
+    result = transformers_kt_command("plan", MODEL, "--kt-rules", "nowhere.yaml")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert re.fullmatch(r"transformers-kt: nowhere\.yaml is no file; .*\n", result.stderr)
+
+
+@pytest.mark.parametrize("args", [("plan", MODEL, "--contxt", "5"), ("plan", MODEL, "--context", "many"), ("plam",)])
+def test_a_command_line_that_is_not_understood_ends_with_2(args: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(build_app(), list(args))
+    assert result.exit_code == 2
+
+
+def test_help_names_every_option_of_plan() -> None:
+    said = CliRunner().invoke(build_app(), ["plan", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).stdout
+    options = {option for parameter in _parameters() for option in parameter.opts if option.startswith("--")}
+    assert len(options) == 11
+    assert all(option in said for option in options)
+
+
+def _parameters() -> Any:
+    command = typer.main.get_command(build_app())
+    return command.commands["plan"].params  # type: ignore[attr-defined]
+
+
+def test_the_package_installs_the_command() -> None:
+    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert '[project.scripts]\ntransformers-kt = "transformers_kt.cli:main"\n' in pyproject

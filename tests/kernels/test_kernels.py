@@ -1,0 +1,234 @@
+"""Kernels against the scalar reference, bit for bit, and the scalar reference against the gguf package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import gguf
+import numpy as np
+import pytest
+import transformers_kt._C as _C
+
+TYPES = {name: (number, elements, nbytes) for name, number, elements, nbytes in _C.weight_types()}
+VECTOR_ISAS = [isa for isa in _C.supported_isas() if isa != "scalar"]
+FLOAT_TYPES = ("F32", "F16", "BF16")
+SCALE_OFFSETS = {"Q4_0": [0], "Q5_0": [0], "Q8_0": [0], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+
+
+@pytest.fixture(autouse=True)
+def _automatic_isa_afterwards() -> Iterator[None]:
+    yield
+    _C.select_isa("")
+    _C.set_look_ahead("")
+
+
+def gguf_type(name: str) -> gguf.GGMLQuantizationType:
+    return gguf.GGMLQuantizationType(TYPES[name][0])
+
+
+def random_blocks(name: str, rows: int, cols: int, seed: int = 0) -> np.ndarray:
+    """Bytes of a (rows, cols) matrix: every bit pattern of quants and sub-block scales, f16 scales that stay finite."""
+    _number, elements, nbytes = TYPES[name]
+    rng = np.random.default_rng(seed)
+    if name in FLOAT_TYPES:
+        values = rng.standard_normal((rows, cols)).astype(np.float32)
+        return gguf.quants.quantize(values, gguf_type(name)).view(np.uint8).reshape(rows, -1)
+    blocks = rng.integers(0, 256, (rows, cols // elements, nbytes), dtype=np.uint8)
+    for offset in SCALE_OFFSETS[name]:
+        scales = rng.uniform(-0.02, 0.02, blocks.shape[:2]).astype(np.float16)
+        blocks[..., offset : offset + 2] = scales[..., None].view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+def packed(name: str, data: np.ndarray, cols: int) -> _C.PackedMatrix:
+    matrix = _C.PackedMatrix(TYPES[name][0], 1, data.shape[0], cols)
+    matrix.pack(0, np.ascontiguousarray(data).reshape(-1))
+    return matrix
+
+
+def multiply(matrix: _C.PackedMatrix, x: np.ndarray) -> np.ndarray:
+    out = np.empty((x.shape[0], matrix.rows), np.float32)
+    _C.linear(matrix, x, out)
+    return out
+
+
+def test_block_facts_equal_those_of_the_gguf_package() -> None:
+    for name, (_number, elements, nbytes) in TYPES.items():
+        assert gguf.GGML_QUANT_SIZES[gguf_type(name)] == (elements, nbytes)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_dequantization_equals_the_gguf_package(name: str) -> None:
+    data = random_blocks(name, 5, 512)
+    expected = gguf.quants.dequantize(data, gguf_type(name)).astype(np.float32)
+    got = np.empty((5, 512), np.float32)
+    _C.dequantize(TYPES[name][0], data.reshape(-1), got)
+    # Products of scale and quant are exact in float32; the package and we round the one subtraction alike.
+    np.testing.assert_array_equal(got, expected.reshape(5, 512))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_scalar_products_equal_dequantized_weights_times_activations(name: str) -> None:
+    """Activations that int8 holds exactly, so that only the order of additions differs from a plain product."""
+    cols, rows = 512, 37
+    data = random_blocks(name, rows, cols)
+    x = np.random.default_rng(1).integers(-127, 128, (3, cols)).astype(np.float32)
+    x[:, ::32] = 127  # every block's largest value is 127: its scale is exactly 1
+    weights = gguf.quants.dequantize(data, gguf_type(name)).astype(np.float64).reshape(rows, cols)
+    _C.select_isa("scalar")
+    got = multiply(packed(name, data, cols), x)
+    # Float additions over `cols` terms: error below cols * 2^-24 of the sum of magnitudes.
+    bound = cols * 2.0**-24 * (np.abs(x).astype(np.float64) @ np.abs(weights).T)
+    assert np.all(np.abs(got - x.astype(np.float64) @ weights.T) <= bound)
+
+
+@pytest.mark.parametrize("isa", VECTOR_ISAS)
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 6, 7, 13, 15, 18])
+def test_products_equal_the_scalar_reference_bit_for_bit(isa: str, name: str, tokens: int) -> None:
+    assert_equal_to_scalar(isa, name, tokens, cols=768)
+
+
+@pytest.mark.parametrize("look_ahead", _C.LOOK_AHEADS)
+@pytest.mark.parametrize("isa", VECTOR_ISAS)
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 9])
+def test_looking_ahead_changes_no_bit(look_ahead: str, isa: str, name: str, tokens: int) -> None:
+    _C.set_look_ahead(look_ahead)
+    assert_equal_to_scalar(isa, name, tokens, cols=512)
+    assert _C.look_ahead() == look_ahead
+
+
+def test_the_fastest_way_of_looking_ahead_is_kept() -> None:
+    """Matrices that nobody packed read as zeros, and take no memory."""
+    number, _elements, _nbytes = TYPES["Q4_K"]
+    matrices = [_C.PackedMatrix(number, 64, 1408, 2048) for _ in range(6)]
+    for before in _C.LOOK_AHEADS:
+        _C.set_look_ahead(before)
+        speeds = _C.choose_look_ahead(matrices)
+        assert list(speeds) == list(_C.LOOK_AHEADS)
+        assert speeds[before] == 1.0
+        assert min(speeds.values()) > 0
+        chosen = _C.look_ahead()
+        # Another one has to be faster in most rounds; then it is the fastest of those in the middle one.
+        assert chosen == before or speeds[chosen] >= 1.03
+
+
+def test_what_caches_may_hold_is_no_measure_of_looking_ahead() -> None:
+    number, _elements, _nbytes = TYPES["Q4_K"]
+    _C.set_look_ahead("bursts")
+    assert _C.choose_look_ahead([_C.PackedMatrix(number, 64, 1408, 2048)]) == {}
+    assert _C.choose_look_ahead([]) == {}
+    assert _C.look_ahead() == "bursts"
+
+
+def test_scalar_kernels_which_do_not_look_ahead_try_nothing() -> None:
+    """It would take minutes."""
+    number, _elements, _nbytes = TYPES["Q4_K"]
+    _C.select_isa("scalar")
+    assert _C.choose_look_ahead([_C.PackedMatrix(number, 64, 1408, 2048) for _ in range(6)]) == {}
+
+
+def test_an_unknown_way_of_looking_ahead_is_refused() -> None:
+    with pytest.raises(ValueError, match="no way of looking ahead is called sideways"):
+        _C.set_look_ahead("sideways")
+
+
+@pytest.mark.parametrize("isa", VECTOR_ISAS)
+@pytest.mark.parametrize("name", [n for n in TYPES if n not in FLOAT_TYPES])
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+@pytest.mark.parametrize("tokens", [1, 4, 13])
+def test_a_last_block_without_a_second_is_read_where_it_lies(isa: str, name: str, blocks: int, tokens: int) -> None:
+    """Panels lead pairs of blocks by their scales."""
+    assert_equal_to_scalar(isa, name, tokens, cols=blocks * TYPES[name][1])
+
+
+def assert_equal_to_scalar(isa: str, name: str, tokens: int, cols: int) -> None:
+    data = random_blocks(name, 16 * 3 + 5, cols)
+    x = np.random.default_rng(tokens).standard_normal((tokens, cols)).astype(np.float32)
+    x[0, :256] = 0  # a block of zeros has no scale
+    matrix = packed(name, data, cols)
+    _C.select_isa("scalar")
+    expected = multiply(matrix, x)
+    _C.select_isa(isa)
+    assert _C.isa() == isa
+    got = multiply(matrix, x)
+    assert np.isfinite(expected).all()
+    np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.parametrize("isa", VECTOR_ISAS)
+@pytest.mark.parametrize("name", [n for n in TYPES if n not in FLOAT_TYPES])
+def test_extreme_bytes_do_not_saturate(isa: str, name: str) -> None:
+    """vpmaddubsw saturates where a pair of byte products passes 32,767: largest quants against 127 and -127."""
+    cols = 512
+    data = random_blocks(name, 16, cols)
+    blocks = data.reshape(16, -1, TYPES[name][2])
+    if name == "Q6_K":
+        blocks[..., :192] = 255
+        blocks[..., 192:208] = 128  # scale -128
+    else:
+        blocks[..., 2 * len(SCALE_OFFSETS[name]) :] = 128 if name == "Q8_0" else 255
+    matrix = packed(name, data, cols)
+    for x in (np.full((1, cols), 127, np.float32), np.full((1, cols), -127, np.float32)):
+        _C.select_isa("scalar")
+        expected = multiply(matrix, x)
+        _C.select_isa(isa)
+        np.testing.assert_array_equal(multiply(matrix, x), expected)
+
+
+@pytest.mark.usefixtures("eight_cpus")
+@pytest.mark.parametrize("isa", VECTOR_ISAS)
+@pytest.mark.parametrize("name", TYPES)
+def test_thread_count_and_batch_do_not_change_a_bit(isa: str, name: str) -> None:
+    cols = 512
+    matrix = packed(name, random_blocks(name, 100, cols), cols)
+    x = np.random.default_rng(3).standard_normal((150, cols)).astype(np.float32)
+    _C.select_isa(isa)
+    before = _C.thread_count()
+    try:
+        _C.set_thread_count(1)
+        expected = multiply(matrix, x)
+        for threads in (2, 3, 7):
+            _C.set_thread_count(threads)
+            np.testing.assert_array_equal(multiply(matrix, x), expected)
+    finally:
+        _C.set_thread_count(before)
+    for row in (0, 77, 149):
+        np.testing.assert_array_equal(multiply(matrix, x[row : row + 1])[0], expected[row])
+
+
+@pytest.mark.parametrize("isa", VECTOR_ISAS)
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K", "Q6_K"])
+def test_however_tokens_divide_into_tiles_each_gets_the_same_bits(isa: str, name: str) -> None:
+    """From 6 tokens on K-quants are unpacked once for all of them, in tiles of two sizes."""
+    matrix = packed(name, random_blocks(name, 37, 512), 512)
+    x = np.random.default_rng(4).standard_normal((64, 512)).astype(np.float32)
+    _C.select_isa(isa)
+    expected = np.concatenate([multiply(matrix, x[row : row + 1]) for row in range(64)])
+    for tokens in (*range(4, 32), 63, 64):
+        np.testing.assert_array_equal(multiply(matrix, x[:tokens]), expected[:tokens])
+
+
+@pytest.mark.usefixtures("eight_cpus")
+def test_experts_give_a_token_the_same_bits_among_many_and_alone() -> None:
+    """Above 96 an expert's tokens are divided, and a task then has several pairs of output panels."""
+    hidden, intermediate, tokens = 800, 256, 200
+    gate, up = (packed("Q8_0", random_blocks("Q8_0", intermediate, hidden, seed), hidden) for seed in (0, 1))
+    experts = _C.Experts(gate, up, packed("Q6_K", random_blocks("Q6_K", hidden, intermediate), intermediate))
+    x = np.random.default_rng(5).standard_normal((tokens, hidden)).astype(np.float32)
+
+    def outputs(x: np.ndarray) -> np.ndarray:
+        out = np.full(x.shape, np.nan, np.float32)
+        experts.forward_routed(x, np.zeros((len(x), 1), np.int64), np.full((len(x), 1), 0.5, np.float32), out)
+        return out
+
+    before = _C.thread_count()
+    try:
+        expected = np.concatenate([outputs(x[row : row + 1]) for row in range(tokens)])
+        assert np.isfinite(expected).all()
+        for threads in (1, 2, 5):
+            _C.set_thread_count(threads)
+            np.testing.assert_array_equal(outputs(x), expected)
+    finally:
+        _C.set_thread_count(before)

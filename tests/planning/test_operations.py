@@ -1,0 +1,97 @@
+"""What operations say of themselves, of which plans are made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from transformers_kt.errors import UnsupportedModelError, UnsupportedTypeError
+from transformers_kt.families.outline import is_known_class
+from transformers_kt.families.tree import TORCH_CLASSES, V2, V3, ModuleNode
+from transformers_kt.gguf.reader import GgmlType, TensorInfo
+from transformers_kt.modules import MODULES
+from transformers_kt.planning.operations import OPERATIONS
+
+USUAL: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "topk_method": "greedy",
+    "rope_parameters": {"rope_type": "yarn"},
+    "num_attention_heads": 4,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+    "kv_lora_rank": 256,
+}
+
+
+def config(**values: Any) -> Any:
+    return SimpleNamespace(**{**USUAL, **values})
+
+
+def tensor(ggml_type: GgmlType, shape: tuple[int, ...] = (64, 256), nbytes: int = 1000) -> TensorInfo:
+    return TensorInfo("t", ggml_type, shape, 0, nbytes, Path("model.gguf"))
+
+
+def test_every_operation_has_one_module() -> None:
+    assert {name: module.operation for name, module in MODULES.items()} == OPERATIONS
+
+
+def test_operations_replace_classes_that_the_models_have() -> None:
+    assert all(is_known_class(name) for operation in OPERATIONS.values() for name in operation.replaces)
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_an_operation_stands_for_its_classes_in_a_usual_config(op: str) -> None:
+    for name in OPERATIONS[op].replaces:
+        OPERATIONS[op].require_supported(ModuleNode((name,)), config(), "layers.0.it")
+
+
+@pytest.mark.parametrize(
+    ("op", "values", "said"),
+    [
+        ("attention_cpu", {"attention_bias": True}, "attention_bias is set"),
+        ("attention_cpu", {"rope_interleave": False}, "rope_interleave is off"),
+        ("moe_cpu", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is supported"),
+        ("moe_cpu", {"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'; supported: greedy, group_limited_greedy"),
+        ("mlp_cpu", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("experts_cpu", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("rotary_cpu", {"rope_parameters": {"rope_type": "dynamic"}}, "rope_type is 'dynamic'; supported: default"),
+    ],
+)
+def test_what_an_operation_does_not_compute_is_refused_with_the_modules_name(
+    op: str, values: dict[str, Any], said: str
+) -> None:
+    node = ModuleNode((OPERATIONS[op].replaces[0],))
+    with pytest.raises(UnsupportedModelError, match=rf"^layers\.0\.it: {said}"):
+        OPERATIONS[op].require_supported(node, config(**values), "layers.0.it")
+
+
+def test_only_the_router_of_v2_has_methods() -> None:
+    OPERATIONS["moe_cpu"].require_supported(ModuleNode((V3 + "DeepseekV3MoE",)), config(topk_method="noaux_tc"), "mlp")
+    assert OPERATIONS["moe_cpu"].replaces == (V2 + "DeepseekV2Moe", V3 + "DeepseekV3MoE")
+
+
+def test_a_linear_layer_with_a_bias_is_refused() -> None:
+    node = ModuleNode((TORCH_CLASSES["Linear"],), parameters=("weight", "bias"))
+    with pytest.raises(UnsupportedModelError, match="head: linear layers with a bias"):
+        OPERATIONS["linear_cpu"].require_supported(node, config(), "head")
+
+
+def test_matrices_need_kernels_but_those_that_are_dequantized() -> None:
+    unpacked = tensor(GgmlType.Q2_K)
+    for op, role in (("linear_cpu", "weight"), ("moe_cpu", "experts.up"), ("attention_cpu", "o_proj.weight")):
+        with pytest.raises(UnsupportedTypeError, match="has type Q2_K, for which there is no kernel"):
+            OPERATIONS[op].check_types({role: unpacked})
+    OPERATIONS["moe_cpu"].check_types({"gate.weight": unpacked})
+    OPERATIONS["embedding_cpu"].check_types({"weight": unpacked})
+    OPERATIONS["norm_cpu"].check_types({"weight": tensor(GgmlType.Q2_K, (256,))})
+
+
+@pytest.mark.parametrize(("ggml_type", "float_bytes"), [(GgmlType.Q4_K, 2), (GgmlType.F16, 2), (GgmlType.BF16, 4)])
+def test_the_key_half_of_kv_b_counts_as_floats(ggml_type: GgmlType, float_bytes: int) -> None:
+    tensors = {"kv_b_proj.weight": tensor(ggml_type, (4 * 128, 256), 80_000), "o_proj.weight": tensor(ggml_type)}
+    found = OPERATIONS["attention_cpu"].memory_needed(tensors, config())
+    assert found == 1000 + 80_000 / 2 + 4 * 64 * 256 * float_bytes

@@ -1,0 +1,233 @@
+"""What differs between a model filled from a GGUF and the stock model of its class."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from transformers_kt.errors import InputError, UnsupportedOperationError
+from transformers_kt.integration.loading import KtReport
+from transformers_kt.rules import TORCH
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_training(what: str) -> NoReturn:
+    raise UnsupportedOperationError(
+        f"{what} is not possible: the weights are quantized GGUF blocks, whose kernels compute no gradients. Train the "
+        "original checkpoint with stock transformers and convert the result to GGUF"
+    )
+
+
+def _refuse_saving(model: Any, what: str) -> NoReturn:
+    raise UnsupportedOperationError(
+        f"{what} is not possible: the weights are the blocks of {model.config.quantization_config.gguf_path}, which "
+        "safetensors files of transformers cannot hold. Copy that file; model.config and the tokenizer can be saved"
+    )
+
+
+_SMALL_SHARE = 0.01  # of the weights: norms and routers stay far below
+
+
+class KtModelMixin:
+    """What differs between a model filled from a GGUF and its stock class."""
+
+    kt_report: KtReport
+    _warned_of_length = False
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of memory that the weights hold, packed ones included."""
+        return self.kt_report.nbytes
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if (device is not None and device.type != "cpu") or dtype not in (None, torch.float32):
+            self._refuse_move(f"to({', '.join(str(wanted) for wanted in (device, dtype) if wanted is not None)})")
+        return self
+
+    def cpu(self) -> Any:
+        return self
+
+    def float(self) -> Any:
+        return self
+
+    def cuda(self, device: Any = None) -> NoReturn:
+        self._refuse_move("cuda()")
+
+    def half(self) -> NoReturn:
+        self._refuse_move("half()")
+
+    def bfloat16(self) -> NoReturn:
+        self._refuse_move("bfloat16()")
+
+    def double(self) -> NoReturn:
+        self._refuse_move("double()")
+
+    def _refuse_move(self, what: str) -> NoReturn:
+        raise UnsupportedOperationError(
+            f"model.{what} is not possible: packed weights stay where they were loaded, on the CPU, where activations "
+            "are float32. Leave the call out"
+        )
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            refuse_training("model.train()")
+        return super().train(mode)  # type: ignore[misc]
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        if requires_grad:
+            refuse_training("model.requires_grad_()")
+        return self
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> NoReturn:
+        refuse_training("gradient checkpointing")
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse_saving(self, "save_pretrained()")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse_saving(self, "push_to_hub()")
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UnsupportedOperationError(
+            "resize_token_embeddings() is not possible: the rows of the embedding are those of the GGUF"
+        )
+
+    def _prepare_generated_length(
+        self,
+        generation_config: Any,
+        has_default_max_length: bool,
+        has_default_min_length: bool,
+        model_input_name: str,
+        input_ids_length: int,
+        inputs_tensor: torch.Tensor,
+    ) -> Any:
+        """Let generation end at the model's last position, as at a stop token: an error then would lose the text."""
+        generation_config = super()._prepare_generated_length(  # type: ignore[misc]
+            generation_config,
+            has_default_max_length,
+            has_default_min_length,
+            model_input_name,
+            input_ids_length,
+            inputs_tensor,
+        )
+        positions = self.config.max_position_embeddings  # type: ignore[attr-defined]
+        if input_ids_length > positions:  # here, for in chunked prefill the guard would see it after much work
+            raise InputError(_too_long(input_ids_length, positions))
+        # Embeddings come in place of ids, which then count from zero.
+        given = inputs_tensor.shape[1] if model_input_name == "inputs_embeds" and input_ids_length == 0 else 0
+        # Prompt lookup guesses this many tokens past the end of the text, whatever the maximum.
+        guessed = generation_config.prompt_lookup_num_tokens or 0
+        most = max(positions - given - guessed, input_ids_length + 1)
+        if generation_config.max_length > most:
+            if not self._warned_of_length:
+                self._warned_of_length = True
+                logger.warning("generation will end at the model's last position: %d tokens in all", positions)
+            generation_config.max_length = most
+        return generation_config
+
+
+class KtGenerationMixin:
+    """What differs in a model that generates, beside `KtModelMixin`."""
+
+    kt_report: KtReport
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As that of the stock class; torch keeps to one thread meanwhile, unless it computes some of the model itself.
+
+        What is left to torch is to choose tokens: its threads, sleepless for milliseconds after 100,000 logits were
+        compared, would take cores from ours. On two cores that was 5 of 60 ms a token.
+        """
+        left_to_torch = sum(row.nbytes for row in self.kt_report.rows if row.operation == TORCH)
+        if left_to_torch > _SMALL_SHARE * self.kt_report.nbytes:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            torch.set_num_threads(threads)
+
+
+# The first arguments of a base model's forward, in order.
+_FORWARD_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
+
+
+class InputGuard:
+    """A forward pre-hook that refuses token ids and positions out of range, and outputs that nobody would record."""
+
+    def __init__(self, config: Any, lost_outputs: Collection[str]) -> None:
+        self._config = config
+        self._vocab_size = config.vocab_size
+        self._positions = config.max_position_embeddings
+        self._lost_outputs = lost_outputs
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if args:
+            kwargs = {**dict(zip(_FORWARD_ARGUMENTS, args, strict=False)), **kwargs}
+        for output in self._lost_outputs:
+            if kwargs.get(output) or getattr(self._config, output, False):
+                raise UnsupportedOperationError(
+                    f"{output}=True cannot be served: the modules that give them were replaced. Load with "
+                    + (
+                        'attn_implementation="eager"'
+                        if "attentions" in output
+                        else "kt_rules that keep them (op: torch)"
+                    )
+                )
+        for name in ("input_ids", "inputs_embeds"):
+            if (given := kwargs.get(name)) is not None and not given.numel():
+                raise InputError(
+                    f"{name} is empty, of shape {tuple(given.shape)}; at least one token is needed, such as the one "
+                    "that begins a text (tokenizer.bos_token_id)"
+                )
+        input_ids = kwargs.get("input_ids")
+        if input_ids is not None:
+            self._check_ids(input_ids)
+        last = self._last_position(kwargs, input_ids)
+        if last >= self._positions:
+            raise InputError(_too_long(last + 1, self._positions))
+
+    def _check_ids(self, input_ids: torch.Tensor) -> None:
+        low, high = _extremes(input_ids)
+        if low < 0 or high >= self._vocab_size:
+            raise InputError(
+                f"input_ids holds the token id {low if low < 0 else high}; this model has 0 to {self._vocab_size - 1}. "
+                "Use the tokenizer that belongs to the model"
+            )
+
+    def _last_position(self, kwargs: Mapping[str, Any], input_ids: torch.Tensor | None) -> int:
+        position_ids = kwargs.get("position_ids")
+        if position_ids is not None:
+            low, high = _extremes(position_ids) if position_ids.numel() else (0, 0)
+            if low < 0:
+                raise InputError(f"position_ids holds {low}; positions count from 0")
+            return high
+        past = kwargs.get("cache", kwargs.get("past_key_values"))  # the name changed in transformers 5.24
+        tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        length = 0 if tokens is None else tokens.shape[1]
+        return length - 1 + (0 if past is None else int(past.get_seq_length()))
+
+
+def _extremes(ids: torch.Tensor) -> tuple[int, int]:
+    if ids.numel() == 1:  # decoding: one read in place of a reduction
+        value = int(ids)
+        return value, value
+    low, high = torch.aminmax(ids)
+    return int(low), int(high)
+
+
+def _too_long(tokens: int, positions: int) -> str:
+    return f"the input is {tokens} tokens long; this model has {positions} positions. Shorten the prompt"

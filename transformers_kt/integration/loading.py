@@ -1,0 +1,236 @@
+"""Apply a plan to a model skeleton, fill it from a checkpoint, and report what was done.
+
+A skeleton is a model of transformers on the meta device. Modules that stay stock are filled with float32 weights,
+dequantized by the `gguf` package; the others take the stored blocks as they are.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from transformers_kt.planning.assignments import STOCK_PARAMETERS, ZERO_WHERE_ABSENT, Assignment
+from transformers_kt.planning.hardware import format_bytes
+from transformers_kt.planning.tables import grouped, new_table, rendered
+
+if TYPE_CHECKING:
+    from transformers_kt.gguf.reader import TensorInfo
+    from transformers_kt.modules.base import KtModule, TensorData
+
+    Modules = Mapping[str, type[KtModule]]
+
+_DEQUANTIZED_AT_ONCE = 1 << 22  # elements: 16 MB of float32, so that the copy in flight is small beside any model
+
+
+class TensorSource(Protocol):
+    """What loading needs of a checkpoint."""
+
+    def data(self, name: str) -> npt.NDArray[np.uint8]: ...
+    def drop_pages(self, name: str, end: int | None = None) -> None: ...
+
+
+class ProgressBar(Protocol):
+    """What loading needs of tqdm."""
+
+    def update(self, n: int) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ReportRow:
+    """One module of the loaded model: what computes it, where, from which ggml types, in how many bytes of memory."""
+
+    module: str
+    operation: str
+    device: str
+    types: tuple[str, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KtReport:
+    """What became of each module of a loaded model. ``str()`` gives a table in which equal layers share a line.
+
+    ``notes`` say what rules asked for and became something else or nothing, ``kernels`` which of ours run here.
+    """
+
+    title: str
+    rules: str
+    rows: tuple[ReportRow, ...]
+    notes: tuple[str, ...] = ()
+    kernels: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the weights hold."""
+        return sum(row.nbytes for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values all through, fit for JSON."""
+        rows = [{**asdict(row), "types": list(row.types)} for row in self.rows]
+        return {
+            "title": self.title,
+            "rules": self.rules,
+            "nbytes": self.nbytes,
+            "rows": rows,
+            "notes": [*self.notes],
+            "kernels": self.kernels,
+        }
+
+    def __str__(self) -> str:
+        table = new_table("module", "operation", "device", "types", "memory", numbers=["memory"])
+        table.columns[0].footer, table.columns[-1].footer = "all weights", format_bytes(self.nbytes)
+        for module, rows in grouped(self.rows, lambda row: (row.operation, row.device, row.types)):
+            first, nbytes = rows[0], sum(row.nbytes for row in rows)
+            table.add_row(module, first.operation, first.device, ", ".join(first.types), format_bytes(nbytes))
+        lines = [f"Note: {note}" for note in self.notes]
+        lines += [f"Kernels: {self.kernels}"] if self.kernels else []
+        return rendered(f"{self.title}, rules: {self.rules}", table, *lines)
+
+
+def apply_plan(model: nn.Module, assignments: Iterable[Assignment], modules: Modules) -> None:
+    """Put the operations that ``assignments`` name into the skeleton ``model``, without weights."""
+    config: Any = model.config
+    for assignment in assignments:
+        path = assignment.entry.module
+        if assignment.entry.op in modules:
+            stock = model.get_submodule(path)
+            model.set_submodule(path, modules[assignment.entry.op].from_module(stock, config, path))
+
+
+def fill(
+    model: nn.Module,
+    assignments: Sequence[Assignment],
+    modules: Modules,
+    source: TensorSource,
+    progress: ProgressBar,
+) -> tuple[ReportRow, ...]:
+    """Load every weight of ``model`` (plan applied, no memory taken yet). ``progress`` moves by bytes read.
+
+    If anything goes wrong, Ctrl-C included, the model is taken apart, so that no frame of a traceback that somebody
+    keeps can hold gigabytes.
+    """
+    rows = []
+    try:
+        for assignment in assignments:
+            entry = assignment.entry
+            reader = _Reader(source, progress)
+            if entry.op in modules:
+                nbytes = _operation_at(model, entry.module).load(assignment.tensors, reader)
+            else:
+                nbytes = _load_stock(model.get_submodule(entry.module), assignment.tensors, reader)
+            reader.release()
+            types = tuple(sorted({info.ggml_type.name for info in assignment.tensors.values()}))
+            rows.append(ReportRow(entry.module, entry.op, entry.device, types, nbytes))
+        _require_complete(model)
+    except BaseException:
+        _take_apart(model)
+        raise
+    return tuple(rows)
+
+
+class _Reader:
+    """Hands out stored tensors or pieces of them; asked for the next, it gives up the pages of those before.
+
+    That is safe while a view is still in use, for its pages are then read anew: a module that asks for three tensors
+    and packs them together pays nothing, as the pages of a view come only with the first look at it.
+    """
+
+    def __init__(self, source: TensorSource, progress: ProgressBar) -> None:
+        self._source, self._progress = source, progress
+        self._handed_out: dict[str, int] = {}  # names of tensors; up to which byte
+        self._unreported = 0
+
+    def __call__(self, info: TensorInfo, start: int = 0, end: int | None = None) -> npt.NDArray[np.uint8]:
+        self.release()
+        end = info.nbytes if end is None else end
+        self._handed_out[info.name] = end
+        self._unreported = end - start
+        return self._source.data(info.name)[start:end]
+
+    def release(self) -> None:
+        for name, end in self._handed_out.items():
+            self._source.drop_pages(name, end)
+        self._progress.update(self._unreported)
+        self._unreported = 0
+
+
+def _operation_at(model: nn.Module, path: str) -> KtModule:
+    return cast("KtModule", model.get_submodule(path))
+
+
+def _load_stock(module: nn.Module, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
+    """Fill the parameters and buffers that ``module`` itself owns; the bytes they hold."""
+    for role, info in tensors.items():
+        if role == "gate":
+            values = _merged(_experts_gate_up, tensors["gate"], tensors["up"], data)
+        elif role == "k_b":
+            values = _merged(_kv_b, tensors["k_b"], tensors["v_b"], data)
+        elif role in ("up", "v_b"):
+            continue  # came with its other half
+        else:
+            values = _dequantized(info, data)
+        _set_tensor(module, STOCK_PARAMETERS.get(role, role), values)
+    for name in ZERO_WHERE_ABSENT:
+        buffer = module._buffers.get(name)
+        if buffer is not None and buffer.is_meta:
+            module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return sum(tensor.nbytes for tensor in own)
+
+
+def _merged(
+    merge: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], first: TensorInfo, second: TensorInfo, data: TensorData
+) -> torch.Tensor:
+    return merge(_dequantized(first, data), _dequantized(second, data))
+
+
+def _experts_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """(experts, 2 * intermediate, hidden) of two (experts, intermediate, hidden)."""
+    return torch.cat((gate, up), dim=1)
+
+
+def _kv_b(k_b: torch.Tensor, v_b: torch.Tensor) -> torch.Tensor:
+    """(heads * (nope + v), latent) of (heads, latent, nope) and (heads, v, latent)."""
+    return torch.cat((k_b.transpose(1, 2), v_b), dim=1).flatten(0, 1)
+
+
+def _dequantized(info: TensorInfo, data: TensorData) -> torch.Tensor:
+    """The tensor as float32 in ordinary memory, shape ``info.shape``."""
+    cols = info.shape[-1]
+    values = torch.empty(info.shape, dtype=torch.float32, device="cpu")
+    rows = values.view(-1, cols)
+    row_bytes = info.nbytes // len(rows)
+    step = max(1, _DEQUANTIZED_AT_ONCE // cols)
+    for start in range(0, len(rows), step):
+        end = min(start + step, len(rows))
+        # A copy, for torch warns of arrays that cannot be written, as the views of a read-only mapping are.
+        stored = np.array(data(info, start * row_bytes, end * row_bytes)).reshape(end - start, row_bytes)
+        rows[start:end] = torch.from_numpy(gguf.dequantize(stored, info.ggml_type).reshape(-1, cols))
+    return values
+
+
+def _set_tensor(module: nn.Module, name: str, values: torch.Tensor) -> None:
+    if name in module._parameters:
+        module._parameters[name] = nn.Parameter(values, requires_grad=False)
+    else:
+        module._buffers[name] = values
+
+
+def _require_complete(model: nn.Module) -> None:
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    if left := [name for name, tensor in tensors if tensor.is_meta]:
+        raise RuntimeError(f"the plan left {len(left)} tensors without values: {', '.join(left[:5])}")
+
+
+def _take_apart(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        module.__dict__.clear()
+    gc.collect()

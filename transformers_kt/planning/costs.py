@@ -1,0 +1,174 @@
+"""What a plan costs: bytes of weights, KV cache and buffers on each device, and bytes read per token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from transformers_kt.planning.assignments import Assignment
+from transformers_kt.planning.hardware import CPU, Bandwidths, Hardware
+from transformers_kt.planning.operations import OPERATIONS
+from transformers_kt.planning.report import DeviceUse, PlanRow
+from transformers_kt.rules import TORCH
+
+if TYPE_CHECKING:
+    from transformers_kt.families.tensors import TensorSlot
+    from transformers_kt.gguf.reader import TensorInfo
+
+# What CUDA itself takes on a card once a process computes there: context, libraries, workspaces.
+_CUDA_BYTES = 512 << 20
+# Work buffers are for this many tokens at once, what generate(prefill_chunk_size=512) keeps longer prompts to.
+PREFILL_TOKENS = 512
+_CPU_FLOAT_BYTES = 4  # activations, cache and stock modules: float32 on the CPU, 16 bits on a GPU
+_GPU_FLOAT_BYTES = 2
+_LATENTS = ".kv_a_proj_with_mqa.weight"  # makes the latents of one layer
+_EXPERT_ROLES = ("gate", "up", "down")
+_KV_B_HALVES = ("k_b", "v_b")
+_KV_B = "kv_b_proj"
+
+
+@dataclass(frozen=True, slots=True)
+class FastMemory:
+    """What each GPU needs besides weights, in bytes."""
+
+    kv_cache_per_layer: int
+    buffers: int  # of each GPU that is used
+
+
+class Costs:
+    """Sizes that follow from config and context."""
+
+    def __init__(self, config: Any, context: int) -> None:
+        self.active_share: float = config.num_experts_per_tok / config.n_routed_experts
+        self.latent_values: int = context * (config.kv_lora_rank + config.qk_rope_head_dim)  # per layer
+        tokens = min(context, PREFILL_TOKENS)
+        self.work_values: int = tokens * _values_per_token(config) + config.vocab_size
+        self.on_gpus = FastMemory(self.latent_values * _GPU_FLOAT_BYTES, self.buffers("cuda:0"))
+
+    def kv_cache(self, device: str) -> int:
+        """Bytes per layer: a latent and a rotary key for each token of the context."""
+        return self.latent_values * _float_bytes(device)
+
+    def buffers(self, device: str) -> int:
+        return self.work_values * _float_bytes(device) + (0 if device == CPU else _CUDA_BYTES)
+
+
+def _float_bytes(device: str) -> int:
+    return _CPU_FLOAT_BYTES if device == CPU else _GPU_FLOAT_BYTES
+
+
+def _values_per_token(config: Any) -> int:
+    """Activations of one token that are alive at once in a layer, all counted, whatever could share its place.
+
+    The residual stream, its normed copy and the outputs of both halves of the layer; queries, queries in the space of
+    latents, what attention gives there and per head; both intermediates of the widest MLP.
+    """
+    nope, rope, latent = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
+    attention = config.num_attention_heads * ((nope + rope) + (latent + rope) + latent + config.v_head_dim)
+    active = config.moe_intermediate_size * (config.num_experts_per_tok + config.n_shared_experts)
+    widest = max(config.intermediate_size, active)
+    return int(4 * config.hidden_size + attention + 2 * widest)
+
+
+def gpu_bytes(slots: Iterable[TensorSlot], tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """Module path -> bytes of its tensors on a GPU."""
+    sizes: dict[str, int] = {}
+    for slot in slots:
+        key = f"{slot.module}.{slot.role}"
+        sizes[slot.module] = sizes.get(slot.module, 0) + bytes_on_gpu(key, tensors[slot.gguf_name])
+    return sizes
+
+
+def bytes_on_gpu(key: str, info: TensorInfo) -> int:
+    """Bytes that the tensor with path ``key`` takes on a GPU: those of the file.
+
+    ``kv_b_proj`` alone becomes float16: absorbed attention multiplies with its halves per head and transposed, across
+    the direction of the blocks.
+    """
+    *_, module, role = key.split(".")
+    if module == _KV_B or role in _KV_B_HALVES:
+        return 2 * math.prod(info.shape)
+    return info.nbytes
+
+
+def plan_row(config: Any, assignment: Assignment, costs: Costs) -> PlanRow:
+    entry = assignment.entry
+    stored = {
+        key: _bytes_of(entry.op, entry.device, f"{entry.module}.{key}", info)
+        for key, info in assignment.tensors.items()
+    }
+    nbytes = sum(stored.values())
+    if entry.op in OPERATIONS:
+        nbytes = OPERATIONS[entry.op].memory_needed(assignment.tensors, config)
+    scale = nbytes / (sum(stored.values()) or 1)
+    parts: dict[str, int] = {}
+    read = 0.0
+    for key, info in assignment.tensors.items():
+        part = _part(f"{entry.module}.{key}")
+        parts[part] = parts.get(part, 0) + int(scale * stored[key])
+        read += scale * stored[key] * _read_share(f"{entry.module}.{key}", info.shape, costs)
+    types = tuple(sorted({info.ggml_type.name for info in assignment.tensors.values()}))
+    return PlanRow(entry.module, entry.op, entry.device, types, nbytes, int(read), entry.rule, parts)
+
+
+def _bytes_of(op: str, device: str, key: str, info: TensorInfo) -> int:
+    if op == TORCH:  # norms and routers, F32 in every file, stay float32 on a GPU too
+        return math.prod(info.shape) * (_CPU_FLOAT_BYTES if info.ggml_type.name == "F32" else _float_bytes(device))
+    return info.nbytes if device == CPU else bytes_on_gpu(key, info)
+
+
+def _read_share(key: str, shape: Sequence[int], costs: Costs) -> float:
+    """How much of a tensor one token reads: the active experts, one row of the embedding, all of others."""
+    if _is_routed(key):
+        return costs.active_share
+    return 1 / shape[0] if _module_of(key).endswith("embed_tokens") else 1.0
+
+
+def _part(key: str) -> str:
+    """Which of PARTS a tensor belongs to."""
+    if _is_routed(key):
+        return "routed experts"
+    if ".mlp." in key:
+        return "dense and shared experts"
+    is_outside = _module_of(key).rpartition(".")[2] in ("embed_tokens", "lm_head")
+    return "embedding and head" if is_outside else "attention"
+
+
+def _is_routed(key: str) -> bool:
+    return key.rpartition(".")[2] in _EXPERT_ROLES
+
+
+def _module_of(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def device_uses(
+    assignments: Sequence[Assignment],
+    rows: Sequence[PlanRow],
+    hardware: Hardware,
+    speeds: Bandwidths,
+    costs: Costs,
+) -> tuple[DeviceUse, ...]:
+    kv_caches = dict.fromkeys(hardware.capacities, 0)
+    for assignment in assignments:
+        entry = assignment.entry
+        # Where attention is in pieces, its cache lies where the latents are made.
+        latents = sum(f"{entry.module}.{key}".endswith(_LATENTS) for key in assignment.tensors)
+        kv_caches[entry.device] += latents * costs.kv_cache(entry.device)
+    uses = []
+    for device, capacity in hardware.capacities.items():
+        own = [row for row in rows if row.device == device]
+        uses.append(
+            DeviceUse(
+                device,
+                capacity,
+                weights=sum(row.nbytes for row in own),
+                kv_cache=kv_caches[device],
+                buffers=costs.buffers(device) if own or device == CPU else 0,
+                read_per_token=sum(row.read_per_token for row in own),
+                bandwidth=speeds.ram if device == CPU else speeds.gpu,
+            )
+        )
+    return tuple(uses)

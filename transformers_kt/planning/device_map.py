@@ -1,0 +1,185 @@
+"""What a user asks of placement, ``device_map=`` and ``max_memory=`` in accelerate's terms, and the map it comes to."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import Self
+
+from transformers_kt.errors import RuleError, UnsupportedOperationError
+from transformers_kt.planning.costs import FastMemory, gpu_bytes
+from transformers_kt.planning.hardware import CPU, Hardware, MemoryLimit, parse_bytes
+from transformers_kt.planning.placement import AUTOMATIC_DEVICE_MAPS, auto_device_map, cpu_expert_layers, layer_number
+from transformers_kt.rules import AUTO
+from transformers_kt.rules.devices import DEVICES_ACCEPTED, parse_device
+
+if TYPE_CHECKING:
+    from transformers_kt.families.tensors import TensorSlot
+    from transformers_kt.families.tree import ModelTree
+    from transformers_kt.gguf.reader import TensorInfo
+    from transformers_kt.rules import Plan, PlanEntry
+
+_MOST_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementWish:
+    """What a call asks of placement beside its rules: one of AUTOMATIC_DEVICE_MAPS or a map, limits, and numbers."""
+
+    device_map: str | Mapping[str, str] | None
+    max_memory: Mapping[str, int]
+    kt_cpu_layers: int | None
+    kt_gpu_experts: int | None
+
+    @classmethod
+    def read(cls, kt_rules: Any, device_map: Any, max_memory: Any, kt_cpu_layers: Any, kt_gpu_experts: Any) -> Self:
+        """Raises `RuleError` for what is not understood or contradicts itself, `UnsupportedOperationError` for disk."""
+        wish = cls(read_device_map(device_map), read_max_memory(max_memory), kt_cpu_layers, kt_gpu_experts)
+        number = next((key for key in ("kt_cpu_layers", "kt_gpu_experts") if getattr(wish, key) is not None), None)
+        if number is not None and not (isinstance(kt_rules, str) and kt_rules == AUTO):
+            raise RuleError(f'{number}= shapes the placement of kt_rules="auto", but rules are given; leave one out')
+        if number is not None and isinstance(wish.device_map, Mapping):
+            raise RuleError(f"{number}= shapes the automatic placement, but device_map= names devices; leave one out")
+        return wish
+
+    def limited(self, hardware: Hardware) -> Hardware:
+        """``hardware`` with no more memory than ``max_memory`` allows. As in accelerate, a GPU it leaves out is out of
+        use, the CPU is not."""
+        if not self.max_memory:
+            return hardware
+        gpus = tuple(min(self.max_memory.get(f"cuda:{i}", 0), nbytes) for i, nbytes in enumerate(hardware.gpus))
+        return Hardware(gpus, min(self.max_memory.get(CPU, hardware.ram), hardware.ram))
+
+    def tightest(self, free: MemoryLimit) -> MemoryLimit:
+        """``free``, or the limit that ``max_memory`` sets on RAM where that is less."""
+        allowed = self.max_memory.get(CPU)
+        return free if allowed is None or allowed >= free.nbytes else MemoryLimit(allowed, 'max_memory["cpu"]')
+
+    def settled(
+        self,
+        plan_is_auto: bool,
+        tree: ModelTree,
+        layers: int,
+        slots: Sequence[TensorSlot],
+        tensors: Mapping[str, TensorInfo],
+        hardware: Hardware,
+        needs: FastMemory,
+    ) -> dict[str, str] | None:
+        """The device map for a model of that many ``layers``; None where rules alone decide.
+
+        Raises `RuleError` if the map leaves out modules or names others, or a number is none that the model has layers
+        for; `UnsupportedOperationError` where experts are to lie on GPUs that are not there.
+        """
+        owners = [path for path, node in tree.modules() if node.owns_tensors]
+        if isinstance(self.device_map, Mapping):
+            require_coverage(self.device_map, (path for path, _ in tree.modules()), owners)
+            return dict(self.device_map)
+        if not plan_is_auto:
+            return None
+        stored = gpu_bytes(slots, tensors)
+        sizes = {owner: stored.get(owner, stored.get(f"model.{owner}", 0)) for owner in owners}
+        moe_layers = sorted({layer_number(slot.module) for slot in slots if slot.module.endswith(".experts")})
+        cpu_layers = cpu_expert_layers(layers, moe_layers, self.kt_cpu_layers, self.kt_gpu_experts)
+        if self.kt_gpu_experts and not hardware.gpus:
+            raise UnsupportedOperationError(
+                f"kt_gpu_experts={self.kt_gpu_experts} puts routed experts on GPUs, but there is none to use. Leave it "
+                "out: everything is on the CPU then"
+            )
+        mode = self.device_map or AUTO
+        return auto_device_map(sizes, hardware, needs, mode=mode, cpu_layers=cpu_layers)
+
+
+def require_devices(plan: Plan, present: Iterable[str], by_map: bool, remedy: str) -> None:
+    """Raise if ``plan`` names a device that is not ``present``; ``by_map`` says whether a device map decided.
+
+    `RuleError` with file, rule and line where a rule did, else `UnsupportedOperationError`.
+    """
+    there = list(present)
+    entry = next((entry for entry in plan.entries if entry.device not in there), None)
+    if entry is not None:
+        raise device_refusal(plan, entry, by_map, f"which is not there: there is {', '.join(there)}. {remedy}")
+
+
+def device_refusal(plan: Plan, entry: PlanEntry, by_map: bool, reason: str) -> RuleError | UnsupportedOperationError:
+    """The error that says who put ``entry`` where it is, and why it cannot be there."""
+    if by_map:
+        return UnsupportedOperationError(f"device_map puts {entry.module} on {entry.device}, {reason}")
+    who = plan.label(entry)
+    if who is None:
+        who = f"{plan.source}, where KTransformers' files put a module without a rule,"
+    return RuleError(f"{who} puts {entry.module} on {entry.device}, {reason}")
+
+
+def read_device_map(device_map: Any) -> str | dict[str, str] | None:
+    """One of AUTOMATIC_DEVICE_MAPS, or module prefix -> device ("cpu", "cuda:0"); None where nothing is asked.
+
+    Raises `RuleError` for what names no device, `UnsupportedOperationError` for weights on disk.
+    """
+    if device_map is None or (isinstance(device_map, str) and device_map in AUTOMATIC_DEVICE_MAPS):
+        return device_map
+    if isinstance(device_map, Mapping):
+        if not all(isinstance(prefix, str) for prefix in device_map):
+            raise RuleError(f"device_map={device_map!r}: the keys of a device map are names of modules")
+        return {prefix: device_name(device, f"device_map[{prefix!r}]") for prefix, device in device_map.items()}
+    return {"": device_name(device_map, "device_map")}
+
+
+def device_name(device: Any, what: str) -> str:
+    """ "cpu" or "cuda:0" for a number, a name, or a torch.device."""
+    if device == "disk":
+        raise UnsupportedOperationError(
+            f"{what} is 'disk', but weights of a GGUF are held in memory. Name a device, and take a smaller file if it "
+            "is too big for it"
+        )
+    torch = sys.modules.get("torch")  # who has a torch.device has imported it
+    name = parse_device(str(device) if torch is not None and isinstance(device, torch.device) else device)
+    if name is None:
+        accepted = ", ".join(repr(mode) for mode in AUTOMATIC_DEVICE_MAPS)
+        raise RuleError(
+            f"{what} is {device!r}; {DEVICES_ACCEPTED} is accepted, and device_map= itself also takes {accepted} and a "
+            "dict of such devices"
+        )
+    return name
+
+
+def require_coverage(device_map: Mapping[str, str], modules: Iterable[str], owners: Iterable[str]) -> None:
+    """Raise `RuleError` unless every one of ``owners`` lies below a key, and every key is one of ``modules``.
+
+    ``modules`` are the paths of all modules of the model, ``owners`` of those that have tensors of their own.
+    """
+    known = set(modules)
+    for prefix in device_map:
+        if prefix and prefix not in known:
+            near = difflib.get_close_matches(prefix, known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise RuleError(f"device_map names {prefix!r}, but the model has no such module{hint}")
+    if left := [owner for owner in owners if device_of(owner, device_map) is None]:
+        shown = ", ".join(left[:_MOST_NAMES_SHOWN])
+        more = f" and {len(left) - _MOST_NAMES_SHOWN} more" if len(left) > _MOST_NAMES_SHOWN else ""
+        raise RuleError(f'device_map says nothing of {shown}{more}; add them, or "" for all that is not named')
+
+
+def device_of(module: str, device_map: Mapping[str, str]) -> str | None:
+    """Where ``device_map`` puts ``module``: what the longest key says that it lies below; None if none does."""
+    prefix = module
+    while prefix not in device_map:
+        if not prefix:
+            return None
+        prefix = prefix.rpartition(".")[0]
+    return device_map[prefix]
+
+
+def read_max_memory(max_memory: Any) -> dict[str, int]:
+    """Device -> bytes that may be taken there. Raises `RuleError` for what is no such mapping."""
+    if max_memory is None:
+        return {}
+    if not isinstance(max_memory, Mapping):
+        raise RuleError(f"max_memory={max_memory!r}; a dict such as {{0: '24GiB', 'cpu': '512GiB'}} is accepted")
+    return {
+        device_name(device, "a key of max_memory"): parse_bytes(limit, f"max_memory[{device!r}]")
+        for device, limit in max_memory.items()
+    }

@@ -1,0 +1,132 @@
+"""``plan()``: what loading a model would do, from headers alone, on hardware that need not be there.
+
+Made without torch and transformers, which together take ten times as long and as much memory as everything else here;
+where `model_config` or `outlines` does not know the model, they are asked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers_kt.errors import InputError, UnsupportedTypeError
+from transformers_kt.families.deepseek.config import config_values
+from transformers_kt.families.outline import is_known_class, outline
+from transformers_kt.families.plain_config import plain_config, read_config
+from transformers_kt.families.tensors import check_tensors
+from transformers_kt.families.tree import ModelTree, tree_of
+from transformers_kt.planning import assignments as assigning
+from transformers_kt.planning.assignments import Assignment
+from transformers_kt.planning.costs import PREFILL_TOKENS, Costs, device_uses, plan_row
+from transformers_kt.planning.device_map import PlacementWish, require_devices
+from transformers_kt.planning.hardware import CPU, RAM, Bandwidths, described_hardware, read_bandwidths
+from transformers_kt.planning.operations import OPERATIONS
+from transformers_kt.planning.report import DeviceUse, PlanReport, shortages
+from transformers_kt.planning.request import MOOT_OPTIONS, SOURCE_OPTIONS, Request, read_request, without
+from transformers_kt.rules import AUTO, KtRules, Plan, RuleList, load_rules
+
+if TYPE_CHECKING:
+    from transformers_kt.gguf.checkpoint import Checkpoint
+
+DEFAULT_CONTEXT = 32768
+
+
+def plan(
+    model: str | os.PathLike[str] | None,
+    *,
+    gguf_path: str | os.PathLike[str] | None = None,
+    kt_rules: KtRules = AUTO,
+    device_map: Any = None,
+    max_memory: Mapping[Any, int | str] | None = None,
+    gpus: Sequence[int | str] | None = None,
+    ram: int | str | None = None,
+    context: int = DEFAULT_CONTEXT,
+    bandwidth: float | Sequence[float] | str | None = None,
+    kt_cpu_layers: int | None = None,
+    kt_gpu_experts: int | None = None,
+    **hub: Any,
+) -> PlanReport:
+    """What ``from_pretrained`` with the same arguments would do: which operation, where, in how much memory.
+
+    Only headers are read. ``model``, ``gguf_path``, ``kt_rules``, ``device_map``, ``max_memory``, ``kt_cpu_layers``,
+    ``kt_gpu_experts`` and the options of the hub (``revision``, ``token``, ...) are those of ``from_pretrained``; the
+    model may be a GGUF file itself.
+
+    ``gpus`` (one size each: ``["24GiB", "24GiB"]``; ``[]`` for none) and ``ram`` ("512GiB" or bytes) describe the
+    machine to plan for; what is left out is as here and now. ``context`` is the number of tokens to have room for, up
+    to what the model takes. ``bandwidth`` is what RAM reads, or RAM and each GPU, in GB/s, or "measure"; 100 and 900
+    are assumed where nothing is said.
+
+    With GPUs, this plans what later versions will run: this one computes on the CPU.
+
+    Raises the errors that loading would raise, but not for want of memory and for tensor types without a kernel:
+    those the report lists as ``problems``.
+    """
+    wish = PlacementWish.read(kt_rules, device_map, max_memory, kt_cpu_layers, kt_gpu_experts)
+    hardware = wish.limited(described_hardware(gpus, ram, wish.max_memory))
+    if type(context) is not int or context < 1:
+        raise InputError(f"context={context!r}; a number of tokens, at least 1, is accepted")
+    rules = load_rules(kt_rules, OPERATIONS)
+    request = read_request(model, {"kt_rules": AUTO, "gguf_path": gguf_path, **hub})
+    assert request is not None  # kt_rules is there
+    checkpoint = request.open()
+    config, tree = _model(request, checkpoint, without(hub, (*SOURCE_OPTIONS, *MOOT_OPTIONS)), rules)
+    slots, tensors = check_tensors(checkpoint, config), checkpoint.tensors
+    speeds = read_bandwidths(bandwidth)
+    context = min(context, config.max_position_embeddings)
+    costs = Costs(config, context)
+
+    is_auto, layers = rules.source == AUTO, config.num_hidden_layers
+    chosen = wish.settled(is_auto, tree, layers, slots, tensors, hardware, costs.on_gpus)
+    found = assigning.settled_plan(tree, rules, OPERATIONS, None, chosen)
+    require_devices(
+        found, hardware.capacities, chosen is not None, 'Name more with gpus= (--gpu), or pass device_map="cpu"'
+    )
+    assignments = assigning.assign_tensors(found, tree, slots, tensors)
+    assigning.require_supported(tree, config, assignments, OPERATIONS)
+    problems = _unsupported_types(assignments)
+    rows = tuple(plan_row(config, assignment, costs) for assignment in assignments)
+    devices = device_uses(assignments, rows, hardware, speeds, costs)
+    notes = (*_notes(found, devices, speeds), *found.notes)
+    return PlanReport(request.title, rules.source, context, rows, devices, notes, (*shortages(devices), *problems))
+
+
+def _model(
+    request: Request, checkpoint: Checkpoint, options: Mapping[str, Any], rules: RuleList
+) -> tuple[Any, ModelTree]:
+    """Config and tree of the model that ``request`` names; ``options`` are what is left of those of the call."""
+    if not options:  # else they are values of the config, which transformers knows
+        facts = config_values(checkpoint) if request.folder is None else read_config(request.folder, request.hub)
+        config = None if facts is None else plain_config(facts)
+        tree = None if config is None else outline(config)
+        if tree is not None and all(map(is_known_class, rules.class_names)):
+            return config, tree
+    from transformers_kt.planning import stock_model
+
+    real_config, unknown = stock_model.resolved_config(request, None, options, checkpoint)
+    if unknown:
+        raise TypeError(f"plan() got unexpected arguments: {', '.join(unknown)}")
+    return real_config, tree_of(stock_model.skeleton(real_config))
+
+
+def _unsupported_types(assignments: Sequence[Assignment]) -> tuple[str, ...]:
+    problems: dict[str, str] = {}  # one per type: 58 layers would say the same
+    for assignment in assignments:
+        try:
+            assigning.check_types([assignment], OPERATIONS)
+        except UnsupportedTypeError as error:
+            types = {info.ggml_type for info in assignment.tensors.values()}
+            problems.setdefault(f"{assignment.entry.op} {sorted(types)}", f"Cannot be loaded: {error}.")
+    return tuple(problems.values())
+
+
+def _notes(found: Plan, devices: Sequence[DeviceUse], speeds: Bandwidths) -> list[str]:
+    notes = []
+    for how, of_what in speeds.unstated.items():
+        if there := [name for name in of_what if name == RAM or len(devices) > 1]:
+            notes.append(f"The bandwidth of {' and '.join(there)} is {how}; bandwidth= (--bandwidth) states it.")
+    notes.append(f"Buffers are for {PREFILL_TOKENS} tokens at a time: generate(prefill_chunk_size={PREFILL_TOKENS}).")
+    if any(entry.device != CPU for entry in found.entries):
+        notes.append('GPUs are planned, not yet used: this version loads with device_map="cpu" only.')
+    return notes

@@ -1,0 +1,129 @@
+"""What a call of ``from_pretrained``, or of ``plan``, asks of us: where config and GGUF are, and which rules."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers_kt.errors import CheckpointError, CheckpointNotFoundError
+from transformers_kt.gguf.checkpoint import Checkpoint, open_checkpoint
+from transformers_kt.rules.files import AUTO, KtRules
+
+# Where from_pretrained looks for files. A GGUF is found by its own path, in a repository of its own.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_GGUF_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")  # and revision, in the same repository
+_PLACEMENT_NUMBERS = ("kt_cpu_layers", "kt_gpu_experts")
+SOURCE_OPTIONS = (
+    "pretrained_model_name_or_path",
+    "gguf_path",
+    "gguf_file",
+    "kt_rules",
+    *_PLACEMENT_NUMBERS,
+    *HUB_OPTIONS,
+)
+"""The options of which a `Request` is made."""
+MOOT_OPTIONS = ("trust_remote_code", "code_revision", "adapter_kwargs", "_commit_hash", "low_cpu_mem_usage")
+"""Of no meaning here: which code to run is settled by the GGUF's architecture, how to save memory by the plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a call of from_pretrained asks of us.
+
+    ``folder`` is the folder or hub id that has the config, None where the GGUF is all there is; ``hub`` says how to get
+    files from there, ``gguf_hub`` how to get the GGUF. ``numbers`` are kt_cpu_layers and kt_gpu_experts.
+    """
+
+    folder: str | None
+    gguf: str
+    rules: KtRules
+    numbers: tuple[Any, ...]
+    hub: dict[str, Any]
+    gguf_hub: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.folder or self.gguf
+
+    @property
+    def title(self) -> str:
+        return Path(os.path.abspath(self.name)).name.removesuffix(".gguf")
+
+    def open(self) -> Checkpoint:
+        return open_checkpoint(self.gguf, **self.gguf_hub)
+
+
+class Call(NamedTuple):
+    """A call of from_pretrained: ``stock(cls, name, *args, **options)``, without the options that `Request` has."""
+
+    stock: Callable[..., Any]  # the function that was there before ours
+    cls: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def read_request(name: Any, options: Mapping[str, Any]) -> Request | None:
+    """What ``from_pretrained(name, **options)`` asks of us; None if nothing."""
+    gguf_path, rules, gguf_file = (options.get(key) for key in ("gguf_path", "kt_rules", "gguf_file"))
+    numbers = tuple(options.get(key) for key in _PLACEMENT_NUMBERS)
+    if all(given is None for given in (gguf_path, rules, *numbers)) and not _is_gguf_alone(name):
+        return None
+    hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
+    gguf_hub = {key: hub[key] for key in _GGUF_HUB_OPTIONS if key in hub}
+    name = None if name is None else os.fspath(name)
+    folder = name if name is not None and _has_config(name, hub) else None
+    if gguf_path is not None:
+        gguf = os.fspath(gguf_path)
+        if name is not None and folder is None and Path(name).is_file() and name != gguf:
+            raise CheckpointError(f"two GGUF files are named, {name} and gguf_path={gguf}; name one of them")
+    else:
+        gguf = _gguf_at(name, gguf_file, hub)
+        if "revision" in hub:
+            gguf_hub["revision"] = hub["revision"]
+        if gguf_file is not None and not Path(gguf).exists():
+            folder = None  # for transformers, too, gguf_file= is the source of config and tokenizer
+    return Request(folder, gguf, AUTO if rules is None else rules, numbers, hub, gguf_hub)
+
+
+def _gguf_at(name: str | None, gguf_file: str | None, hub: Mapping[str, Any]) -> str:
+    """Where the GGUF is when ``name`` has to lead to it."""
+    if name is not None:
+        path = Path(name)
+        if gguf_file is not None:
+            return str(folder_of(name, hub) / gguf_file) if path.is_dir() else f"{name}:{gguf_file}"
+        if path.exists() or ":" in name:
+            return name
+    raise CheckpointNotFoundError(
+        f"there is no GGUF: {name} is no local file or folder. Name the weights with gguf_path= (a file, a folder, or "
+        'hub "org/repo:file.gguf")'
+    )
+
+
+def _is_gguf_alone(name: Any) -> bool:
+    """Whether ``name`` can be nothing but a GGUF: such a file, or a folder with one and without config."""
+    if not isinstance(name, str | os.PathLike):
+        return False
+    path = Path(name)
+    if path.suffix == ".gguf":
+        return path.is_file()
+    return path.is_dir() and not (path / "config.json").exists() and next(path.glob("*.gguf"), None) is not None
+
+
+def _has_config(name: str, hub: Mapping[str, Any]) -> bool:
+    path = Path(name)
+    if path.is_dir():
+        return (folder_of(name, hub) / "config.json").is_file()
+    if path.is_file():
+        return path.suffix == ".json"
+    return ":" not in name  # a hub id, not a GGUF on the hub
+
+
+def folder_of(name: str, hub: Mapping[str, Any]) -> Path:
+    return Path(name, hub.get("subfolder", ""))
+
+
+def without(options: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in keys}
