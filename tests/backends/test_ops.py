@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers_kt._C as _C
 
-from transformers_kt.backends import ops
+from transformers_kt.backends import schemas as ops
+from transformers_kt.backends.handles import register_object
 from transformers_kt.errors import UnsupportedOperationError
 
 HIDDEN, INNER, EXPERTS, TOP_K, HEADS, NOPE, ROPE, LATENT, VALUE = 64, 96, 4, 2, 3, 32, 8, 32, 32
@@ -140,7 +141,7 @@ def operator(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Callable[...
     """An operator, and its arguments for a function that makes activations."""
     make_weights, arguments = OPERATORS[request.param]
     weights = make_weights()
-    handle = 0 if type(weights) is object else ops.register_object(weights)
+    handle = 0 if type(weights) is object else register_object(weights)
     yield getattr(ops, request.param), lambda make: arguments(make, handle)  # noqa: PT022 - keeps the weights alive
 
 
@@ -179,7 +180,7 @@ def test_gradients_are_refused_unless_nobody_wants_them(operator: Any) -> None:
 
 def test_a_compiled_function_gives_the_same_bits() -> None:
     weights = packed(1, 37, HIDDEN)
-    handle = ops.register_object(weights)
+    handle = register_object(weights)
 
     def function(x: torch.Tensor) -> torch.Tensor:
         return ops.linear(x + 1, handle, 37) * 2
@@ -191,7 +192,7 @@ def test_a_compiled_function_gives_the_same_bits() -> None:
 
 
 def test_weights_that_are_gone_are_an_error() -> None:
-    handle = ops.register_object(packed(1, 37, HIDDEN))
+    handle = register_object(packed(1, 37, HIDDEN))
     with pytest.raises(RuntimeError, match="gone"):
         ops.linear(random(2, HIDDEN), handle, 37)
 
@@ -214,7 +215,7 @@ def test_a_wrong_shape_is_an_error(operator: Any) -> None:
 def test_a_token_outside_the_table_is_an_error(token: int) -> None:
     table = _Embedding()
     with pytest.raises(IndexError, match=r"not in \[0, 100\)"):
-        ops.embedding(torch.tensor([3, token]), ops.register_object(table), HIDDEN)
+        ops.embedding(torch.tensor([3, token]), register_object(table), HIDDEN)
 
 
 def _tuple(result: Any) -> tuple[torch.Tensor, ...]:

@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2DecoderLayer
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer
 
-from transformers_kt.backends import ops
+from transformers_kt.backends import schemas as ops
 from transformers_kt.modules.fused import decoder_layer
 
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")

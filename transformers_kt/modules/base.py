@@ -12,7 +12,7 @@ from torch import nn
 from typing_extensions import Self
 
 import transformers_kt._C as _C
-from transformers_kt.backends import ops
+from transformers_kt.backends.handles import register_object
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 from transformers_kt.planning.operations import Operation
 
@@ -94,7 +94,7 @@ class Handle:
 
     def __init__(self, packed: Any) -> None:
         self.packed = packed
-        self.number = ops.register_object(packed)
+        self.number = register_object(packed)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
         return self  # weights do not change: a copy of a model shares them

@@ -12,7 +12,7 @@ from torch import nn
 from typing_extensions import Self
 
 import transformers_kt._C as _C
-from transformers_kt.backends import ops
+from transformers_kt.backends import schemas as ops
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 from transformers_kt.modules.base import PIECE_BYTES, Handle, KtModule, TensorData
 from transformers_kt.planning.operations import KERNEL_TYPES, OPERATIONS

@@ -13,7 +13,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 from typing_extensions import Self
 
 import transformers_kt._C as _C
-from transformers_kt.backends import ops
+from transformers_kt.backends import schemas as ops
 from transformers_kt.errors import InputError
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 from transformers_kt.modules.base import (

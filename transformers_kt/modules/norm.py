@@ -11,7 +11,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RMSNo
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 from typing_extensions import Self
 
-from transformers_kt.backends import ops
+from transformers_kt.backends import schemas as ops
 from transformers_kt.gguf.reader import TensorInfo
 from transformers_kt.modules.base import KtModule, TensorData, as_float32, float_values
 from transformers_kt.planning.operations import OPERATIONS

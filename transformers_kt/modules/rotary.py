@@ -15,7 +15,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Rotar
 from typing_extensions import Self
 
 import transformers_kt._C as _C
-from transformers_kt.backends import ops
+from transformers_kt.backends import schemas as ops
 from transformers_kt.gguf.reader import TensorInfo
 from transformers_kt.modules.base import KtModule, TensorData
 from transformers_kt.planning.operations import OPERATIONS

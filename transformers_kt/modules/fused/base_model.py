@@ -20,7 +20,8 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Model
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Model
 
 import transformers_kt._C as _C
-from transformers_kt.backends import ops
+from transformers_kt.backends import cpu
+from transformers_kt.backends import schemas as ops
 from transformers_kt.modules.embedding import KtEmbedding
 from transformers_kt.modules.fused.cache_argument import CACHE_ARGUMENT
 from transformers_kt.modules.fused.decoder_layer import Shortcut, is_joined, subclass_in_front
@@ -180,7 +181,7 @@ def _visible(
         return ranges, None
     keys = earlier + tokens
     mask = ranges_mask(batch, tokens, keys, q_offset=earlier, attention_mask=attention_mask.to(torch.bool))
-    return ops.seen(visible_keys(mask, batch, tokens, keys, "model"))
+    return cpu.seen(visible_keys(mask, batch, tokens, keys, "model"))
 
 
 def join_base_models(model: nn.Module) -> None:

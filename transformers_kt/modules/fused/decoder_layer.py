@@ -19,7 +19,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Decod
 from transformers.utils import output_capturing
 
 import transformers_kt._C as _C
-from transformers_kt.backends import ops
+from transformers_kt.backends import schemas as ops
 from transformers_kt.modules.base import Handle, as_float32
 from transformers_kt.modules.experts import KtMlp, KtMoe
 from transformers_kt.modules.fused.cache_argument import CACHE_ARGUMENT
