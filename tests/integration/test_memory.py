@@ -9,7 +9,8 @@ import psutil
 import pytest
 
 from transformers_kt.errors import OutOfMemoryError
-from transformers_kt.planning.hardware import MemoryLimit, format_bytes, free_memory, require_memory
+from transformers_kt.planning.hardware import MemoryLimit, free_memory, require_memory
+from transformers_kt.text import format_bytes
 
 GB = 10**9
 

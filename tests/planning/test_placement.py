@@ -13,13 +13,13 @@ from transformers_kt.errors import RuleError, UnsupportedOperationError
 from transformers_kt.planning.costs import FastMemory
 from transformers_kt.planning.device_map import (
     PlacementWish,
-    device_of,
     read_device_map,
     read_max_memory,
     require_coverage,
 )
 from transformers_kt.planning.hardware import Hardware, MemoryLimit, parse_bytes
 from transformers_kt.planning.placement import AUTOMATIC_DEVICE_MAPS, auto_device_map, cpu_expert_layers
+from transformers_kt.text import longest_prefix
 
 NOTHING_ELSE = FastMemory(kv_cache_per_layer=0, buffers=0)
 FAST, EXPERTS, HEAD = 10, 100, 5
@@ -39,6 +39,11 @@ def sizes(layers: int = LAYERS) -> dict[str, int]:
 
 def placed(gpus: list[int], needs: FastMemory = NOTHING_ELSE, **options: Any) -> dict[str, str]:
     return auto_device_map(sizes(), Hardware(tuple(gpus), 10**6), needs, **options)
+
+
+def device_of(module: str, device_map: dict[str, str]) -> str | None:
+    prefix = longest_prefix(module, device_map)
+    return None if prefix is None else device_map[prefix]
 
 
 def experts_on_gpus(device_map: dict[str, str]) -> list[int]:

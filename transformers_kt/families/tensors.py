@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from transformers_kt.errors import CheckpointError
+from transformers_kt.text import listed
 
 if TYPE_CHECKING:
     from transformers import DeepseekV2Config, DeepseekV3Config
 
     from transformers_kt.gguf.reader import TensorInfo
-
-_MOST_PROBLEMS_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +146,9 @@ def check_tensors(checkpoint: TensorSource, config: DeepseekV2Config | DeepseekV
                 f"{name} in {info.path.name} is surplus: the model has no place for it{_surplus_hint(name)}"
             )
     if problems:
-        shown = problems[:_MOST_PROBLEMS_SHOWN]
-        if len(problems) > len(shown):
-            shown.append(f"and {len(problems) - len(shown)} more")
         raise CheckpointError(
             f"the GGUF tensors do not fit the config ({config.model_type}, {config.num_hidden_layers} layers):\n  "
-            + "\n  ".join(shown)
+            + listed(problems, separator="\n  ", before_more="\n  ")
             + "\nUse the config of the very model that the GGUF was made from, or leave it out to take the GGUF's own."
         )
     return [slot for slot in slots if slot.gguf_name in tensors]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from transformers_kt.errors import CheckpointError, CheckpointNotFoundError, KtError
 from transformers_kt.gguf.reader import GgufFile, Metadata, TensorInfo
+from transformers_kt.text import listed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -26,7 +28,7 @@ _GLOB_CHARACTERS = frozenset("*?[")
 _OTHER_NAMES = ("mmproj", "imatrix")
 _OTHER_ARCHITECTURES = ("clip", "imatrix", "controlvector")
 
-_MOST_NAMES_SHOWN = 10
+_listed = partial(listed, most=10)  # names of files, which lists of shards are full of
 
 
 class HubOptions(TypedDict, total=False):
@@ -265,12 +267,6 @@ def _check_shards(files: Sequence[GgufFile]) -> None:
                     f"tensor {name} is in both {seen[name]} and {file.path}; the shards are not of one model"
                 )
             seen[name] = file.path
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _MOST_NAMES_SHOWN} more" if len(names) > _MOST_NAMES_SHOWN else ""
-    return ", ".join(names[:_MOST_NAMES_SHOWN]) + more
 
 
 def _what_is_there(folder: Path) -> str:

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from transformers_kt.planning.assignments import STOCK_PARAMETERS, ZERO_WHERE_ABSENT, Assignment
-from transformers_kt.planning.hardware import format_bytes
 from transformers_kt.planning.tables import grouped, new_table, rendered
+from transformers_kt.text import format_bytes, listed
 
 if TYPE_CHECKING:
     from transformers_kt.gguf.reader import TensorInfo
@@ -227,7 +227,7 @@ def _set_tensor(module: nn.Module, name: str, values: torch.Tensor) -> None:
 def _require_complete(model: nn.Module) -> None:
     tensors = (*model.named_parameters(), *model.named_buffers())
     if left := [name for name, tensor in tensors if tensor.is_meta]:
-        raise RuntimeError(f"the plan left {len(left)} tensors without values: {', '.join(left[:5])}")
+        raise RuntimeError(f"the plan left {len(left)} tensors without values: {listed(left)}")
 
 
 def _take_apart(model: nn.Module) -> None:

@@ -22,6 +22,7 @@ from transformers_kt.integration.loading import KtReport
 from transformers_kt.planning import assignments, costs, hardware
 from transformers_kt.planning.device_map import PlacementWish, device_refusal
 from transformers_kt.rules import AUTO, DeviceMap, Plan, RuleList
+from transformers_kt.text import format_bytes
 
 if TYPE_CHECKING:
     from transformers_kt.families.tensors import TensorSlot
@@ -140,7 +141,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         job, self._job = self._job, None
         assert job is not None
         total = sum(assignment.stored_bytes for assignment in job.assignments)
-        description = f"Loading {job.title} ({hardware.format_bytes(total)})"
+        description = f"Loading {job.title} ({format_bytes(total)})"
         with transformers_logging.tqdm(total=total, desc=description, unit="B", unit_scale=True) as bar:
             rows = loading.fill(model, job.assignments, job.modules, job.checkpoint, bar)
         join_decoder_layers(model)

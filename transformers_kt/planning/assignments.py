@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from transformers_kt.errors import RuleError, UnsupportedModelError, UnsupportedTypeError
 from transformers_kt.rules import make_plan
+from transformers_kt.text import longest_prefix
 
 if TYPE_CHECKING:
     from transformers_kt.families.tensors import TensorSlot
@@ -112,7 +113,9 @@ def assign_tensors(
         module = slot.module.removeprefix(base)
         if module not in nodes and not slot.module.startswith("model."):
             continue
-        owner = _owner(module, of_entry)
+        owner = longest_prefix(module, of_entry)
+        if owner is None:
+            raise UnsupportedModelError(f"transformers' model has no module {module}, which the GGUF has a tensor for")
         key = f"{module}.{slot.role}"
         of_entry[owner][key[len(owner) + 1 :]] = tensors[slot.gguf_name]
         filled.add(f"{module}.{STOCK_PARAMETERS.get(slot.role, slot.role)}")
@@ -154,16 +157,6 @@ def memory_needed(assignments: Iterable[Assignment], operations: Operations, con
         else sum(4 * int(np.prod(info.shape)) for info in assignment.tensors.values())
         for assignment in assignments
     )
-
-
-def _owner(module: str, of_entry: Collection[str]) -> str:
-    """The path of the entry at ``module`` or above it."""
-    owner = module
-    while owner not in of_entry:
-        if not owner:
-            raise UnsupportedModelError(f"transformers' model has no module {module}, which the GGUF has a tensor for")
-        owner = owner.rpartition(".")[0]
-    return owner
 
 
 def _check_dequantizable(assignment: Assignment) -> None:

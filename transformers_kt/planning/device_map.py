@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,17 +12,16 @@ from typing_extensions import Self
 from transformers_kt.errors import RuleError, UnsupportedOperationError
 from transformers_kt.planning.costs import FastMemory, gpu_bytes
 from transformers_kt.planning.hardware import CPU, Hardware, MemoryLimit, parse_bytes
-from transformers_kt.planning.placement import AUTOMATIC_DEVICE_MAPS, auto_device_map, cpu_expert_layers, layer_number
+from transformers_kt.planning.placement import AUTOMATIC_DEVICE_MAPS, auto_device_map, cpu_expert_layers
 from transformers_kt.rules import AUTO
 from transformers_kt.rules.devices import DEVICES_ACCEPTED, parse_device
+from transformers_kt.text import layer_number, listed, longest_prefix, nearest
 
 if TYPE_CHECKING:
     from transformers_kt.families.tensors import TensorSlot
     from transformers_kt.families.tree import ModelTree
     from transformers_kt.gguf.reader import TensorInfo
     from transformers_kt.rules import Plan, PlanEntry
-
-_MOST_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +80,8 @@ class PlacementWish:
             return None
         stored = gpu_bytes(slots, tensors)
         sizes = {owner: stored.get(owner, stored.get(f"model.{owner}", 0)) for owner in owners}
-        moe_layers = sorted({layer_number(slot.module) for slot in slots if slot.module.endswith(".experts")})
+        with_experts = (layer_number(slot.module) for slot in slots if slot.module.endswith(".experts"))
+        moe_layers = sorted({layer for layer in with_experts if layer is not None})
         cpu_layers = cpu_expert_layers(layers, moe_layers, self.kt_cpu_layers, self.kt_gpu_experts)
         if self.kt_gpu_experts and not hardware.gpus:
             raise UnsupportedOperationError(
@@ -154,23 +153,9 @@ def require_coverage(device_map: Mapping[str, str], modules: Iterable[str], owne
     known = set(modules)
     for prefix in device_map:
         if prefix and prefix not in known:
-            near = difflib.get_close_matches(prefix, known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise RuleError(f"device_map names {prefix!r}, but the model has no such module{hint}")
-    if left := [owner for owner in owners if device_of(owner, device_map) is None]:
-        shown = ", ".join(left[:_MOST_NAMES_SHOWN])
-        more = f" and {len(left) - _MOST_NAMES_SHOWN} more" if len(left) > _MOST_NAMES_SHOWN else ""
-        raise RuleError(f'device_map says nothing of {shown}{more}; add them, or "" for all that is not named')
-
-
-def device_of(module: str, device_map: Mapping[str, str]) -> str | None:
-    """Where ``device_map`` puts ``module``: what the longest key says that it lies below; None if none does."""
-    prefix = module
-    while prefix not in device_map:
-        if not prefix:
-            return None
-        prefix = prefix.rpartition(".")[0]
-    return device_map[prefix]
+            raise RuleError(f"device_map names {prefix!r}, but the model has no such module{nearest(prefix, known)}")
+    if left := [owner for owner in owners if longest_prefix(owner, device_map) is None]:
+        raise RuleError(f'device_map says nothing of {listed(left)}; add them, or "" for all that is not named')
 
 
 def read_max_memory(max_memory: Any) -> dict[str, int]:

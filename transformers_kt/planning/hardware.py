@@ -15,11 +15,11 @@ from typing import NamedTuple
 import psutil
 
 from transformers_kt.errors import InputError, OutOfMemoryError, RuleError
+from transformers_kt.text import format_bytes
 
 CPU = "cpu"
 
 
-_UNITS = ("bytes", "kB", "MB", "GB", "TB")
 _UNIT_BYTES = {
     "": 1, "B": 1,
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -57,16 +57,6 @@ class Hardware:
     def capacities(self) -> dict[str, int]:
         """Device to bytes, "cpu" first."""
         return {CPU: self.ram, **{f"cuda:{number}": nbytes for number, nbytes in enumerate(self.gpus)}}
-
-
-def format_bytes(nbytes: int) -> str:
-    """Three digits and a decimal unit, as file managers show sizes: 4.10 GB."""
-    size = float(nbytes)
-    unit = 0
-    while size >= 999.5 and unit < len(_UNITS) - 1:
-        size /= 1000
-        unit += 1
-    return f"{nbytes} bytes" if unit == 0 else f"{size:#.3g}".rstrip(".") + f" {_UNITS[unit]}"
 
 
 def parse_bytes(size: int | str, what: str) -> int:

@@ -14,6 +14,7 @@ from itertools import accumulate
 from transformers_kt.errors import RuleError
 from transformers_kt.planning.costs import FastMemory
 from transformers_kt.planning.hardware import CPU, Hardware
+from transformers_kt.text import LAYER, layer_number
 
 BALANCED = "balanced"
 BALANCED_LOW_0 = "balanced_low_0"
@@ -22,7 +23,6 @@ AUTOMATIC_DEVICE_MAPS = ("auto", BALANCED, BALANCED_LOW_0, SEQUENTIAL)
 """What ``device_map=`` may say to leave the choice to us, as accelerate names it. "auto" is "balanced"."""
 
 
-_LAYER = re.compile(r"(.*\blayers\.(\d+))\.")
 _EXPERTS = re.compile(r".*\.experts$")
 _EMBEDDING = re.compile(r"(.*\.)?embed_tokens$")
 
@@ -53,12 +53,6 @@ def _count(name: str, value: object, most: int, of_what: str) -> int:
             f"{name}={value!r}; a whole number from 0 to {most} is accepted: the model has {most} {of_what}"
         )
     return value
-
-
-def layer_number(module: str) -> int:
-    """The decoder layer that ``module`` lies in; -1 outside the layers."""
-    match = _LAYER.match(module + ".")
-    return -1 if match is None else int(match[2])
 
 
 def auto_device_map(
@@ -98,7 +92,7 @@ def auto_device_map(
     for module in sizes:
         if _EMBEDDING.fullmatch(module):
             device_map[module] = CPU
-        elif not sizes[module] and not _LAYER.match(module):
+        elif not sizes[module] and layer_number(module) is None:
             device_map[module] = first  # rotary tables: computed once, where the first layer is
     return device_map
 
@@ -117,12 +111,13 @@ class _Unit:
 def _units(sizes: Mapping[str, int], needs: FastMemory) -> list[_Unit]:
     units: dict[str, _Unit] = {}
     for module, nbytes in sizes.items():
-        match = _LAYER.match(module)
+        match = LAYER.search(module)
         if match is None:
             if nbytes and not _EMBEDDING.fullmatch(module):
                 units[module] = _Unit(module, -1, nbytes)
             continue
-        unit = units.setdefault(match[1], _Unit(match[1], int(match[2]), needs.kv_cache_per_layer))
+        layer = module[: match.end()]
+        unit = units.setdefault(layer, _Unit(layer, int(match[0]), needs.kv_cache_per_layer))
         if _EXPERTS.fullmatch(module):
             unit.experts, unit.experts_module = nbytes, module
         else:

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers_kt.errors import UnsupportedOperationError
-from transformers_kt.planning.hardware import format_bytes
 from transformers_kt.planning.tables import grouped, new_table, rendered
 from transformers_kt.rules import AUTO
+from transformers_kt.text import format_bytes
 
 PARTS = {
     "attention": "#4c72b0",

@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
+from transformers_kt.text import LAYER, layer_number
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
@@ -17,7 +19,6 @@ WIDTH = 100
 _TYPES, _RULE = "types", "rule"
 _WIDEST_TYPES, _WIDEST_TYPES_BESIDE_A_RULE = 16, 10
 _LAYER_NORM = re.compile(r"\.\w+_layernorm$")
-_LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 class HasModule(Protocol):
@@ -38,7 +39,7 @@ def grouped(rows: Iterable[Row], alike: Callable[[Row], Hashable]) -> list[tuple
     groups: dict[tuple[Hashable, ...], list[Row]] = {}
     for row in rows:
         path = _LAYER_NORM.sub(".*_layernorm", row.module)
-        groups.setdefault((_LAYER.sub("*", path), alike(row)), []).append(row)
+        groups.setdefault((LAYER.sub("*", path), alike(row)), []).append(row)
     return [(_common_name([row.module for row in group]), group) for group in groups.values()]
 
 
@@ -74,8 +75,8 @@ def _common_name(modules: Sequence[str]) -> str:
     if len(modules) == 1:
         return modules[0]
     name = modules[0] if len(set(map(_last_part, modules))) == 1 else _LAYER_NORM.sub(".*_layernorm", modules[0])
-    layers = sorted({int(match[0]) for module in modules if (match := _LAYER.search(module))})
-    return name if len(layers) == 1 else _LAYER.sub("{" + ranges(layers) + "}", name, count=1)
+    layers = sorted({layer for layer in map(layer_number, modules) if layer is not None})
+    return name if len(layers) == 1 else LAYER.sub("{" + ranges(layers) + "}", name, count=1)
 
 
 def _last_part(module: str) -> str:

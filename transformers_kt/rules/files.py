@@ -14,7 +14,6 @@ Who uses the file sets variables with ``kt_rules="my.yaml?gpus=4"`` or ``variabl
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from transformers_kt.errors import RuleError
-from transformers_kt.rules.yaml_data import brief, read_yaml
+from transformers_kt.rules.checks import require_keys
+from transformers_kt.rules.yaml_data import read_yaml
+from transformers_kt.text import brief, nearest
 
 KtRules: TypeAlias = "str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Mapping[str, Any]"
 
@@ -90,26 +91,6 @@ def load_items(kt_rules: KtRules, variables: Mapping[str, int] | None) -> tuple[
 def bundled_rules() -> dict[str, Path]:
     """Name to file of the rules that come with the package."""
     return {path.stem: path for path in sorted(_BUNDLED_RULES.glob("*.yaml"))}
-
-
-def nearest(word: object, known: Sequence[str]) -> str:
-    """ " (did you mean ...?)" with the one of ``known`` that ``word`` looks like; "" where none does."""
-    if not isinstance(word, str) or len(word) >= 200:
-        return ""
-    spelt = {candidate.casefold(): candidate for candidate in known}
-    close = difflib.get_close_matches(word.casefold(), spelt, n=1)
-    return f" (did you mean {spelt[close[0]]!r}?)" if close else ""
-
-
-def require_keys(item: Any, accepted: Sequence[str], where: str, what: str) -> None:
-    """Raise `RuleError` unless ``item`` is a mapping with no keys but ``accepted``."""
-    if not isinstance(item, Mapping):
-        raise RuleError(f"{where} is {brief(item)}; {what} is a mapping of {', '.join(accepted)}")
-    for key in item:
-        if key not in accepted:
-            raise RuleError(
-                f"{where} has the unknown key {brief(key)}{nearest(key, accepted)}; known are {', '.join(accepted)}"
-            )
 
 
 @dataclass(frozen=True, slots=True)

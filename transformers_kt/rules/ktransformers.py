@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from transformers_kt.errors import RuleError
 from transformers_kt.families.tree import V2, V3
+from transformers_kt.rules.checks import require_keys
 from transformers_kt.rules.devices import CPU, DEVICES_ACCEPTED, parse_device
-from transformers_kt.rules.files import nearest, require_keys
-from transformers_kt.rules.yaml_data import brief
+from transformers_kt.text import brief, nearest
 
 DEFAULT_DEVICE = "cuda:0"
 """Where KTransformers computes what no rule speaks of, or what a rule says no device for."""

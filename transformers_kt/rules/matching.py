@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from transformers_kt.errors import RuleError
 from transformers_kt.families.tree import TORCH_CLASSES, ModelTree, ModuleNode, dotted
-from transformers_kt.rules.files import nearest
 from transformers_kt.rules.syntax import Rule
+from transformers_kt.text import layer_number, nearest
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})(?:\.|$)")
 _BASE = "model"
 _LONGEST_SEARCH_S = 1
 
@@ -55,8 +53,7 @@ def walk(site: Site) -> Iterator[Site]:
 
 
 def _site(path: str, name: str, node: ModuleNode) -> Site:
-    match = _LAYER.search(name)
-    return Site(path, name, None if match is None else int(match[1]), node)
+    return Site(path, name, layer_number(name), node)
 
 
 class Matcher:
@@ -169,12 +166,3 @@ def _criteria(rule: Rule) -> str:
 
 def _shown(other: Rule, rule: Rule) -> str:
     return f"rule {other.place.number}" if other.place.source == rule.place.source else other.label
-
-
-def longest_prefix(path: str, values: Mapping[str, str]) -> str | None:
-    """The value of the longest of the dotted prefixes of ``path`` that ``values`` has; "" is a prefix of all."""
-    while path not in values:
-        if not path:
-            return None
-        path = path.rpartition(".")[0]
-    return values[path]

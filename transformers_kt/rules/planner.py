@@ -10,9 +10,9 @@ from transformers_kt.errors import RuleError
 from transformers_kt.rules import ktransformers
 from transformers_kt.rules.devices import CPU, DEVICES_ACCEPTED, Spread, parse_device
 from transformers_kt.rules.files import AUTO
-from transformers_kt.rules.matching import Matcher, Site, is_subclass, longest_prefix, walk, why_idle
+from transformers_kt.rules.matching import Matcher, Site, is_subclass, walk, why_idle
 from transformers_kt.rules.syntax import GPU_SUFFIX, TORCH, Rule, families
-from transformers_kt.rules.yaml_data import brief
+from transformers_kt.text import brief, longest_prefix
 
 
 class Replacing(Protocol):
@@ -206,9 +206,9 @@ class Planner:
         return self._families[family] if device == CPU else family + GPU_SUFFIX
 
     def _device(self, site: Site, rule: Rule | None) -> str:
-        mapped = longest_prefix(site.path, self._device_map)
-        if mapped is not None:
-            return mapped
+        prefix = longest_prefix(site.path, self._device_map)
+        if prefix is not None:
+            return self._device_map[prefix]
         if rule is None:
             return ktransformers.DEFAULT_DEVICE if self._is_theirs else CPU
         if isinstance(rule.device, Spread):

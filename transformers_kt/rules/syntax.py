@@ -13,9 +13,10 @@ import regex
 from transformers_kt.errors import RuleError
 from transformers_kt.families.tree import TORCH_CLASSES
 from transformers_kt.rules import ktransformers
+from transformers_kt.rules.checks import require_keys
 from transformers_kt.rules.devices import CPU, DEVICES_ACCEPTED, Spread, parse_spread
-from transformers_kt.rules.files import AUTO, Item, Place, nearest, require_keys
-from transformers_kt.rules.yaml_data import brief
+from transformers_kt.rules.files import AUTO, Item, Place
+from transformers_kt.text import brief, nearest
 
 TORCH = "torch"
 CPU_SUFFIX, GPU_SUFFIX = "_cpu", "_gpu"

@@ -6,7 +6,6 @@ PyYAML's errors for text that nobody meant as YAML are of many classes; here eac
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 
 from transformers_kt.errors import RuleError
+from transformers_kt.text import brief
 
 _MOST_BYTES = 1 << 18  # 733 lines, the longest file that KTransformers shipped, are 25 KB; PyYAML reads 200 KB/s
 _MOST_VALUES = 100_000  # with each alias counted as what it stands for
@@ -29,9 +29,6 @@ _REMEDIES = {
     "found another document": "a file holds one list of rules; remove the line ---",
     "could not determine a constructor": "a file of rules holds plain data, no tags",
 }
-
-_shortening = reprlib.Repr()
-_shortening.maxstring = 100  # names of classes are up to 80 characters long
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +79,6 @@ def _rule_before(text: str, line: int | None) -> str:
     dashes = [(len(match[1]), number) for number, match in found if match is not None]
     starts = [number for indent, number in dashes if indent == dashes[0][0]]
     return f", rule {len(starts)} (line {starts[-1]})" if starts and line is not None else ""
-
-
-def brief(value: object) -> str:
-    """A short repr, of whatever size ``value`` is: aliases make a few lines into gigabytes."""
-    try:
-        return _shortening.repr(value)
-    except ValueError:  # Python writes no integer of more than 4300 digits
-        return f"a huge {type(value).__name__}"
 
 
 def _text(path: Path) -> str:
