@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import convert_file_size_to_int
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -250,6 +251,11 @@ def test_a_max_memory_that_is_none_is_refused(said: Any) -> None:
 )
 def test_sizes_are_read_in_binary_and_decimal_units(said: Any, nbytes: int) -> None:
     assert parse_bytes(said, "ram") == nbytes
+
+
+@pytest.mark.parametrize("said", ["24GiB", "1.5MiB", "512KiB", "512GB", "0.5MB", "7KB", 17])
+def test_sizes_mean_what_they_mean_to_accelerate(said: Any) -> None:
+    assert parse_bytes(said, "ram") == convert_file_size_to_int(said)
 
 
 @pytest.mark.parametrize("said", ["", "GiB", "24 GiB each", "-1", -1, True, 1.5, None, "24Gb/s"])

@@ -59,6 +59,7 @@ class Hardware:
         return {CPU: self.ram, **{f"cuda:{number}": nbytes for number, nbytes in enumerate(self.gpus)}}
 
 
+# Not accelerate.utils.convert_file_size_to_int: importing it imports torch, which plans go without.
 def parse_bytes(size: int | str, what: str) -> int:
     """``size`` in bytes, or text such as "24GiB" or "512 GB". Raises `RuleError`, naming ``what``, for others."""
     if isinstance(size, int) and not isinstance(size, bool) and size >= 0:

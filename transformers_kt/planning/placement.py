@@ -1,7 +1,8 @@
 """Sizes and budgets: how much memory weights take, how much there is, and which module goes where.
 
 The automatic device map gives the GPUs what every token reads, layer after layer, then the routed experts of as many
-whole layers as still fit; the other experts and the token embedding lie in RAM.
+whole layers as still fit; the other experts and the token embedding lie in RAM. accelerate's infer_auto_device_map
+cannot serve: it needs torch and a model made of modules, where there are headers, and keeps no layer's experts apart.
 """
 
 from __future__ import annotations
