@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers_kt.errors import RuleError, UnsupportedOperationError
 from transformers_kt.planning.costs import FastMemory
 from transformers_kt.planning.device_map import (
-    PlacementWish,
+    PlacementRequest,
     read_device_map,
     read_max_memory,
     require_coverage,
@@ -160,9 +160,9 @@ def test_a_number_that_the_model_has_no_layers_for_is_refused(cpu_layers: Any, g
         cpu_expert_layers(LAYERS, range(DENSE, LAYERS), cpu_layers, gpu_experts)
 
 
-def wish(**options: Any) -> PlacementWish:
+def wish(**options: Any) -> PlacementRequest:
     asked = ("kt_rules", "device_map", "max_memory", "kt_cpu_layers", "kt_gpu_experts")
-    return PlacementWish.read(**{**dict.fromkeys(asked), "kt_rules": "auto", **options})
+    return PlacementRequest.read(**{**dict.fromkeys(asked), "kt_rules": "auto", **options})
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from transformers_kt.errors import (
 )
 from transformers_kt.families import outline as outlines
 from transformers_kt.planning import stock_model
-from transformers_kt.planning.placement import layer_number
+from transformers_kt.text import layer_number
 
 ROOT = Path(__file__).parents[2]
 SNAPSHOTS = Path(__file__).parent / "snapshots"

@@ -22,7 +22,8 @@ from transformers_kt.families.tensors import check_tensors
 from transformers_kt.gguf.tokenizer import tokenizer_from_gguf
 from transformers_kt.integration.loaded_model import KtGenerationMixin, KtModelMixin
 from transformers_kt.integration.quantizer import METHOD, KtConfig, LoadJob
-from transformers_kt.planning.device_map import PlacementWish
+from transformers_kt.planning.decision import ModelRequest
+from transformers_kt.planning.device_map import PlacementRequest
 from transformers_kt.planning.request import HUB_OPTIONS, Call, Request, folder_of
 from transformers_kt.planning.stock_model import resolved_config
 from transformers_kt.rules import load_rules
@@ -110,10 +111,10 @@ def _load(
     for key, reason in _REFUSED_OPTIONS.items():
         if options.get(key) is not None:
             raise UnsupportedOperationError(f"{key}= cannot be combined with a GGUF: {reason}. Leave it out")
-    wish = PlacementWish.read(
+    placement = PlacementRequest.read(
         request.rules, options.pop("device_map", None), options.pop("max_memory", None), *request.numbers
     )
-    _settle_dtype(options)
+    _resolve_dtype(options)
     modules = _modules()
     rules = load_rules(request.rules, modules)
     checkpoint = request.open()
@@ -121,14 +122,15 @@ def _load(
     trust_remote_code = options.get("trust_remote_code")
     config, rest = resolved_config(request, given, options, checkpoint)
     config._attn_implementation = attention = _stock_attention(attention, config)
-    job = LoadJob(checkpoint, check_tensors(checkpoint, config), rules, modules, request.title, attention, wish)
+    slots = check_tensors(checkpoint, config)
+    asked = ModelRequest(request.title, checkpoint, config, slots, rules, placement, attention)
     result = _kt_class(model_class(config)).from_pretrained(
         None,
         *args,
         config=config,
         state_dict={},
         dtype=torch.float32,
-        quantization_config=KtConfig(request.gguf, rules.source, job=job),
+        quantization_config=KtConfig(request.gguf, rules.source, job=LoadJob(asked, modules)),
         **rest,
     )
     model = result[0] if isinstance(result, tuple) else result
@@ -165,7 +167,7 @@ def _refuse_stock_attention(*args: Any, **kwargs: Any) -> NoReturn:
     )
 
 
-def _settle_dtype(options: dict[str, Any]) -> None:
+def _resolve_dtype(options: dict[str, Any]) -> None:
     dtypes = {str(options.pop(key, "auto")).removeprefix("torch.") for key in ("dtype", "torch_dtype")}
     if others := sorted(dtypes - {"auto", "None", "float32"}):
         logger.warning("dtype=%s is not used: on the CPU activations are float32, whatever the weights are", others[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -15,22 +15,22 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from transformers_kt.errors import UnsupportedOperationError
-from transformers_kt.families.tree import ModelTree, tree_of
+from transformers_kt.families.tree import tree_of
 from transformers_kt.integration import loading
 from transformers_kt.integration.loaded_model import InputGuard, refuse_training
 from transformers_kt.integration.loading import KtReport
-from transformers_kt.planning import assignments, costs, hardware
-from transformers_kt.planning.device_map import PlacementWish, device_refusal
-from transformers_kt.rules import AUTO, DeviceMap, Plan, RuleList
+from transformers_kt.planning import hardware
+from transformers_kt.planning.costs import FastMemory
+from transformers_kt.planning.decision import Decision, Machine, ModelRequest, decide
+from transformers_kt.rules import AUTO
 from transformers_kt.text import format_bytes
 
 if TYPE_CHECKING:
-    from transformers_kt.families.tensors import TensorSlot
-    from transformers_kt.gguf.checkpoint import Checkpoint
     from transformers_kt.integration.loading import Modules
     from transformers_kt.planning.operations import Operation
 
 METHOD = "kt"  # quant_method, and the name of our attention in transformers' registries
+_NO_NEEDS = FastMemory(kv_cache_per_layer=0, buffers=0)  # of GPUs, on which nothing is placed
 logger = logging.getLogger(__name__)
 
 
@@ -49,21 +49,12 @@ def _register(mapping: dict[str, Any], register: Callable[[str], Callable[[type]
     register(METHOD)(cls)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class LoadJob:
-    """What the quantizer needs to know of the call that it serves."""
+    """What the quantizer needs to know of the call that it serves: the model, and the classes of our operations."""
 
-    checkpoint: Checkpoint
-    slots: list[TensorSlot]
-    rules: RuleList
+    request: ModelRequest
     modules: Modules
-    title: str
-    attention: str | None  # the attn_implementation that is to stand in place of ours
-    wish: PlacementWish
-    device_map: DeviceMap | None = None
-    notes: tuple[str, ...] = ()
-    assignments: list[assignments.Assignment] = field(default_factory=list)
-    lost_outputs: tuple[str, ...] = ()
 
     @property
     def operations(self) -> dict[str, Operation]:
@@ -98,6 +89,8 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: KtConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._job = quantization_config.take_job()
+        self._decision: Decision | None = None
+        self._lost_outputs: tuple[str, ...] = ()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if self._job is None:
@@ -109,25 +102,19 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return {"": torch.device("cpu")}  # also under torch.set_default_device("cuda")
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        job = self._job
-        assert job is not None
-        tree = tree_of(model)
-        plan = _plan_on_the_cpu(tree, model.config.num_hidden_layers, job)
-        job.notes = plan.notes
-        if plan.notes:
-            logger.warning("%s does not do all that its rules say:\n%s", job.title, "\n".join(plan.notes))
-        if plan.uses(assignments.ATTENTION_OP) and not assignments.keeps_attention(tree, plan, job.operations):
+        assert self._job is not None
+        request = self._job.request
+        machine = _machine()
+        decision = self._decision = decide(request, tree_of(model), machine, _NO_NEEDS, self._job.operations)
+        _log(decision, machine, request.title)
+        decision.require_loadable(request.title, request.placement.tightest(hardware.free_memory()))
+        if decision.all_attention_is_ours:
             # Masks in our own short form. Where stock attention shares them they stay as transformers makes them,
             # which our attention reads too.
             model.config._attn_implementation = METHOD
-        job.assignments = assignments.assign_tensors(plan, tree, job.slots, job.checkpoint.tensors)
-        assignments.require_supported(tree, model.config, job.assignments, job.operations)
         recorded = _recorded_modules(model)
-        loading.apply_plan(model, job.assignments, job.modules)
-        job.lost_outputs = tuple(key for key, count in _recorded_modules(model).items() if count < recorded[key])
-        assignments.check_types(job.assignments, job.operations)
-        needed = assignments.memory_needed(job.assignments, job.operations, model.config)
-        hardware.require_memory(needed, job.title, job.wish.tightest(hardware.free_memory()))
+        loading.apply_plan(model, decision.assignments, self._job.modules)
+        self._lost_outputs = tuple(key for key, count in _recorded_modules(model).items() if count < recorded[key])
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 # Both ends of a tie are filled from the file; there may be no parameter left to tie.
@@ -139,20 +126,22 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         from transformers_kt.modules.fused.decoder_layer import join_decoder_layers
 
         job, self._job = self._job, None
+        decision, self._decision = self._decision, None
         assert job is not None
-        total = sum(assignment.stored_bytes for assignment in job.assignments)
-        description = f"Loading {job.title} ({format_bytes(total)})"
+        assert decision is not None
+        request, total = job.request, decision.stored_bytes
+        description = f"Loading {request.title} ({format_bytes(total)})"
         with transformers_logging.tqdm(total=total, desc=description, unit="B", unit_scale=True) as bar:
-            rows = loading.fill(model, job.assignments, job.modules, job.checkpoint, bar)
+            rows = loading.fill(model, decision.assignments, job.modules, request.checkpoint, bar)
         join_decoder_layers(model)
         join_base_models(model)
-        model.kt_report = KtReport(job.title, job.rules.source, rows, job.notes, choose_look_ahead(model))
-        guard = InputGuard(model.config, job.lost_outputs)
+        model.kt_report = KtReport(request.title, decision.plan.source, rows, decision.notes, choose_look_ahead(model))
+        guard = InputGuard(model.config, self._lost_outputs)
         model.base_model.register_forward_pre_hook(guard, with_kwargs=True)
-        if job.wish.device_map is not None or torch.accelerator.is_available():
+        if request.placement.device_map is not None or torch.accelerator.is_available():
             # Else pipeline() moves the model to the accelerator. Not set without need: with it, pipeline(device="cpu")
             # is refused, here as for every model that was loaded with a device_map.
-            model.hf_device_map = dict(job.device_map or {"": hardware.CPU})
+            model.hf_device_map = dict(decision.device_map or {"": hardware.CPU})
 
     def is_serializable(self) -> bool:
         return False
@@ -168,29 +157,19 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         )
 
 
-def _plan_on_the_cpu(tree: ModelTree, layers: int, job: LoadJob) -> Plan:
-    """The plan, and in ``job`` the device map. Raises where the plan names another device than the CPU."""
-    # No GPU is offered to the automatic placement: transformers would dispatch over the devices of the map, but the
-    # operations of this version compute on the CPU.
-    no_gpus = hardware.Hardware((), hardware.free_memory().nbytes)
-    is_auto = job.rules.source == AUTO
-    tensors = job.checkpoint.tensors
-    job.device_map = job.wish.settled(is_auto, tree, layers, job.slots, tensors, no_gpus, costs.FastMemory(0, 0))
-    plan = assignments.settled_plan(tree, job.rules, job.operations, job.attention, job.device_map)
-    elsewhere = next((entry for entry in plan.entries if entry.device != hardware.CPU), None)
-    present = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    if elsewhere is not None:
-        reason = (
-            "but this version computes on the CPU only"
-            if elsewhere.device in present
-            else f"which is not there: this machine has {', '.join([hardware.CPU, *present])}"
-        )
-        raise device_refusal(
-            plan, elsewhere, job.device_map is not None, f'{reason}. device_map="cpu" runs the same plan on the CPU'
-        )
-    if is_auto and present:
-        logger.info("all of %s is on the CPU: this version leaves %s unused", job.title, ", ".join(present))
-    return plan
+def _machine() -> Machine:
+    """This machine. transformers would dispatch over the GPUs of a device map, but the operations of this version
+    compute on the CPU: automatic placement is offered none."""
+    gpus = tuple(f"cuda:{number}" for number in range(torch.cuda.device_count()))
+    on_the_cpu = hardware.Hardware((), hardware.free_memory().nbytes)
+    return Machine(on_the_cpu, "this machine has", 'device_map="cpu" runs the same plan on the CPU', gpus)
+
+
+def _log(decision: Decision, machine: Machine, title: str) -> None:
+    if decision.notes:
+        logger.warning("%s does not do all that its rules say:\n%s", title, "\n".join(decision.notes))
+    if decision.plan.source == AUTO and machine.unused:
+        logger.info("all of %s is on the CPU: this version leaves %s unused", title, ", ".join(machine.unused))
 
 
 def _recorded_modules(model: Any) -> dict[str, int]:

@@ -55,7 +55,7 @@ class Assignment:
         return sum(info.nbytes for info in self.tensors.values())
 
     @contextmanager
-    def naming_its_rule(self) -> Iterator[None]:
+    def with_rule_context(self) -> Iterator[None]:
         """Let refusals begin with the rule that gave the module to what refuses it."""
         try:
             yield
@@ -65,10 +65,10 @@ class Assignment:
             raise type(error)(f"{self.rule}: {error}") from None
 
 
-def settled_plan(
+def resolve_plan(
     tree: ModelTree, rules: RuleList, operations: Operations, attention: str | None, device_map: DeviceMap | None
 ) -> Plan:
-    """The plan for the model, after settling what attention and its neighbours must agree on.
+    """The plan for the model, after resolving what attention and its neighbours must agree on.
 
     ``attention`` is the attn_implementation that is to stand in place of ours, None for ours.
     """
@@ -134,7 +134,7 @@ def require_supported(tree: ModelTree, config: Any, assignments: Iterable[Assign
     for assignment in assignments:
         entry = assignment.entry
         if entry.op in operations:
-            with assignment.naming_its_rule():
+            with assignment.with_rule_context():
                 operations[entry.op].require_supported(tree.at(entry.module), config, entry.module)
                 operations[entry.op].require_use(assignment.tensors, entry.module)
 
@@ -142,7 +142,7 @@ def require_supported(tree: ModelTree, config: Any, assignments: Iterable[Assign
 def check_types(assignments: Iterable[Assignment], operations: Operations) -> None:
     """Raise `UnsupportedTypeError` if a module cannot take the types it would get."""
     for assignment in assignments:
-        with assignment.naming_its_rule():
+        with assignment.with_rule_context():
             if assignment.entry.op in operations:
                 operations[assignment.entry.op].check_types(assignment.tensors)
             else:

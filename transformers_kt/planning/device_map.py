@@ -1,31 +1,24 @@
-"""What a user asks of placement, ``device_map=`` and ``max_memory=`` in accelerate's terms, and the map it comes to."""
+"""What a user asks of placement: ``device_map=`` and ``max_memory=`` in accelerate's terms, and two numbers."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from typing_extensions import Self
 
 from transformers_kt.errors import RuleError, UnsupportedOperationError
-from transformers_kt.planning.costs import FastMemory, gpu_bytes
 from transformers_kt.planning.hardware import CPU, Hardware, MemoryLimit, parse_bytes
-from transformers_kt.planning.placement import AUTOMATIC_DEVICE_MAPS, auto_device_map, cpu_expert_layers
+from transformers_kt.planning.placement import AUTOMATIC_DEVICE_MAPS
 from transformers_kt.rules import AUTO
 from transformers_kt.rules.devices import DEVICES_ACCEPTED, parse_device
-from transformers_kt.text import layer_number, listed, longest_prefix, nearest
-
-if TYPE_CHECKING:
-    from transformers_kt.families.tensors import TensorSlot
-    from transformers_kt.families.tree import ModelTree
-    from transformers_kt.gguf.reader import TensorInfo
-    from transformers_kt.rules import Plan, PlanEntry
+from transformers_kt.text import listed, longest_prefix, nearest
 
 
 @dataclass(frozen=True, slots=True)
-class PlacementWish:
+class PlacementRequest:
     """What a call asks of placement beside its rules: one of AUTOMATIC_DEVICE_MAPS or a map, limits, and numbers."""
 
     device_map: str | Mapping[str, str] | None
@@ -36,13 +29,13 @@ class PlacementWish:
     @classmethod
     def read(cls, kt_rules: Any, device_map: Any, max_memory: Any, kt_cpu_layers: Any, kt_gpu_experts: Any) -> Self:
         """Raises `RuleError` for what is not understood or contradicts itself, `UnsupportedOperationError` for disk."""
-        wish = cls(read_device_map(device_map), read_max_memory(max_memory), kt_cpu_layers, kt_gpu_experts)
-        number = next((key for key in ("kt_cpu_layers", "kt_gpu_experts") if getattr(wish, key) is not None), None)
+        request = cls(read_device_map(device_map), read_max_memory(max_memory), kt_cpu_layers, kt_gpu_experts)
+        number = next((key for key in ("kt_cpu_layers", "kt_gpu_experts") if getattr(request, key) is not None), None)
         if number is not None and not (isinstance(kt_rules, str) and kt_rules == AUTO):
             raise RuleError(f'{number}= shapes the placement of kt_rules="auto", but rules are given; leave one out')
-        if number is not None and isinstance(wish.device_map, Mapping):
+        if number is not None and isinstance(request.device_map, Mapping):
             raise RuleError(f"{number}= shapes the automatic placement, but device_map= names devices; leave one out")
-        return wish
+        return request
 
     def limited(self, hardware: Hardware) -> Hardware:
         """``hardware`` with no more memory than ``max_memory`` allows. As in accelerate, a GPU it leaves out is out of
@@ -56,61 +49,6 @@ class PlacementWish:
         """``free``, or the limit that ``max_memory`` sets on RAM where that is less."""
         allowed = self.max_memory.get(CPU)
         return free if allowed is None or allowed >= free.nbytes else MemoryLimit(allowed, 'max_memory["cpu"]')
-
-    def settled(
-        self,
-        plan_is_auto: bool,
-        tree: ModelTree,
-        layers: int,
-        slots: Sequence[TensorSlot],
-        tensors: Mapping[str, TensorInfo],
-        hardware: Hardware,
-        needs: FastMemory,
-    ) -> dict[str, str] | None:
-        """The device map for a model of that many ``layers``; None where rules alone decide.
-
-        Raises `RuleError` if the map leaves out modules or names others, or a number is none that the model has layers
-        for; `UnsupportedOperationError` where experts are to lie on GPUs that are not there.
-        """
-        owners = [path for path, node in tree.modules() if node.owns_tensors]
-        if isinstance(self.device_map, Mapping):
-            require_coverage(self.device_map, (path for path, _ in tree.modules()), owners)
-            return dict(self.device_map)
-        if not plan_is_auto:
-            return None
-        stored = gpu_bytes(slots, tensors)
-        sizes = {owner: stored.get(owner, stored.get(f"model.{owner}", 0)) for owner in owners}
-        with_experts = (layer_number(slot.module) for slot in slots if slot.module.endswith(".experts"))
-        moe_layers = sorted({layer for layer in with_experts if layer is not None})
-        cpu_layers = cpu_expert_layers(layers, moe_layers, self.kt_cpu_layers, self.kt_gpu_experts)
-        if self.kt_gpu_experts and not hardware.gpus:
-            raise UnsupportedOperationError(
-                f"kt_gpu_experts={self.kt_gpu_experts} puts routed experts on GPUs, but there is none to use. Leave it "
-                "out: everything is on the CPU then"
-            )
-        mode = self.device_map or AUTO
-        return auto_device_map(sizes, hardware, needs, mode=mode, cpu_layers=cpu_layers)
-
-
-def require_devices(plan: Plan, present: Iterable[str], by_map: bool, remedy: str) -> None:
-    """Raise if ``plan`` names a device that is not ``present``; ``by_map`` says whether a device map decided.
-
-    `RuleError` with file, rule and line where a rule did, else `UnsupportedOperationError`.
-    """
-    there = list(present)
-    entry = next((entry for entry in plan.entries if entry.device not in there), None)
-    if entry is not None:
-        raise device_refusal(plan, entry, by_map, f"which is not there: there is {', '.join(there)}. {remedy}")
-
-
-def device_refusal(plan: Plan, entry: PlanEntry, by_map: bool, reason: str) -> RuleError | UnsupportedOperationError:
-    """The error that says who put ``entry`` where it is, and why it cannot be there."""
-    if by_map:
-        return UnsupportedOperationError(f"device_map puts {entry.module} on {entry.device}, {reason}")
-    who = plan.label(entry)
-    if who is None:
-        who = f"{plan.source}, where KTransformers' files put a module without a rule,"
-    return RuleError(f"{who} puts {entry.module} on {entry.device}, {reason}")
 
 
 def read_device_map(device_map: Any) -> str | dict[str, str] | None:

@@ -10,17 +10,16 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from transformers_kt.errors import InputError, UnsupportedTypeError
+from transformers_kt.errors import InputError
 from transformers_kt.families.deepseek.config import config_values
 from transformers_kt.families.outline import is_known_class, outline
 from transformers_kt.families.plain_config import plain_config, read_config
 from transformers_kt.families.tensors import check_tensors
 from transformers_kt.families.tree import ModelTree, tree_of
-from transformers_kt.planning import assignments as assigning
-from transformers_kt.planning.assignments import Assignment
 from transformers_kt.planning.costs import PREFILL_TOKENS, Costs, device_uses, plan_row
-from transformers_kt.planning.device_map import PlacementWish, require_devices
-from transformers_kt.planning.hardware import CPU, RAM, Bandwidths, described_hardware, read_bandwidths
+from transformers_kt.planning.decision import Decision, Machine, ModelRequest, decide
+from transformers_kt.planning.device_map import PlacementRequest
+from transformers_kt.planning.hardware import CPU, RAM, Bandwidths, Hardware, described_hardware, read_bandwidths
 from transformers_kt.planning.operations import OPERATIONS
 from transformers_kt.planning.report import DeviceUse, PlanReport, shortages
 from transformers_kt.planning.request import MOOT_OPTIONS, SOURCE_OPTIONS, Request, read_request, without
@@ -63,8 +62,8 @@ def plan(
     Raises the errors that loading would raise, but not for want of memory and for tensor types without a kernel:
     those the report lists as ``problems``.
     """
-    wish = PlacementWish.read(kt_rules, device_map, max_memory, kt_cpu_layers, kt_gpu_experts)
-    hardware = wish.limited(described_hardware(gpus, ram, wish.max_memory))
+    placement = PlacementRequest.read(kt_rules, device_map, max_memory, kt_cpu_layers, kt_gpu_experts)
+    hardware = placement.limited(described_hardware(gpus, ram, placement.max_memory))
     if type(context) is not int or context < 1:
         raise InputError(f"context={context!r}; a number of tokens, at least 1, is accepted")
     rules = load_rules(kt_rules, OPERATIONS)
@@ -72,24 +71,24 @@ def plan(
     assert request is not None  # kt_rules is there
     checkpoint = request.open()
     config, tree = _model(request, checkpoint, without(hub, (*SOURCE_OPTIONS, *MOOT_OPTIONS)), rules)
-    slots, tensors = check_tensors(checkpoint, config), checkpoint.tensors
+    slots = check_tensors(checkpoint, config)
     speeds = read_bandwidths(bandwidth)
     context = min(context, config.max_position_embeddings)
     costs = Costs(config, context)
+    asked = ModelRequest(request.title, checkpoint, config, slots, rules, placement)
+    machine = Machine(hardware, "there is", 'Name more with gpus= (--gpu), or pass device_map="cpu"')
+    decision = decide(asked, tree, machine, costs.on_gpus, OPERATIONS)
+    return _report(asked, decision, hardware, speeds, costs, context)
 
-    is_auto, layers = rules.source == AUTO, config.num_hidden_layers
-    chosen = wish.settled(is_auto, tree, layers, slots, tensors, hardware, costs.on_gpus)
-    found = assigning.settled_plan(tree, rules, OPERATIONS, None, chosen)
-    require_devices(
-        found, hardware.capacities, chosen is not None, 'Name more with gpus= (--gpu), or pass device_map="cpu"'
-    )
-    assignments = assigning.assign_tensors(found, tree, slots, tensors)
-    assigning.require_supported(tree, config, assignments, OPERATIONS)
-    problems = _unsupported_types(assignments)
-    rows = tuple(plan_row(config, assignment, costs) for assignment in assignments)
-    devices = device_uses(assignments, rows, hardware, speeds, costs)
-    notes = (*_notes(found, devices, speeds), *found.notes)
-    return PlanReport(request.title, rules.source, context, rows, devices, notes, (*shortages(devices), *problems))
+
+def _report(
+    request: ModelRequest, decision: Decision, hardware: Hardware, speeds: Bandwidths, costs: Costs, context: int
+) -> PlanReport:
+    rows = tuple(plan_row(request.config, assignment, costs) for assignment in decision.assignments)
+    devices = device_uses(decision.assignments, rows, hardware, speeds, costs)
+    notes = (*_notes(decision.plan, devices, speeds), *decision.notes)
+    problems = (*shortages(devices), *(f"Cannot be loaded: {problem}." for problem in decision.problems))
+    return PlanReport(request.title, request.rules.source, context, rows, devices, notes, problems)
 
 
 def _model(
@@ -108,17 +107,6 @@ def _model(
     if unknown:
         raise TypeError(f"plan() got unexpected arguments: {', '.join(unknown)}")
     return real_config, tree_of(stock_model.skeleton(real_config))
-
-
-def _unsupported_types(assignments: Sequence[Assignment]) -> tuple[str, ...]:
-    problems: dict[str, str] = {}  # one per type: 58 layers would say the same
-    for assignment in assignments:
-        try:
-            assigning.check_types([assignment], OPERATIONS)
-        except UnsupportedTypeError as error:
-            types = {info.ggml_type for info in assignment.tensors.values()}
-            problems.setdefault(f"{assignment.entry.op} {sorted(types)}", f"Cannot be loaded: {error}.")
-    return tuple(problems.values())
 
 
 def _notes(found: Plan, devices: Sequence[DeviceUse], speeds: Bandwidths) -> list[str]:

@@ -1,0 +1,201 @@
+"""One decision about a model: what computes each module, where, from which tensors, in how much memory.
+
+`plan` prints it, loading applies it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from transformers_kt.errors import RuleError, UnsupportedOperationError, UnsupportedTypeError
+from transformers_kt.planning.assignments import (
+    ATTENTION_OP,
+    Assignment,
+    assign_tensors,
+    check_types,
+    keeps_attention,
+    memory_needed,
+    require_supported,
+    resolve_plan,
+)
+from transformers_kt.planning.costs import gpu_bytes
+from transformers_kt.planning.device_map import require_coverage
+from transformers_kt.planning.hardware import MemoryLimit, require_memory
+from transformers_kt.planning.placement import auto_device_map, cpu_expert_layers
+from transformers_kt.rules import AUTO
+from transformers_kt.text import layer_number
+
+if TYPE_CHECKING:
+    from transformers_kt.families.tensors import TensorSlot
+    from transformers_kt.families.tree import ModelTree
+    from transformers_kt.gguf.checkpoint import Checkpoint
+    from transformers_kt.planning.assignments import Operations
+    from transformers_kt.planning.costs import FastMemory
+    from transformers_kt.planning.device_map import PlacementRequest
+    from transformers_kt.planning.hardware import Hardware
+    from transformers_kt.rules import DeviceMap, Plan, RuleList
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRequest:
+    """A model that is asked for, opened and read: all that a decision needs beside its tree and the machine.
+
+    ``slots`` are those that the tensors of ``checkpoint`` fill. ``attention`` is the attn_implementation that is to
+    stand in place of ours, None for ours.
+    """
+
+    title: str
+    checkpoint: Checkpoint
+    config: Any
+    slots: Sequence[TensorSlot]
+    rules: RuleList
+    placement: PlacementRequest
+    attention: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The devices to decide for. Automatic placement chooses among those of ``hardware``.
+
+    ``unused`` are devices that are there and that this version does not compute on. What is said of a device that is
+    not there begins with ``presence`` ("this machine has") and ends with ``remedy``.
+    """
+
+    hardware: Hardware
+    presence: str
+    remedy: str
+    unused: tuple[str, ...] = ()
+
+    def objection(self, device: str) -> str | None:
+        """Why nothing can be put on ``device``, and what to do; None where it can."""
+        usable = self.hardware.capacities
+        if device in usable:
+            return None
+        if device in self.unused:
+            return f"but this version computes on the CPU only. {self.remedy}"
+        return f"which is not there: {self.presence} {', '.join([*usable, *self.unused])}. {self.remedy}"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What loading a model does. ``device_map`` is None where rules alone decide about devices.
+
+    ``weight_bytes`` are what the weights take, by device. ``problems`` say which types no operation takes, once for
+    each operation: a plan reports them, loading raises the first.
+    """
+
+    plan: Plan
+    device_map: DeviceMap | None
+    assignments: tuple[Assignment, ...]
+    weight_bytes: Mapping[str, int]
+    problems: tuple[UnsupportedTypeError, ...]
+    all_attention_is_ours: bool
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What rules ask for that becomes something else or nothing."""
+        return self.plan.notes
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes to read from the checkpoint."""
+        return sum(assignment.stored_bytes for assignment in self.assignments)
+
+    def require_loadable(self, title: str, free: MemoryLimit) -> None:
+        """Raise the first of ``problems``, or `OutOfMemoryError` where the weights do not fit into ``free``."""
+        for problem in self.problems:
+            raise problem
+        require_memory(sum(self.weight_bytes.values()), title, free)
+
+
+def decide(
+    request: ModelRequest, tree: ModelTree, machine: Machine, needs: FastMemory, operations: Operations
+) -> Decision:
+    """The decision about the model of ``tree``; ``needs`` is the room to leave on each GPU.
+
+    Raises `RuleError`, `UnsupportedModelError` or `UnsupportedOperationError` where what is asked for cannot be. Reads
+    no weights.
+    """
+    device_map = _resolve_device_map(request, tree, machine.hardware, needs)
+    plan = resolve_plan(tree, request.rules, operations, request.attention, device_map)
+    _require_devices(plan, machine, by_map=device_map is not None)
+    assignments = tuple(assign_tensors(plan, tree, request.slots, request.checkpoint.tensors))
+    require_supported(tree, request.config, assignments, operations)
+    return Decision(
+        plan,
+        device_map,
+        assignments,
+        _weight_bytes(assignments, operations, request.config),
+        _unsupported_types(assignments, operations),
+        plan.uses(ATTENTION_OP) and not keeps_attention(tree, plan, operations),
+    )
+
+
+def _resolve_device_map(
+    request: ModelRequest, tree: ModelTree, hardware: Hardware, needs: FastMemory
+) -> DeviceMap | None:
+    """The device map; None where rules alone decide.
+
+    Raises `RuleError` if the map leaves out modules or names others, or a number is none that the model has layers for;
+    `UnsupportedOperationError` where experts are to lie on GPUs that are not there.
+    """
+    placement = request.placement
+    owners = [path for path, node in tree.modules() if node.owns_tensors]
+    if isinstance(placement.device_map, Mapping):
+        require_coverage(placement.device_map, (path for path, _ in tree.modules()), owners)
+        return dict(placement.device_map)
+    if request.rules.source != AUTO:
+        return None
+    with_experts = (layer_number(slot.module) for slot in request.slots if slot.module.endswith(".experts"))
+    moe_layers = sorted({layer for layer in with_experts if layer is not None})
+    cpu_layers = cpu_expert_layers(
+        request.config.num_hidden_layers, moe_layers, placement.kt_cpu_layers, placement.kt_gpu_experts
+    )
+    if placement.kt_gpu_experts and not hardware.gpus:
+        raise UnsupportedOperationError(
+            f"kt_gpu_experts={placement.kt_gpu_experts} puts routed experts on GPUs, but there is none to use. Leave "
+            "it out: everything is on the CPU then"
+        )
+    stored = gpu_bytes(request.slots, request.checkpoint.tensors)
+    sizes = {owner: stored.get(owner, stored.get(f"model.{owner}", 0)) for owner in owners}
+    return auto_device_map(sizes, hardware, needs, mode=placement.device_map or AUTO, cpu_layers=cpu_layers)
+
+
+def _require_devices(plan: Plan, machine: Machine, by_map: bool) -> None:
+    """Raise for the first entry on a device that cannot be used: an error that says who put it there.
+
+    `RuleError` with file, rule and line where a rule did, `UnsupportedOperationError` where a device map did.
+    """
+    for entry in plan.entries:
+        objection = machine.objection(entry.device)
+        if objection is None:
+            continue
+        said = f"puts {entry.module} on {entry.device}, {objection}"
+        if by_map:
+            raise UnsupportedOperationError(f"device_map {said}")
+        who = plan.label(entry)
+        if who is None:
+            who = f"{plan.source}, where KTransformers' files put a module without a rule,"
+        raise RuleError(f"{who} {said}")
+
+
+def _weight_bytes(assignments: Iterable[Assignment], operations: Operations, config: Any) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for assignment in assignments:
+        device = assignment.entry.device
+        found[device] = found.get(device, 0) + memory_needed([assignment], operations, config)
+    return found
+
+
+def _unsupported_types(assignments: Iterable[Assignment], operations: Operations) -> tuple[UnsupportedTypeError, ...]:
+    problems: dict[str, UnsupportedTypeError] = {}  # one per type: 58 layers would say the same
+    for assignment in assignments:
+        try:
+            check_types([assignment], operations)
+        except UnsupportedTypeError as error:
+            types = {info.ggml_type for info in assignment.tensors.values()}
+            # Without the frames of this loop, which whoever keeps the decision would keep too.
+            problems.setdefault(f"{assignment.entry.op} {sorted(types)}", error.with_traceback(None))
+    return tuple(problems.values())
