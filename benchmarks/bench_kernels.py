@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 
 import measuring
 import numpy as np
-import transformers_kt._C as _C
 from gguf import GGMLQuantizationType
 from measuring import Limits, median, share
 from rich.console import Console
 from rich.table import Table
+
+import transformers_kt._C as _C
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 import synthetic

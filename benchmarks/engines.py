@@ -130,10 +130,10 @@ def timed_calls(module: Any) -> Iterator[Callable[[], float]]:
 
 def run_ours(path: str, settings: argparse.Namespace) -> dict[str, Any]:
     import torch
-    import transformers_kt._C as _C
     from transformers import AutoModelForCausalLM
 
     import transformers_kt
+    import transformers_kt._C as _C
 
     transformers_kt.set_thread_count(settings.threads)
     torch.set_num_threads(settings.threads)

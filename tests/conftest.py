@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers_kt._C as _C
 from random_files import GOLDEN_FILES, RANDOM_FILES
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import transformers_kt._C as _C
 from transformers_kt.assets import bundled_model
 
 

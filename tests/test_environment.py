@@ -6,9 +6,9 @@ import importlib.metadata
 from collections.abc import Iterator
 
 import pytest
-import transformers_kt._C as _C
 from transformers import AutoModelForCausalLM
 
+import transformers_kt._C as _C
 from transformers_kt._environment import check_environment
 from transformers_kt.assets import bundled_model
 from transformers_kt.errors import UnsupportedCpuError

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 import transformers_kt._C as _C
 
 ROOT = Path(__file__).parent.parent

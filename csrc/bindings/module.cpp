@@ -1,6 +1,5 @@
 // The Python module transformers_kt._C: checks dtypes, shapes and ranges, releases the GIL, does no arithmetic.
 
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/arrays.h"
+#include "bindings/machine.h"
 #include "formats/panel_layout.h"
 #include "formats/row_decoder.h"
 #include "kernels/dispatch.h"
@@ -21,44 +22,12 @@
 #include "layers/mla.h"
 #include "layers/packed_matrix.h"
 #include "layers/tune_prefetch.h"
-#include "machine/cpu_features.h"
 #include "machine/thread_pool.h"
-#include "machine/topology.h"
 
 namespace py = pybind11;
 
 namespace tkt {
 namespace {
-
-// Arrays are taken as they are (noconvert at every def): a silent copy would hide a wrong dtype or layout.
-using Floats = py::array_t<float, py::array::c_style>;
-using Bytes = py::array_t<uint8_t, py::array::c_style>;
-using Int32s = py::array_t<int32_t, py::array::c_style>;
-using Int64s = py::array_t<int64_t, py::array::c_style>;
-using StridedFloats = py::array_t<float, 0>;
-
-std::string shape_text(const py::array& array) {
-  std::string text = "(";
-  for (py::ssize_t i = 0; i < array.ndim(); ++i) text += (i > 0 ? ", " : "") + std::to_string(array.shape(i));
-  return text + ")";
-}
-
-void require_shape(const py::array& array, const char* name, const std::vector<int64_t>& shape) {
-  bool equal = array.ndim() == static_cast<py::ssize_t>(shape.size());
-  for (size_t i = 0; equal && i < shape.size(); ++i) equal = array.shape(static_cast<py::ssize_t>(i)) == shape[i];
-  if (equal) return;
-  std::string wanted = "(";
-  for (size_t i = 0; i < shape.size(); ++i) wanted += (i > 0 ? ", " : "") + std::to_string(shape[i]);
-  throw std::invalid_argument(std::string(name) + " must have shape " + wanted + "), got " + shape_text(array));
-}
-
-int64_t rows_of(const py::array& array, const char* name, int64_t cols) {
-  if (array.ndim() != 2 || array.shape(1) != cols) {
-    throw std::invalid_argument(std::string(name) + " must have shape (rows, " + std::to_string(cols) + "), got " +
-                                shape_text(array));
-  }
-  return array.shape(0);
-}
 
 const WeightTypeInfo& type_numbered(int ggml_type) {
   const WeightTypeInfo* info = find_ggml_type(ggml_type);
@@ -437,14 +406,6 @@ py::list weight_types() {
   return types;
 }
 
-std::vector<std::string> supported_isas() {
-  std::vector<std::string> names;
-  for (const KernelTable* table : all_tables()) {
-    if (is_supported(*table)) names.emplace_back(table->name);
-  }
-  return names;
-}
-
 py::tuple look_ahead_names() {
   py::list names;
   for (const LookAhead how : kLookAheads) names.append(name_of(how));
@@ -470,41 +431,6 @@ py::dict choose_look_ahead_op(const std::vector<std::shared_ptr<PackedMatrix>>& 
   return speeds;
 }
 
-void set_thread_count_op(int n) {
-  set_thread_count(n);
-  const int used = thread_count();
-  if (used >= n) return;
-  const std::string message = std::to_string(n) + " threads were asked for, " + std::to_string(used) +
-                              " are used: this process may run on no more CPUs at a time, and threads beyond that "
-                              "would wait for each other";
-  if (PyErr_WarnEx(PyExc_UserWarning, message.c_str(), 1) != 0) throw py::error_already_set();
-}
-
-py::dict topology_op() {
-  const Topology found = topology();
-  py::list nodes;
-  for (const NumaNode& node : found.nodes) nodes.append(py::make_tuple(node.id, node.cores));
-  py::dict result;
-  result["nodes"] = nodes;
-  result["quota"] = found.quota;
-  result["default_threads"] = default_thread_count(found);
-  result["most_threads"] = most_threads(found);
-  return result;
-}
-
-void use_topology_op(const std::optional<std::string>& root, const std::vector<int>& cpus) {
-  if (!root) return use_topology(nullptr);
-  if (cpus.empty()) throw std::invalid_argument("a machine needs a CPU");
-  const Topology other = read_topology(*root, cpus);
-  use_topology(&other);
-}
-
-std::vector<int> nodes_of_threads_op(int n) {
-  const Topology found = topology();
-  if (n < 1 || n > most_threads(found)) throw std::invalid_argument("no machine for " + std::to_string(n) + " threads");
-  return nodes_of_threads(found, n);
-}
-
 }  // namespace
 }  // namespace tkt
 
@@ -520,30 +446,16 @@ PYBIND11_MODULE(_C, m) {
   });
   m.doc() = "CPU kernels of transformers_kt; use the Python modules instead of this.";
 
+  bind_machine(m);
+
   m.attr("PANEL_ROWS") = kPanelRows;
   m.def("weight_types", &weight_types, "(name, ggml number, block elements, block bytes) of every type with kernels");
-  m.def("cpu_features", [] { return feature_names(cpu_features()); });
-  m.def(
-      "hide_cpu_features", [](const std::string& names) { hide_cpu_features(features_named(names)); }, py::arg("names"),
-      "for tests; '' ends it");
   m.attr("LOOK_AHEADS") = look_ahead_names();
   m.def(
       "look_ahead", [] { return name_of(look_ahead(kernels().look_ahead)); },
       "how products of few tokens see to it that weights are under way before they are needed");
   m.def("set_look_ahead", &set_look_ahead_op, py::arg("name"),
         "for tests and measurements; '' goes back to what suits the CPU's maker and the kernels");
-  m.def("supported_isas", &supported_isas, "names of the kernel tables this CPU can run, best first");
-  m.def("isa", [] { return std::string(kernels().name); });
-  m.def("select_isa", &select_kernels, py::arg("name"), "for tests; '' chooses automatically");
-  m.def("thread_count", &thread_count);
-  m.def("set_thread_count", &set_thread_count_op, py::arg("n"));
-  m.def("topology", &topology_op,
-        "nodes: (number, cores: lists of CPUs) that this process may use; quota of CPUs (0: none); thread counts");
-  m.def(
-      "use_topology", &use_topology_op, py::arg("root") = py::none(), py::arg("cpus") = std::vector<int>(),
-      "for tests: the machine whose sys/ and proc/ lie under root, with this affinity; without arguments the real one");
-  m.def("nodes_of_threads", &nodes_of_threads_op, py::arg("n"), "for tests: position in nodes of each of n threads");
-
   py::class_<PackedMatrix, std::shared_ptr<PackedMatrix>>(m, "PackedMatrix")
       .def(py::init(&make_matrix), py::arg("ggml_type"), py::arg("count"), py::arg("rows"), py::arg("cols"))
       .def("pack", &pack, py::arg("index"), py::arg("source").noconvert(), py::arg("row") = 0)

@@ -9,8 +9,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-import transformers_kt._C as _C
 
+import transformers_kt._C as _C
 from transformers_kt.backends import schemas as ops
 from transformers_kt.backends.handles import register_object
 from transformers_kt.errors import UnsupportedOperationError

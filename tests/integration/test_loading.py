@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-import transformers_kt._C as _C
 from gguf import GGMLQuantizationType as GgmlType
 from tiny_examples import Example, make_example, make_stock, make_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
+import transformers_kt._C as _C
 from transformers_kt.errors import KtError, OutOfMemoryError, UnsupportedModelError, UnsupportedTypeError
 from transformers_kt.families.deepseek.export import export_gguf
 from transformers_kt.gguf.checkpoint import Checkpoint

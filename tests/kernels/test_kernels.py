@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import gguf
 import numpy as np
 import pytest
+
 import transformers_kt._C as _C
 
 TYPES = {name: (number, elements, nbytes) for name, number, elements, nbytes in _C.weight_types()}

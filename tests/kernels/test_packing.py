@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-import transformers_kt._C as _C
 
+import transformers_kt._C as _C
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 from transformers_kt.modules import base, embedding
 from transformers_kt.modules.base import pack_matrices

@@ -16,10 +16,10 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-import transformers_kt._C as _C
 from fake_machines import write_machine
 from transformers import AutoModelForCausalLM
 
+import transformers_kt._C as _C
 from transformers_kt import set_thread_count, thread_count
 from transformers_kt.assets import bundled_model
 from transformers_kt.errors import UnsupportedCpuError

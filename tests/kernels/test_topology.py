@@ -12,10 +12,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
-import transformers_kt._C as _C
 from fake_machines import write_machine
 from transformers import AutoModelForCausalLM
 
+import transformers_kt._C as _C
 from transformers_kt.assets import bundled_model
 
 TWO_NODES = {0: [[0], [1], [2], [3]], 1: [[4], [5], [6], [7]]}

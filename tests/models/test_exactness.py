@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers_kt._C as _C
 from random_files import left_padded, random_tokens
 from transformers import DynamicCache
 
+import transformers_kt._C as _C
 from transformers_kt.errors import InputError
 
 MODELS = ("v3-F32", "v3-like-Q4_K_M", "v2-F16", "v2-mixed", "v2-lite-BF16", "v2-lite-like-Q4_K_M")

@@ -19,9 +19,10 @@ TESTS = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[:0] = [str(TESTS), str(TESTS / "support")]
 
-import transformers_kt._C as _C  # noqa: E402
 from golden.reference import NAMES, gguf_path, golden_prompts  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
+
+import transformers_kt._C as _C  # noqa: E402
 
 HASHES = TESTS / "golden" / "logits.sha256.json"
 

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import transformers_kt._C as _C
 from fake_machines import write_machine
 from gguf import GGMLQuantizationType
+
+import transformers_kt._C as _C
 
 HIDDEN, NOPE, VALUE = 24, 8, 8
 SCALE = 0.3

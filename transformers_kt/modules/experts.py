@@ -55,7 +55,8 @@ class KtExperts(KtModule):
     def routed(self) -> _C.Experts:
         """The loaded weights."""
         assert self._experts is not None
-        return self._experts.packed
+        routed: _C.Experts = self._experts.packed
+        return routed
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -152,4 +153,5 @@ class KtMoe(KtModule):
     @property
     def routed(self) -> _C.Experts:
         """The loaded weights of the routed experts."""
-        return self.weights.packed.routed
+        block: _C.MoeBlock = self.weights.packed
+        return block.routed

@@ -1,0 +1,215 @@
+"""The compiled kernels (csrc/bindings): what they take and give.
+
+Arrays are taken as they are: another dtype, or an array that is not C-contiguous, raises TypeError. A wrong shape or
+size raises ValueError, an id or index out of range IndexError. ``out`` arrays are written in place. Calls that compute
+release the GIL and may come from several threads at once.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+_Floats = npt.NDArray[np.float32]
+
+PANEL_ROWS: int
+LOOK_AHEADS: tuple[str, ...]
+
+# ---- The machine -----------------------------------------------------------------------------------------------------
+
+def cpu_features() -> str: ...
+def hide_cpu_features(names: str) -> None: ...
+def supported_isas() -> list[str]: ...
+def isa() -> str:
+    """Raises UnsupportedCpuError, naming the missing flag, where this CPU cannot run the kernels asked for."""
+
+def select_isa(name: str) -> None: ...
+def thread_count() -> int: ...
+def set_thread_count(n: int) -> None:
+    """Warns where fewer than ``n`` are used; ValueError for ``n`` < 1."""
+
+def topology() -> dict[str, object]: ...
+def use_topology(root: str | None = None, cpus: Sequence[int] = ...) -> None: ...
+def nodes_of_threads(n: int) -> list[int]: ...
+
+# ---- Types and prefetching -------------------------------------------------------------------------------------------
+
+def weight_types() -> list[tuple[str, int, int, int]]:
+    """(name, ggml number, elements of a block, bytes of a block) of every type with kernels."""
+
+def look_ahead() -> str: ...
+def set_look_ahead(name: str) -> None: ...
+def choose_look_ahead(matrices: Sequence[PackedMatrix]) -> dict[str, float]: ...
+
+# ---- Matrices and operations -----------------------------------------------------------------------------------------
+
+class PackedMatrix:
+    """``count`` matrices of ``rows`` x ``cols`` of one ggml type, interleaved in panels of PANEL_ROWS rows; zeros until
+    packed."""
+
+    def __init__(self, ggml_type: int, count: int, rows: int, cols: int) -> None: ...
+    def pack(self, index: int, source: npt.NDArray[np.uint8], row: int = 0) -> None:
+        """``source`` uint8 (bytes,): whole matrices from ``index`` on, or rows of that matrix from ``row`` on."""
+
+    def pack_floats(self, source: _Floats) -> None:
+        """``source`` float32 (count, rows, cols), converted to F32 or F16."""
+
+    @property
+    def type_name(self) -> str: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def panels_of_nodes(self) -> list[tuple[int, int]]:
+        """[first, end) of the panels on each NUMA node."""
+
+def linear(w: PackedMatrix, x: _Floats, out: _Floats) -> None:
+    """``x`` float32 (tokens, cols) times one matrix -> ``out`` float32 (tokens, rows)."""
+
+def rms_norm(x: _Floats, weight: _Floats, eps: float, out: _Floats) -> None:
+    """``x`` and ``out`` float32 (tokens, width), which may be the same; ``weight`` float32 (width,)."""
+
+def embed(ggml_type: int, data: npt.NDArray[np.uint8], ids: npt.NDArray[np.int64], out: _Floats) -> None:
+    """Rows ``ids`` int64 (tokens,) of the blocks ``data`` uint8 (bytes,) -> ``out`` float32 (tokens, cols)."""
+
+def dequantize(ggml_type: int, data: npt.NDArray[np.uint8], out: _Floats) -> None:
+    """Blocks ``data`` uint8 (bytes,) -> ``out`` float32 of any shape."""
+
+def rope_table(positions: npt.NDArray[np.int64], inv_freq: _Floats, scaling: float, table: _Floats) -> None:
+    """``positions`` int64 (n,), ``inv_freq`` float32 (dim / 2,) -> ``table`` float32 (n, dim): cosines, then sines."""
+
+class Experts:
+    """``gate`` and ``up`` (count, intermediate, hidden), ``down`` (count, hidden, intermediate)."""
+
+    def __init__(self, gate: PackedMatrix, up: PackedMatrix, down: PackedMatrix) -> None: ...
+    @property
+    def matrices(self) -> list[PackedMatrix]:
+        """gate, up, down"""
+
+    def forward_routed(self, x: _Floats, indices: npt.NDArray[np.int64], weights: _Floats, out: _Floats) -> None:
+        """``x`` and ``out`` float32 (tokens, hidden), ``indices`` int64 and ``weights`` float32 (tokens, top_k)."""
+
+    def forward_mlp(self, x: _Floats, out: _Floats) -> None:
+        """``x`` and ``out`` float32 (tokens, hidden); for a single expert."""
+
+class MoeBlock:
+    """Router (1, experts, hidden), ``bias`` float32 (experts,) or None, routed experts, a shared expert or None."""
+
+    def __init__(
+        self,
+        router: PackedMatrix,
+        bias: _Floats | None,
+        routed: Experts,
+        shared: Experts | None,
+        *,
+        sigmoid: bool,
+        groups: int,
+        top_groups: int,
+        top_k: int,
+        normalize: bool,
+        scale: float,
+    ) -> None: ...
+    @property
+    def routed(self) -> Experts: ...
+    def forward(self, x: _Floats, out: _Floats, logits: _Floats) -> None:
+        """``x`` and ``out`` float32 (tokens, hidden); ``logits`` float32 (tokens, experts) are written too."""
+
+class MlaAttention:
+    """Multi-head latent attention. ``q_a`` and ``q_a_norm`` are None where queries are not compressed; ``k_b`` is
+    (heads, latent_dim, nope_dim), ``v_b`` (heads, value_dim, latent_dim)."""
+
+    def __init__(
+        self,
+        *,
+        hidden: int,
+        heads: int,
+        nope_dim: int,
+        rope_dim: int,
+        latent_dim: int,
+        value_dim: int,
+        softmax_scale: float,
+        norm_eps: float,
+        q_a: PackedMatrix | None,
+        q_a_norm: _Floats | None,
+        q: PackedMatrix,
+        kv_a: PackedMatrix,
+        kv_a_norm: _Floats,
+        k_b: PackedMatrix,
+        v_b: PackedMatrix,
+        o: PackedMatrix,
+    ) -> None: ...
+    def project_keys(self, x: _Floats, rope_table: _Floats, latents: _Floats, ropes: _Floats) -> None:
+        """``x`` (tokens, hidden), ``rope_table`` (tokens, rope_dim) -> ``latents`` (tokens, latent_dim), ``ropes``
+        (tokens, rope_dim)."""
+
+    def attend(
+        self,
+        x: _Floats,
+        rope_table: _Floats,
+        latents: _Floats,
+        ropes: _Floats,
+        ranges: npt.NDArray[np.int32] | None,
+        mask: npt.NDArray[np.uint8] | None,
+        out: _Floats,
+    ) -> None:
+        """``x`` and ``out`` (batch, tokens, hidden), ``rope_table`` (batch * tokens, rope_dim), ``latents`` (batch,
+        keys, latent_dim) and ``ropes`` (batch, keys, rope_dim) with a dense last axis; either ``ranges`` int32 (batch,
+        tokens, 2) of visible keys [start, end) or ``mask`` uint8 (batch, tokens, keys)."""
+
+class DecoderLayer:
+    """An attention and either a MoE block or an MLP, with both norms and residuals."""
+
+    def __init__(
+        self,
+        *,
+        attention: MlaAttention,
+        moe: MoeBlock | None,
+        mlp: Experts | None,
+        input_norm_eps: float,
+        post_norm_eps: float,
+    ) -> None: ...
+    def project_keys(
+        self, x: _Floats, input_norm: _Floats, rope_table: _Floats, latents: _Floats, ropes: _Floats
+    ) -> None:
+        """Those of the attention for the norm of ``x``; ``input_norm`` float32 (hidden,)."""
+
+    def forward(
+        self,
+        x: _Floats,
+        input_norm: _Floats,
+        post_norm: _Floats,
+        rope_table: _Floats,
+        latents: _Floats,
+        ropes: _Floats,
+        ranges: npt.NDArray[np.int32] | None,
+        mask: npt.NDArray[np.uint8] | None,
+        out: _Floats,
+    ) -> None:
+        """Arguments as of ``MlaAttention.attend``; norms float32 (hidden,)."""
+
+class KeyBuffers:
+    """The keys of all layers of a cache, with room for more: float32 (batch, room, latent_dim) and (batch, room,
+    rope_dim) of each. Their memory must stay where it is."""
+
+    def __init__(self, latents: Sequence[_Floats], ropes: Sequence[_Floats]) -> None: ...
+
+class DecoderStack:
+    """Decoder layers that follow each other; ``norms`` float32 (hidden,): input and post norm of each in turn."""
+
+    def __init__(self, layers: Sequence[DecoderLayer], norms: Sequence[_Floats]) -> None: ...
+    def append_and_forward(
+        self,
+        x: _Floats,
+        rope_table: _Floats,
+        buffers: KeyBuffers,
+        keys: int,
+        ranges: npt.NDArray[np.int32] | None,
+        mask: npt.NDArray[np.uint8] | None,
+        out: _Floats,
+    ) -> None:
+        """As ``DecoderLayer.forward`` layer by layer, after writing the keys of ``x`` to the last rows of ``keys``."""
