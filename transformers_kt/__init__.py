@@ -1,4 +1,4 @@
-"""DeepSeek-class MoE models from GGUF files in stock Hugging Face transformers.
+"""Mixture-of-experts models from GGUF files in stock Hugging Face transformers.
 
 Importing this package teaches ``from_pretrained`` of transformers two arguments, ``gguf_path=`` and ``kt_rules=``;
 nothing else happens.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from transformers_kt.errors import GgufFormatError, UnsupportedModelError
-from transformers_kt.families.deepseek.config import config_from_gguf, generation_config_from_gguf
+from transformers_kt.families.from_gguf import config_from_gguf, generation_config_from_gguf
 from transformers_kt.gguf.checkpoint import open_checkpoint
 from transformers_kt.gguf.reader import GgufFile
 

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Config
 
 from transformers_kt.assets import bundled_model
-from transformers_kt.families import outline as outlines
-from transformers_kt.families.deepseek.config import config_values
-from transformers_kt.families.outline import SEEN, digest, is_known_class, outline
+from transformers_kt.families.deepseek.outline import OUTLINE, SEEN
+from transformers_kt.families.from_gguf import config_values
+from transformers_kt.families.outline import digest
 from transformers_kt.families.plain_config import plain_config
 from transformers_kt.families.tree import TORCH_CLASSES, dotted, tree_of
 from transformers_kt.gguf.checkpoint import open_checkpoint
@@ -41,7 +41,7 @@ def skeleton(config: Any) -> Any:
 def test_an_outline_is_the_tree_of_the_model_that_transformers_makes(name: str) -> None:
     """Paths and their order, classes with all they derive from, names of parameters and buffers and whose they are."""
     config = CONFIGS[name]
-    found, expected = outline(config), tree_of(skeleton(config))
+    found, expected = OUTLINE.tree(config), tree_of(skeleton(config))
     assert found is not None
     assert [path for path, _ in found.modules()] == [path for path, _ in expected.modules()]
     for (path, node), (_, real) in zip(found.modules(), expected.modules(), strict=True):
@@ -53,7 +53,7 @@ def test_an_outline_is_the_tree_of_the_model_that_transformers_makes(name: str) 
 def test_the_files_of_the_tests_have_outlines(path: Path) -> None:
     config = plain_config(config_values(open_checkpoint(path)))
     assert config is not None
-    assert outline(config) is not None
+    assert OUTLINE.tree(config) is not None
 
 
 @pytest.mark.parametrize("name", ["V3", "V2-Lite"])
@@ -69,19 +69,19 @@ def test_a_tree_says_what_its_model_saves_and_holds(name: str) -> None:
 
 @pytest.mark.parametrize("model_type", SEEN)
 def test_the_installed_transformers_has_been_seen(model_type: str) -> None:
-    """If not: see that the other tests here and those of `model_config` pass, then add its digest to SEEN."""
+    """If not: see that the other tests here and those of `plain_config` pass, then add its digest to SEEN."""
     assert digest(model_type) in SEEN[model_type]
 
 
 def test_a_transformers_that_was_not_seen_has_no_outline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(outlines.SEEN, "deepseek_v3", ())
-    assert outline(CONFIGS["V3"]) is None
-    assert outline(CONFIGS["V2"]) is not None
+    monkeypatch.setitem(SEEN, "deepseek_v3", ())
+    assert OUTLINE.tree(CONFIGS["V3"]) is None
+    assert OUTLINE.tree(CONFIGS["V2"]) is not None
 
 
 @pytest.mark.parametrize("values", [{"hidden_act": "gelu"}, {"attention_bias": True}, {"mlp_bias": True}])
 def test_modules_of_other_kinds_have_no_outline(values: dict[str, Any]) -> None:
-    assert outline(DeepseekV2Config(**LITE_SIZES, **values)) is None
+    assert OUTLINE.tree(DeepseekV2Config(**LITE_SIZES, **values)) is None
 
 
 # ---- Names of classes ------------------------------------------------------------------------------------------------
@@ -90,12 +90,12 @@ def test_modules_of_other_kinds_have_no_outline(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["V3", "V2"])
 def test_every_class_of_the_models_is_known(name: str) -> None:
     tree = tree_of(skeleton(CONFIGS[name]))
-    assert all(is_known_class(cls) for _, node in tree.modules() for cls in node.classes)
+    assert all(OUTLINE.knows_class(cls) for _, node in tree.modules() for cls in node.classes)
 
 
 def test_names_that_models_may_have_elsewhere_are_not_known() -> None:
-    assert not is_known_class("transformers.DeepseekV3ForCausalLM")
-    assert not is_known_class("transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3Mlp")
+    assert not OUTLINE.knows_class("transformers.DeepseekV3ForCausalLM")
+    assert not OUTLINE.knows_class("transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3Mlp")
 
 
 def test_the_short_names_of_torchs_classes_stand_for_them() -> None:
@@ -109,4 +109,4 @@ def test_the_short_names_of_torchs_classes_stand_for_them() -> None:
 def test_the_bundled_model_has_an_outline() -> None:
     config = plain_config(config_values(open_checkpoint(bundled_model())))
     assert config is not None
-    assert outline(config) == tree_of(skeleton(DeepseekV3Config(num_hidden_layers=4, first_k_dense_replace=1)))
+    assert OUTLINE.tree(config) == tree_of(skeleton(DeepseekV3Config(num_hidden_layers=4, first_k_dense_replace=1)))

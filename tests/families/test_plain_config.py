@@ -11,10 +11,12 @@ import pytest
 from transformers import DeepseekV2Config, DeepseekV3Config
 
 from transformers_kt.assets import bundled_model
-from transformers_kt.families.deepseek.config import config_from_gguf, config_values
-from transformers_kt.families.plain_config import DEFAULTS, plain_config, read_config
+from transformers_kt.families.deepseek.config import PLAIN
+from transformers_kt.families.from_gguf import config_from_gguf, config_values
+from transformers_kt.families.plain_config import plain_config, read_config
 from transformers_kt.gguf.checkpoint import open_checkpoint
 
+DEFAULTS = PLAIN.defaults
 CLASSES: dict[str, Any] = {cls.model_type: cls for cls in (DeepseekV2Config, DeepseekV3Config)}
 GOLDEN = sorted(Path(__file__).parents[1].glob("golden/*.gguf"))
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}

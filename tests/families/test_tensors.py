@@ -12,9 +12,10 @@ import torch
 from gguf_handmade import TINY_V2, TINY_V3, metadata, tiny_tensors
 from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 
-from transformers_kt.errors import CheckpointError
-from transformers_kt.families.deepseek.config import config_from_gguf
-from transformers_kt.families.tensors import TensorSlot, check_tensors, tensor_slots
+from transformers_kt.errors import CheckpointError, UnsupportedModelError
+from transformers_kt.families.base import TensorSlot
+from transformers_kt.families.from_gguf import config_from_gguf
+from transformers_kt.families.tensors import check_tensors, tensor_slots
 
 V3_WITHOUT_Q_LORA = {key: value for key, value in TINY_V3.items() if "q_lora" not in key}
 V2_WITH_Q_LORA = {**TINY_V2, "attention.q_lora_rank": 48}
@@ -182,3 +183,11 @@ def test_one_tensor_per_expert_is_told_to_be_an_old_layout() -> None:
     shapes = {**tiny_tensors(TINY_V3), "blk.1.ffn_gate.0.weight": (32, 64)}
     with pytest.raises(CheckpointError, match=r"blk\.1\.ffn_gate\.0\.weight .*old layout"):
         check_tensors(checkpoint_of(shapes), config_of(TINY_V3))
+
+
+def test_a_config_without_experts_per_token_is_refused() -> None:
+    """transformers' V2 class has none by default."""
+    config = config_of(TINY_V2)
+    config.num_experts_per_tok = None
+    with pytest.raises(UnsupportedModelError, match="the config has no num_experts_per_tok"):
+        check_tensors(checkpoint_of({}), config)

@@ -19,8 +19,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from transformers_kt.errors import GgufFormatError, UnsupportedModelError
+from transformers_kt.families.from_gguf import tokenizer_from_gguf
 from transformers_kt.gguf.checkpoint import open_checkpoint
-from transformers_kt.gguf.tokenizer import tokenizer_from_gguf
 
 BOS, EOS, PAD = "<\uff5cbegin▁of▁sentence\uff5c>", "<\uff5cend▁of▁sentence\uff5c>", "<\uff5c▁pad▁\uff5c>"
 USER, ASSISTANT = "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"

@@ -24,6 +24,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 
 import transformers_kt._C as _C
 from transformers_kt.errors import KtError, OutOfMemoryError, UnsupportedModelError, UnsupportedTypeError
+from transformers_kt.families.deepseek import DEEPSEEK
 from transformers_kt.families.deepseek.export import export_gguf
 from transformers_kt.gguf.checkpoint import Checkpoint
 from transformers_kt.gguf.reader import TensorInfo
@@ -231,7 +232,7 @@ def test_a_correction_bias_that_the_file_leaves_out_is_zero() -> None:
     with torch.device("meta"):
         router = DeepseekV3TopkRouter(config)
     info = TensorInfo("w", GgmlType.F32, (8, 64), 0, 8 * 64 * 4, Path("x.gguf"))
-    nbytes = loading._load_stock(router, {"weight": info}, lambda *_: np.ones(8 * 64 * 4, dtype=np.uint8))
+    nbytes = loading._load_stock(router, DEEPSEEK, {"weight": info}, lambda *_: np.ones(8 * 64 * 4, dtype=np.uint8))
     assert torch.equal(router.e_score_correction_bias, torch.zeros(8))
     assert nbytes == (8 * 64 + 8) * 4
 

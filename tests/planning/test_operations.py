@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 
 from transformers_kt.errors import UnsupportedModelError, UnsupportedTypeError
-from transformers_kt.families.outline import is_known_class
-from transformers_kt.families.tree import TORCH_CLASSES, V2, V3, ModuleNode
+from transformers_kt.families.deepseek.outline import OUTLINE, V2, V3
+from transformers_kt.families.tree import TORCH_CLASSES, ModuleNode
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 from transformers_kt.modules import MODULES
 from transformers_kt.planning.operations import OPERATIONS
 
 USUAL: dict[str, Any] = {
+    "model_type": "deepseek_v2",
     "hidden_act": "silu",
+    "hidden_size": 256,
+    "qk_rope_head_dim": 64,
     "attention_bias": False,
     "topk_method": "greedy",
     "rope_parameters": {"rope_type": "yarn"},
@@ -40,7 +43,7 @@ def test_every_operation_has_one_module() -> None:
 
 
 def test_operations_replace_classes_that_the_models_have() -> None:
-    assert all(is_known_class(name) for operation in OPERATIONS.values() for name in operation.replaces)
+    assert all(OUTLINE.knows_class(name) for operation in OPERATIONS.values() for name in operation.replaces)
 
 
 @pytest.mark.parametrize("op", OPERATIONS)

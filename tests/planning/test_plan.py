@@ -33,7 +33,7 @@ from transformers_kt.errors import (
     UnsupportedOperationError,
     UnsupportedTypeError,
 )
-from transformers_kt.families import outline as outlines
+from transformers_kt.families.deepseek.outline import SEEN
 from transformers_kt.planning import stock_model
 from transformers_kt.text import layer_number
 
@@ -228,7 +228,8 @@ def in_words_of(report: PlanReport) -> dict[str, Any]:
 
 def test_a_transformers_that_no_test_has_seen_makes_the_model_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = in_words_of(on("1x24GiB", bundled_model()))
-    monkeypatch.setattr(outlines, "SEEN", {"deepseek_v2": (), "deepseek_v3": ()})
+    for model_type in SEEN:
+        monkeypatch.setitem(SEEN, model_type, ())
     skeletons = counted(stock_model.skeleton, monkeypatch)
     assert in_words_of(on("1x24GiB", bundled_model())) == expected
     assert len(skeletons) == 1

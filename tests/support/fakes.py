@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from transformers_kt.families.registry import family_of
 from transformers_kt.gguf.reader import TensorInfo
 from transformers_kt.integration import from_pretrained, loading
 from transformers_kt.planning.operations import OPERATIONS, Operation
@@ -41,7 +42,7 @@ class FakeOperation(nn.Module):
             module, _, role = key.rpartition(".")
             by_module.setdefault(module, {})[role] = info
         for module, own in by_module.items():
-            loading._load_stock(self.stock.get_submodule(module), own, data)
+            loading._load_stock(self.stock.get_submodule(module), family_of(self.config), own, data)
         return sum(info.nbytes for info in tensors.values())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -41,8 +41,9 @@ import tqdm
 from gguf import GGMLQuantizationType as Type
 from transformers import DeepseekV2Config, DeepseekV3Config
 
+from transformers_kt.families.base import TensorSlot
 from transformers_kt.families.deepseek.export import write_hyperparameters
-from transformers_kt.families.tensors import TensorSlot, tensor_slots
+from transformers_kt.families.tensors import tensor_slots
 
 _YARN = {
     "rope_type": "yarn",

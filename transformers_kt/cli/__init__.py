@@ -21,7 +21,7 @@ def build_app() -> typer.Typer:
 
     app = typer.Typer(
         name="transformers-kt",
-        help="DeepSeek-class MoE models from GGUF files in transformers.",
+        help="Mixture-of-experts models from GGUF files in transformers.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,

@@ -12,55 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-PlainConfig = SimpleNamespace
-"""Has ``model_type`` and the attributes of DEFAULTS, under the names of transformers' configs."""
+from transformers_kt.families.registry import families
 
-_COMMON: dict[str, Any] = {
-    "attention_bias": False,
-    "hidden_act": "silu",
-    "kv_lora_rank": 512,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-}
-# Of transformers' config classes; None where a config without the value is none to plan with.
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "deepseek_v2": {
-        **_COMMON,
-        "first_k_dense_replace": 0,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "max_position_embeddings": 2048,
-        "mlp_bias": False,
-        "moe_intermediate_size": 1407,
-        "n_routed_experts": 64,
-        "n_shared_experts": 2,
-        "num_attention_heads": 32,
-        "num_experts_per_tok": None,
-        "num_hidden_layers": 32,
-        "topk_method": "greedy",
-        "vocab_size": 102400,
-    },
-    "deepseek_v3": {
-        **_COMMON,
-        "first_k_dense_replace": 3,
-        "hidden_size": 7168,
-        "intermediate_size": 18432,
-        "max_position_embeddings": 4096,
-        "moe_intermediate_size": 2048,
-        "n_routed_experts": 256,
-        "n_shared_experts": 1,
-        "num_attention_heads": 128,
-        "num_experts_per_tok": 8,
-        "num_hidden_layers": 61,
-        "rope_interleave": True,
-        "vocab_size": 129280,
-    },
-}
-_MAY_BE_NONE = ("q_lora_rank",)
-# Other names of the above, and what makes layers differ from each other.
-_OUT_OF_THE_ORDINARY = ("num_experts", "num_local_experts", "per_layer_config", "layer_types", "mlp_layer_types")
+PlainConfig = SimpleNamespace
+"""Has ``model_type`` and what `PlainConfigs.defaults` names, under the names of transformers' configs."""
+
+_LAYERS_DIFFER = ("per_layer_config", "layer_types", "mlp_layer_types")
 _ROPE_TYPES = ("default", "linear", "yarn")
 _CONFIG_FILE = "config.json"
 
@@ -68,20 +25,21 @@ _CONFIG_FILE = "config.json"
 def plain_config(facts: Mapping[str, Any]) -> PlainConfig | None:
     """The config that ``facts`` state, as a config.json holds them; None where anything is out of the ordinary."""
     model_type = facts.get("model_type")
-    if not isinstance(model_type, str) or model_type not in DEFAULTS:
+    plain = next((family.plain for family in families() if model_type in family.model_types), None)
+    if plain is None or not isinstance(model_type, str) or model_type not in plain.defaults:
         return None
     rope_type = _rope_type(facts)
-    if rope_type is None or any(facts.get(key) is not None for key in _OUT_OF_THE_ORDINARY):
+    if rope_type is None or any(facts.get(key) is not None for key in (*plain.other_names, *_LAYERS_DIFFER)):
         return None
     values = {}
-    for name, default in DEFAULTS[model_type].items():
+    for name, default in plain.defaults[model_type].items():
         values[name] = value = facts.get(name, default)
         if type(value) is not (int if default is None else type(default)) and not (
-            value is None and name in _MAY_BE_NONE
+            value is None and name in plain.may_be_none
         ):
             return None
-    if values["hidden_size"] % (values["num_attention_heads"] or 1) and model_type == "deepseek_v2":
-        return None  # refused by transformers
+    if plain.refused(model_type, values):
+        return None
     return PlainConfig(model_type=model_type, rope_parameters={"rope_type": rope_type}, **values)
 
 

@@ -10,17 +10,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-V2 = "transformers.models.deepseek_v2.modeling_deepseek_v2."
-V3 = "transformers.models.deepseek_v3.modeling_deepseek_v3."
-"""What the dotted names of transformers' DeepSeek classes begin with."""
-
 TORCH_CLASSES: Mapping[str, str] = {
     "Embedding": "torch.nn.modules.sparse.Embedding",
     "Linear": "torch.nn.modules.linear.Linear",
     "Module": "torch.nn.modules.module.Module",
     "ModuleList": "torch.nn.modules.container.ModuleList",
 }
-"""The classes of torch.nn in those models -> where torch defines them."""
+"""The classes of torch.nn in the models of transformers -> where torch defines them."""
 
 _BASE = "model"
 

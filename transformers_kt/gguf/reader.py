@@ -30,8 +30,8 @@ _VERSIONS = (2, 3)  # version 1 had 32-bit counts and was gone within weeks
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMS = 4
 
-# Bounds on what an honest header holds; they keep a hostile one from costing minutes and gigabytes. DeepSeek-V3's has
-# 1,086 tensors, some 60 keys and 8 MB; one tensor per expert would make 47,000.
+# Bounds on what an honest header holds; they keep a hostile one from costing minutes and gigabytes. That of a model of
+# 671 billion parameters has 1,086 tensors, some 60 keys and 8 MB; one tensor per expert would make 47,000.
 _MAX_HEADER_BYTES = 128 << 20
 _MAX_TENSORS = 1 << 17
 _MAX_KEYS = 1 << 16
@@ -224,7 +224,7 @@ class _Cursor:
             self.refuse(f"holds a string that is not UTF-8 ({error})")
 
     def skip_strings(self, count: int) -> None:
-        # 257,000 strings stand between the start of a DeepSeek file and its tensor table: this loop is what opening
+        # 257,000 strings stand between the start of a large file and its tensor table: this loop is what opening
         # one costs. It needs no check per string, for each one moves the position forward and the first read past
         # the end raises.
         mapped, position, read_length = self.mapped, self.position, _U64.unpack_from

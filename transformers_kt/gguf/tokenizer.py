@@ -1,4 +1,4 @@
-"""A transformers tokenizer from GGUF metadata alone: byte-level BPE, as every DeepSeek model has.
+"""A transformers tokenizer from GGUF metadata alone: byte-level BPE.
 
 Where a model folder with tokenizer.json is at hand, that is the better source: converters turn some ordinary added
 tokens (those of a turn's speaker) into control tokens, which `skip_special_tokens` then drops.
@@ -25,79 +25,47 @@ _CONTROL, _USER_DEFINED = 3, 4  # values in tokenizer.ggml.token_type
 _NAMED_TOKENS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 _USE_A_FOLDER = "Pass a model folder or hub id that has a tokenizer (AutoTokenizer.from_pretrained(folder))"
 
-# Letters with case, spelt out range by range in deepseek-llm's tokenizer. Escaped, because normalizing the
-# source text turns ends of ranges such as U+1F7D into others (U+03CE) and the ranges around.
-_CASED_LETTERS = (
-    "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376"
-    "\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f\u0531-\u0556"
-    "\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77\u1d79-\u1d9a\u1e00-\u1f15"
-    "\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d\u1f5f-\u1f7d\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe"
-    "\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec\u1ff2-\u1ff4\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113"
-    "\u2115\u2119-\u211d\u2124\u2126\u2128\u212a-\u212d\u212f-\u2134\u2139\u213c-\u213f\u2145-\u2149\u214e\u2183\u2184"
-    "\u2c00-\u2c7b\u2c7e-\u2ce4\u2ceb-\u2cee\u2cf2\u2cf3\ua640-\ua66d\ua680-\ua69b\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e"
-    "\uab70-\uabbf\ufb00-\ufb06\ufb13-\ufb17\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3"
-    "\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
-)
-_EAST_ASIAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"  # in deepseek-llm and deepseek-coder
-_HAN_AND_KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"  # in deepseek-v3
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 
-# tokenizer.ggml.pre to what cuts text before the merges apply, in order. The models' own tokenizer.json say the same;
-# "default" is what llama.cpp does for files that name nothing better.
 _SINGLE_DIGITS = r"\p{N}"
-_CUTS: dict[str, tuple[str, ...]] = {
-    "deepseek-v3": (
-        r"\p{N}{1,3}",
-        _HAN_AND_KANA,
-        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
-        "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
-        "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
-    ),
-    "deepseek-llm": (
-        "[\r\n]",
-        rf"\s?[{_CASED_LETTERS}]+",
-        "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
-        r"\s+$",
-        _EAST_ASIAN,
-        _SINGLE_DIGITS,
-    ),
-    "deepseek-coder": ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST_ASIAN, _SINGLE_DIGITS),
+# Rules that are no family's; "default" is what llama.cpp does for files that name nothing better.
+_COMMON_RULES: Mapping[str, tuple[str, ...]] = {
     "gpt-2": (_GPT2 + r"|\s+",),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
 
 
-def tokenizer_from_gguf(
-    source: Checkpoint | GgufFile | Mapping[str, Any],
-    **kwargs: Any,
+def build_tokenizer(
+    source: Checkpoint | GgufFile | Mapping[str, Any], rules: Mapping[str, tuple[str, ...]], **options: Any
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer that ``source`` describes, with its chat template; ``kwargs`` override what it says.
+    """The tokenizer that ``source`` describes, with its chat template; ``options`` override what it says.
 
-    Decoding gives back the text that was encoded, byte for byte. Raises `UnsupportedModelError` for any tokenizer but
-    the byte-level ones of `_CUTS`, `GgufFormatError` where the vocabulary contradicts itself.
+    ``rules`` say, by tokenizer.ggml.pre, which expressions cut text before the merges apply, in order. Decoding gives
+    back the text that was encoded, byte for byte. Raises `UnsupportedModelError` for any tokenizer but byte-level ones
+    that ``rules`` has, `GgufFormatError` where the vocabulary contradicts itself.
     """
     name, metadata = "the GGUF metadata", source
     if isinstance(source, (Checkpoint, GgufFile)):
         name, metadata = str(source.path), source.metadata
-    vocabulary = _Vocabulary(name, cast("Mapping[str, Any]", metadata))
-    options: dict[str, Any] = {
+    vocabulary = _Vocabulary(name, cast("Mapping[str, Any]", metadata), {**rules, **_COMMON_RULES})
+    described: dict[str, Any] = {
         **vocabulary.named_tokens(),
         "add_bos_token": vocabulary.flag("add_bos_token"),
         "add_eos_token": vocabulary.flag("add_eos_token"),
-        "padding_side": "left",  # as in DeepSeek's folders; generation needs it
+        "padding_side": "left",  # generation needs it
         **vocabulary.extras(),
-        **kwargs,
+        **options,
     }
-    return PreTrainedTokenizerFast(tokenizer_object=vocabulary.backend(), **options)
+    return PreTrainedTokenizerFast(tokenizer_object=vocabulary.backend(), **described)
 
 
 class _Vocabulary:
     """The ``tokenizer.*`` keys, checked."""
 
-    def __init__(self, name: str, metadata: Mapping[str, Any]) -> None:
-        self.name, self.metadata = name, metadata
+    def __init__(self, name: str, metadata: Mapping[str, Any], rules: Mapping[str, tuple[str, ...]]) -> None:
+        self.name, self.metadata, self._rules = name, metadata, rules
         self._demand("tokenizer.ggml.model", (_MODEL,))
-        self._demand("tokenizer.ggml.pre", tuple(_CUTS))
+        self._demand("tokenizer.ggml.pre", tuple(rules))
         self.tokens = self._strings("tokenizer.ggml.tokens")
         self.ids = {token: number for number, token in enumerate(self.tokens)}
         if len(self.ids) != len(self.tokens):
@@ -115,7 +83,7 @@ class _Vocabulary:
         cuts: list[PreTokenizer] = [
             # Digits also cuts numerals that newer Unicode than the regex engine's knows; the models use it.
             Digits(individual_digits=True) if cut == _SINGLE_DIGITS else Split(Regex(cut), behavior="isolated")
-            for cut in _CUTS[self.metadata["tokenizer.ggml.pre"]]
+            for cut in self._rules[self.metadata["tokenizer.ggml.pre"]]
         ]
         tokenizer.pre_tokenizer = PreTokenizers([*cuts, ByteLevel(add_prefix_space=False, use_regex=False)])
         tokenizer.decoder = decoders.ByteLevel()

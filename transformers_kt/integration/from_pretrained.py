@@ -17,9 +17,8 @@ from transformers.models.auto.auto_factory import _get_model_class
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from transformers_kt.errors import UnsupportedModelError, UnsupportedOperationError
-from transformers_kt.families.deepseek.config import generation_config_from_gguf
+from transformers_kt.families.from_gguf import generation_config_from_gguf, tokenizer_from_gguf
 from transformers_kt.families.tensors import check_tensors
-from transformers_kt.gguf.tokenizer import tokenizer_from_gguf
 from transformers_kt.integration.loaded_model import KtGenerationMixin, KtModelMixin
 from transformers_kt.integration.quantizer import METHOD, KtConfig, LoadJob
 from transformers_kt.planning.decision import ModelRequest

@@ -7,7 +7,7 @@ dequantized by the `gguf` package; the others take the stored blocks as they are
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -17,11 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from transformers_kt.planning.assignments import STOCK_PARAMETERS, ZERO_WHERE_ABSENT, Assignment
+from transformers_kt.families.registry import family_of
+from transformers_kt.planning.assignments import Assignment
 from transformers_kt.planning.tables import grouped, new_table, rendered
 from transformers_kt.text import format_bytes, listed
 
 if TYPE_CHECKING:
+    from transformers_kt.families.base import Family
     from transformers_kt.gguf.reader import TensorInfo
     from transformers_kt.modules.base import KtModule, TensorData
 
@@ -118,6 +120,8 @@ def fill(
     keeps can hold gigabytes.
     """
     rows = []
+    config: Any = model.config
+    family = family_of(config)
     try:
         for assignment in assignments:
             entry = assignment.entry
@@ -125,7 +129,7 @@ def fill(
             if entry.op in modules:
                 nbytes = _operation_at(model, entry.module).load(assignment.tensors, reader)
             else:
-                nbytes = _load_stock(model.get_submodule(entry.module), assignment.tensors, reader)
+                nbytes = _load_stock(model.get_submodule(entry.module), family, assignment.tensors, reader)
             reader.release()
             types = tuple(sorted({info.ggml_type.name for info in assignment.tensors.values()}))
             rows.append(ReportRow(entry.module, entry.op, entry.device, types, nbytes))
@@ -166,40 +170,21 @@ def _operation_at(model: nn.Module, path: str) -> KtModule:
     return cast("KtModule", model.get_submodule(path))
 
 
-def _load_stock(module: nn.Module, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
+def _load_stock(module: nn.Module, family: Family, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
     """Fill the parameters and buffers that ``module`` itself owns; the bytes they hold."""
-    for role, info in tensors.items():
-        if role == "gate":
-            values = _merged(_experts_gate_up, tensors["gate"], tensors["up"], data)
-        elif role == "k_b":
-            values = _merged(_kv_b, tensors["k_b"], tensors["v_b"], data)
-        elif role in ("up", "v_b"):
-            continue  # came with its other half
-        else:
-            values = _dequantized(info, data)
-        _set_tensor(module, STOCK_PARAMETERS.get(role, role), values)
-    for name in ZERO_WHERE_ABSENT:
+    left = dict(tensors)
+    for name, merge in family.merges.items():
+        if merge.roles[0] in left:
+            parts = [_dequantized(left.pop(role), data).numpy() for role in merge.roles]
+            _set_tensor(module, name, torch.from_numpy(merge.join(*parts)))
+    for role, info in left.items():
+        _set_tensor(module, role, _dequantized(info, data))
+    for name in family.zero_where_absent:
         buffer = module._buffers.get(name)
         if buffer is not None and buffer.is_meta:
             module._buffers[name] = torch.zeros_like(buffer, device="cpu")
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return sum(tensor.nbytes for tensor in own)
-
-
-def _merged(
-    merge: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], first: TensorInfo, second: TensorInfo, data: TensorData
-) -> torch.Tensor:
-    return merge(_dequantized(first, data), _dequantized(second, data))
-
-
-def _experts_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """(experts, 2 * intermediate, hidden) of two (experts, intermediate, hidden)."""
-    return torch.cat((gate, up), dim=1)
-
-
-def _kv_b(k_b: torch.Tensor, v_b: torch.Tensor) -> torch.Tensor:
-    """(heads * (nope + v), latent) of (heads, latent, nope) and (heads, v, latent)."""
-    return torch.cat((k_b.transpose(1, 2), v_b), dim=1).flatten(0, 1)
 
 
 def _dequantized(info: TensorInfo, data: TensorData) -> torch.Tensor:

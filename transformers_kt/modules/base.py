@@ -18,7 +18,7 @@ from transformers_kt.planning.operations import Operation
 
 PIECE_BYTES = 32 << 20
 """Of a large tensor, about as many bytes are read and packed at a time. The pages of the file that hold them count as
-this process's memory meanwhile: 32 MB is 0.3% of V2-Lite, and large enough for all threads."""
+this process's memory meanwhile: 32 MB is 0.3% of 10 GB, and large enough for all threads."""
 
 
 class TensorData(Protocol):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts, DeepseekV3MoE
 from typing_extensions import Self
 
 import transformers_kt._C as _C
 from transformers_kt.backends import schemas as ops
+from transformers_kt.families.base import Router
+from transformers_kt.families.registry import dims_of, family_of
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 from transformers_kt.modules.base import (
     Handle,
@@ -43,8 +44,8 @@ class KtExperts(KtModule):
 
     @classmethod
     def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
-        assert isinstance(module, DeepseekV2Experts | DeepseekV3Experts)
-        return cls(module.num_experts)
+        stock: Any = module
+        return cls(stock.num_experts)
 
     def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
         experts, nbytes = _pack_experts(tensors, ("gate", "up", "down"), data)
@@ -98,32 +99,21 @@ class KtMlp(KtModule):
 
 
 class KtMoe(KtModule):
-    """Router, routed experts and shared experts of a DeepSeek layer in one call: (..., hidden) -> (..., hidden)."""
+    """Router, routed experts and shared experts of a layer in one call: (..., hidden) -> (..., hidden)."""
 
     operation = OPERATIONS["moe_cpu"]
 
-    def __init__(self, router: Mapping[str, Any], num_experts: int) -> None:
+    def __init__(self, router: Router, num_experts: int) -> None:
         super().__init__()
-        self._router = dict(router)
+        self._router = router
         self.num_experts = num_experts
         self._block: Handle | None = None
 
     @classmethod
     def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
-        if isinstance(module, DeepseekV3MoE):
-            limited, normalize = True, bool(config.norm_topk_prob)
-        else:
-            # transformers' DeepseekV2TopkRouter has no normalization, whatever norm_topk_prob says.
-            limited, normalize = config.topk_method == "group_limited_greedy", False
-        router = {
-            "sigmoid": isinstance(module, DeepseekV3MoE),
-            "groups": config.n_group if limited else 1,
-            "top_groups": config.topk_group if limited else 1,
-            "top_k": config.num_experts_per_tok,
-            "normalize": normalize,
-            "scale": config.routed_scaling_factor,
-        }
-        return cls(router, config.n_routed_experts)
+        router = family_of(config).router
+        assert router is not None
+        return cls(router(config), dims_of(config).experts)
 
     def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
         # float32 whatever the file has: routing decides by small differences, and the matrix is small.
@@ -136,7 +126,7 @@ class KtMoe(KtModule):
             names = tuple(f"shared_experts.{part}_proj.weight" for part in roles)
             shared, shared_nbytes = _pack_experts(tensors, (names[0], names[1], names[2]), data)
         bias_values = None if bias is None else float_values(bias, data(bias))
-        self._block = Handle(_C.MoeBlock(router, bias_values, routed, shared, **self._router))
+        self._block = Handle(_C.MoeBlock(router, bias_values, routed, shared, **asdict(self._router)))
         return int(router.nbytes + nbytes + shared_nbytes)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

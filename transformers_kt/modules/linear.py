@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from typing_extensions import Self
 
 from transformers_kt.backends import schemas as ops
+from transformers_kt.families.base import Merge
+from transformers_kt.families.registry import family_of
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 from transformers_kt.modules.base import (
     Handle,
@@ -27,14 +28,15 @@ from transformers_kt.planning.operations import OPERATIONS
 class KtLinear(KtModule):
     """``nn.Linear`` without bias: float32 (..., in_features) -> float32 (..., out_features).
 
-    A ``kv_b_proj`` whose file holds it split into ``attn_k_b`` and ``attn_v_b`` is put together again in float32: the
-    split form stores its key half transposed, so its blocks run along the other axis.
+    A weight that its file holds in several tensors is put together in float32: of the halves of ``kv_b_proj`` one is
+    stored transposed, so its blocks run along the other axis.
     """
 
     operation = OPERATIONS["linear_cpu"]
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, merge: Merge | None = None) -> None:
         super().__init__()
+        self._merge = merge
         self.in_features = in_features
         self.out_features = out_features
         self._weight: Handle | None = None
@@ -42,15 +44,15 @@ class KtLinear(KtModule):
     @classmethod
     def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
         assert isinstance(module, nn.Linear)
-        return cls(module.in_features, module.out_features)
+        return cls(module.in_features, module.out_features, family_of(config).merges.get("weight"))
 
     def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
         if "weight" in tensors:
             matrix = pack_matrices(tensors["weight"], data)
         else:
-            keys = float_values(tensors["k_b"], data(tensors["k_b"])).transpose(0, 2, 1)
-            values = float_values(tensors["v_b"], data(tensors["v_b"]))
-            merged = np.concatenate([keys, values], axis=1)
+            assert self._merge is not None
+            parts = [float_values(tensors[role], data(tensors[role])) for role in self._merge.roles]
+            merged = self._merge.join(*parts)
             matrix = pack_floats(merged.reshape(1, self.out_features, self.in_features), GgmlType.F32)
         self._weight = Handle(matrix)
         return int(matrix.nbytes)

@@ -1,4 +1,4 @@
-"""Multi-head latent attention of DeepSeek-V2 and V3 on the CPU."""
+"""Multi-head latent attention on the CPU."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.masking_utils import causal_mask_function, sdpa_mask
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 from typing_extensions import Self
 
 import transformers_kt._C as _C
 from transformers_kt.backends import schemas as ops
 from transformers_kt.errors import InputError
+from transformers_kt.families.registry import mla_of
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 from transformers_kt.modules.base import (
     Handle,
@@ -25,6 +24,7 @@ from transformers_kt.modules.base import (
     pack_floats,
     pack_matrices,
 )
+from transformers_kt.modules.fused.cache_argument import require_cache_argument
 from transformers_kt.modules.fused.latent_cache import grow_in_place
 from transformers_kt.modules.rotary import as_rope_table
 from transformers_kt.planning.operations import OPERATIONS, is_wide
@@ -37,7 +37,7 @@ class KtMlaAttention(KtModule):
     """Absorbed MLA (arXiv:2405.04434, section 2.1.2) over transformers' latent cache.
 
     Works with any ``Cache`` that hands back latents (batch, 1, keys, kv_lora_rank) and rotary keys
-    (batch, 1, keys, qk_rope_head_dim), which is what transformers' own DeepSeek attention stores.
+    (batch, 1, keys, qk_rope_head_dim), which is what transformers' own attention stores.
     """
 
     operation = OPERATIONS["attention_cpu"]
@@ -51,18 +51,20 @@ class KtMlaAttention(KtModule):
 
     @classmethod
     def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
-        assert isinstance(module, DeepseekV2Attention | DeepseekV3Attention)
+        require_cache_argument(type(module))
+        stock: Any = module
+        mla = mla_of(config)
         dims = {
-            "hidden": config.hidden_size,
-            "heads": config.num_attention_heads,
-            "nope_dim": config.qk_nope_head_dim,
-            "rope_dim": config.qk_rope_head_dim,
-            "latent_dim": config.kv_lora_rank,
-            "value_dim": config.v_head_dim,
-            "softmax_scale": module.scaling,
-            "norm_eps": module.kv_a_layernorm.variance_epsilon,
+            "hidden": mla.hidden,
+            "heads": mla.heads,
+            "nope_dim": mla.nope,
+            "rope_dim": mla.rope,
+            "latent_dim": mla.latent,
+            "value_dim": mla.value,
+            "softmax_scale": stock.scaling,
+            "norm_eps": stock.kv_a_layernorm.variance_epsilon,
         }
-        return cls(dims, module.layer_idx, name)
+        return cls(dims, stock.layer_idx, name)
 
     def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
         packed = {role: pack_matrices(tensors[role], data) for role in _MATRICES if role in tensors}

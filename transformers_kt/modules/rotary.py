@@ -10,8 +10,6 @@ import numpy.typing as npt
 import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RotaryEmbedding
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 from typing_extensions import Self
 
 import transformers_kt._C as _C
@@ -44,9 +42,9 @@ class KtRotaryEmbedding(KtModule):
 
     @classmethod
     def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:
-        assert isinstance(module, DeepseekV2RotaryEmbedding | DeepseekV3RotaryEmbedding)
+        stock: Any = module
         rope_type = config.rope_parameters["rope_type"]
-        initialize = ROPE_INIT_FUNCTIONS.get(rope_type, module.compute_default_rope_parameters)
+        initialize = ROPE_INIT_FUNCTIONS.get(rope_type, stock.compute_default_rope_parameters)
         with torch.device("cpu"):
             inv_freq, scaling = initialize(config, device=torch.device("cpu"))
         return cls(inv_freq.to(torch.float32).contiguous(), float(scaling))
@@ -62,7 +60,7 @@ class KtRotaryEmbedding(KtModule):
 def as_rope_table(position_embeddings: torch.Tensor | tuple[torch.Tensor, torch.Tensor], batch: int) -> torch.Tensor:
     """Any of transformers' forms as a table (batch, tokens, rope_dim).
 
-    These are (cos, sin) of DeepSeek-V3, complex numbers of V2, or a table already.
+    These are (cos, sin), each half twice; complex numbers; or a table already.
     """
     if isinstance(position_embeddings, tuple):
         cos, sin = position_embeddings

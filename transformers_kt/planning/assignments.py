@@ -15,24 +15,13 @@ from transformers_kt.rules import make_plan
 from transformers_kt.text import longest_prefix
 
 if TYPE_CHECKING:
-    from transformers_kt.families.tensors import TensorSlot
+    from transformers_kt.families.base import Family, TensorSlot
     from transformers_kt.families.tree import ModelTree
     from transformers_kt.gguf.reader import TensorInfo
     from transformers_kt.planning.operations import Operation
     from transformers_kt.rules import DeviceMap, Plan, PlanEntry, RuleList
 
     Operations = Mapping[str, Operation]
-
-STOCK_PARAMETERS = {
-    "gate": "gate_up_proj",
-    "up": "gate_up_proj",
-    "down": "down_proj",
-    "k_b": "weight",
-    "v_b": "weight",
-}
-"""What transformers keeps in one parameter and GGUF in several tensors, and the other way round: role to parameter."""
-ZERO_WHERE_ABSENT = ("e_score_correction_bias",)
-"""Buffers that files leave out where they would be zero."""
 
 ATTENTION_OP = "attention_cpu"
 _ROTARY_OP = "rotary_cpu"
@@ -98,9 +87,9 @@ def keeps_attention(tree: ModelTree, plan: Plan, operations: Operations) -> bool
 
 
 def assign_tensors(
-    plan: Plan, tree: ModelTree, slots: Sequence[TensorSlot], tensors: Mapping[str, TensorInfo]
+    plan: Plan, tree: ModelTree, family: Family, slots: Sequence[TensorSlot], tensors: Mapping[str, TensorInfo]
 ) -> list[Assignment]:
-    """The tensors of every entry of ``plan``, made for the model of ``tree``.
+    """The tensors of every entry of ``plan``, made for the model of ``tree``, which is of ``family``.
 
     Slots of the head go nowhere where the model has none (AutoModel). Raises `UnsupportedModelError` if
     the model has weights that no slot fills (a classification head).
@@ -118,10 +107,10 @@ def assign_tensors(
             raise UnsupportedModelError(f"transformers' model has no module {module}, which the GGUF has a tensor for")
         key = f"{module}.{slot.role}"
         of_entry[owner][key[len(owner) + 1 :]] = tensors[slot.gguf_name]
-        filled.add(f"{module}.{STOCK_PARAMETERS.get(slot.role, slot.role)}")
+        filled.add(f"{module}.{family.parameter_of(slot.role)}")
     for path, node in nodes.items():
         for name in node.saved:
-            if f"{path}.{name}" not in filled and name not in ZERO_WHERE_ABSENT:
+            if f"{path}.{name}" not in filled and name not in family.zero_where_absent:
                 raise UnsupportedModelError(
                     f"{tree.root.class_name.rpartition('.')[2]} has the weight {path}.{name}, which no GGUF of this "
                     "architecture holds; load AutoModelForCausalLM, or AutoModel for the hidden states"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from transformers_kt.families.registry import family_of
 from transformers_kt.planning.assignments import Assignment
 from transformers_kt.planning.hardware import CPU, Bandwidths, Hardware
 from transformers_kt.planning.operations import OPERATIONS
@@ -14,7 +15,7 @@ from transformers_kt.planning.report import DeviceUse, PlanRow
 from transformers_kt.rules import TORCH
 
 if TYPE_CHECKING:
-    from transformers_kt.families.tensors import TensorSlot
+    from transformers_kt.families.base import TensorSlot
     from transformers_kt.gguf.reader import TensorInfo
 
 # What CUDA itself takes on a card once a process computes there: context, libraries, workspaces.
@@ -23,10 +24,7 @@ _CUDA_BYTES = 512 << 20
 PREFILL_TOKENS = 512
 _CPU_FLOAT_BYTES = 4  # activations, cache and stock modules: float32 on the CPU, 16 bits on a GPU
 _GPU_FLOAT_BYTES = 2
-_LATENTS = ".kv_a_proj_with_mqa.weight"  # makes the latents of one layer
 _EXPERT_ROLES = ("gate", "up", "down")
-_KV_B_HALVES = ("k_b", "v_b")
-_KV_B = "kv_b_proj"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +39,18 @@ class Costs:
     """Sizes that follow from config and context."""
 
     def __init__(self, config: Any, context: int) -> None:
-        self.active_share: float = config.num_experts_per_tok / config.n_routed_experts
-        self.latent_values: int = context * (config.kv_lora_rank + config.qk_rope_head_dim)  # per layer
-        tokens = min(context, PREFILL_TOKENS)
-        self.work_values: int = tokens * _values_per_token(config) + config.vocab_size
-        self.on_gpus = FastMemory(self.latent_values * _GPU_FLOAT_BYTES, self.buffers("cuda:0"))
+        family = family_of(config)
+        dims = family.dims(config)
+        self.active_share: float = dims.top_k / max(1, dims.experts)
+        self.cache_values: int = context * dims.cache_values  # per layer
+        self.keys_from = f".{family.keys_from}"
+        self.work_values: int = min(context, PREFILL_TOKENS) * dims.work_values + dims.vocab
+        self.float_on_gpu = family.float_on_gpu
+        self.on_gpus = FastMemory(self.cache_values * _GPU_FLOAT_BYTES, self.buffers("cuda:0"))
 
     def kv_cache(self, device: str) -> int:
-        """Bytes per layer: a latent and a rotary key for each token of the context."""
-        return self.latent_values * _float_bytes(device)
+        """Bytes per layer, for each token of the context."""
+        return self.cache_values * _float_bytes(device)
 
     def buffers(self, device: str) -> int:
         return self.work_values * _float_bytes(device) + (0 if device == CPU else _CUDA_BYTES)
@@ -59,44 +60,26 @@ def _float_bytes(device: str) -> int:
     return _CPU_FLOAT_BYTES if device == CPU else _GPU_FLOAT_BYTES
 
 
-def _values_per_token(config: Any) -> int:
-    """Activations of one token that are alive at once in a layer, all counted, whatever could share its place.
-
-    The residual stream, its normed copy and the outputs of both halves of the layer; queries, queries in the space of
-    latents, what attention gives there and per head; both intermediates of the widest MLP.
-    """
-    nope, rope, latent = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
-    attention = config.num_attention_heads * ((nope + rope) + (latent + rope) + latent + config.v_head_dim)
-    active = config.moe_intermediate_size * (config.num_experts_per_tok + config.n_shared_experts)
-    widest = max(config.intermediate_size, active)
-    return int(4 * config.hidden_size + attention + 2 * widest)
-
-
-def gpu_bytes(slots: Iterable[TensorSlot], tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
+def gpu_bytes(
+    slots: Iterable[TensorSlot], tensors: Mapping[str, TensorInfo], float_on_gpu: Collection[str]
+) -> dict[str, int]:
     """Module path -> bytes of its tensors on a GPU."""
     sizes: dict[str, int] = {}
     for slot in slots:
         key = f"{slot.module}.{slot.role}"
-        sizes[slot.module] = sizes.get(slot.module, 0) + bytes_on_gpu(key, tensors[slot.gguf_name])
+        sizes[slot.module] = sizes.get(slot.module, 0) + bytes_on_gpu(key, tensors[slot.gguf_name], float_on_gpu)
     return sizes
 
 
-def bytes_on_gpu(key: str, info: TensorInfo) -> int:
-    """Bytes that the tensor with path ``key`` takes on a GPU: those of the file.
-
-    ``kv_b_proj`` alone becomes float16: absorbed attention multiplies with its halves per head and transposed, across
-    the direction of the blocks.
-    """
-    *_, module, role = key.split(".")
-    if module == _KV_B or role in _KV_B_HALVES:
-        return 2 * math.prod(info.shape)
-    return info.nbytes
+def bytes_on_gpu(key: str, info: TensorInfo, float_on_gpu: Collection[str]) -> int:
+    """Bytes that the tensor with path ``key`` takes on a GPU: those of the file, float16 in ``float_on_gpu``."""
+    return 2 * math.prod(info.shape) if key.split(".")[-2] in float_on_gpu else info.nbytes
 
 
 def plan_row(config: Any, assignment: Assignment, costs: Costs) -> PlanRow:
     entry = assignment.entry
     stored = {
-        key: _bytes_of(entry.op, entry.device, f"{entry.module}.{key}", info)
+        key: _bytes_of(entry.op, entry.device, f"{entry.module}.{key}", info, costs.float_on_gpu)
         for key, info in assignment.tensors.items()
     }
     nbytes = sum(stored.values())
@@ -113,10 +96,10 @@ def plan_row(config: Any, assignment: Assignment, costs: Costs) -> PlanRow:
     return PlanRow(entry.module, entry.op, entry.device, types, nbytes, int(read), entry.rule, parts)
 
 
-def _bytes_of(op: str, device: str, key: str, info: TensorInfo) -> int:
+def _bytes_of(op: str, device: str, key: str, info: TensorInfo, float_on_gpu: Collection[str]) -> int:
     if op == TORCH:  # norms and routers, F32 in every file, stay float32 on a GPU too
         return math.prod(info.shape) * (_CPU_FLOAT_BYTES if info.ggml_type.name == "F32" else _float_bytes(device))
-    return info.nbytes if device == CPU else bytes_on_gpu(key, info)
+    return info.nbytes if device == CPU else bytes_on_gpu(key, info, float_on_gpu)
 
 
 def _read_share(key: str, shape: Sequence[int], costs: Costs) -> float:
@@ -154,9 +137,9 @@ def device_uses(
     kv_caches = dict.fromkeys(hardware.capacities, 0)
     for assignment in assignments:
         entry = assignment.entry
-        # Where attention is in pieces, its cache lies where the latents are made.
-        latents = sum(f"{entry.module}.{key}".endswith(_LATENTS) for key in assignment.tensors)
-        kv_caches[entry.device] += latents * costs.kv_cache(entry.device)
+        # Where attention is in pieces, its cache lies where the keys are made.
+        layers = sum(f"{entry.module}.{key}".endswith(costs.keys_from) for key in assignment.tensors)
+        kv_caches[entry.device] += layers * costs.kv_cache(entry.device)
     uses = []
     for device, capacity in hardware.capacities.items():
         own = [row for row in rows if row.device == device]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers_kt.errors import RuleError, UnsupportedOperationError, UnsupportedTypeError
+from transformers_kt.families.registry import family_of
 from transformers_kt.planning.assignments import (
     ATTENTION_OP,
     Assignment,
@@ -28,7 +29,7 @@ from transformers_kt.rules import AUTO
 from transformers_kt.text import layer_number
 
 if TYPE_CHECKING:
-    from transformers_kt.families.tensors import TensorSlot
+    from transformers_kt.families.base import TensorSlot
     from transformers_kt.families.tree import ModelTree
     from transformers_kt.gguf.checkpoint import Checkpoint
     from transformers_kt.planning.assignments import Operations
@@ -118,10 +119,11 @@ def decide(
     Raises `RuleError`, `UnsupportedModelError` or `UnsupportedOperationError` where what is asked for cannot be. Reads
     no weights.
     """
+    family = family_of(request.config)
     device_map = _resolve_device_map(request, tree, machine.hardware, needs)
     plan = resolve_plan(tree, request.rules, operations, request.attention, device_map)
     _require_devices(plan, machine, by_map=device_map is not None)
-    assignments = tuple(assign_tensors(plan, tree, request.slots, request.checkpoint.tensors))
+    assignments = tuple(assign_tensors(plan, tree, family, request.slots, request.checkpoint.tensors))
     require_supported(tree, request.config, assignments, operations)
     return Decision(
         plan,
@@ -141,7 +143,7 @@ def _resolve_device_map(
     Raises `RuleError` if the map leaves out modules or names others, or a number is none that the model has layers for;
     `UnsupportedOperationError` where experts are to lie on GPUs that are not there.
     """
-    placement = request.placement
+    placement, family = request.placement, family_of(request.config)
     owners = [path for path, node in tree.modules() if node.owns_tensors]
     if isinstance(placement.device_map, Mapping):
         require_coverage(placement.device_map, (path for path, _ in tree.modules()), owners)
@@ -151,14 +153,14 @@ def _resolve_device_map(
     with_experts = (layer_number(slot.module) for slot in request.slots if slot.module.endswith(".experts"))
     moe_layers = sorted({layer for layer in with_experts if layer is not None})
     cpu_layers = cpu_expert_layers(
-        request.config.num_hidden_layers, moe_layers, placement.kt_cpu_layers, placement.kt_gpu_experts
+        family.dims(request.config).layers, moe_layers, placement.kt_cpu_layers, placement.kt_gpu_experts
     )
     if placement.kt_gpu_experts and not hardware.gpus:
         raise UnsupportedOperationError(
             f"kt_gpu_experts={placement.kt_gpu_experts} puts routed experts on GPUs, but there is none to use. Leave "
             "it out: everything is on the CPU then"
         )
-    stored = gpu_bytes(request.slots, request.checkpoint.tensors)
+    stored = gpu_bytes(request.slots, request.checkpoint.tensors, family.float_on_gpu)
     sizes = {owner: stored.get(owner, stored.get(f"model.{owner}", 0)) for owner in owners}
     return auto_device_map(sizes, hardware, needs, mode=placement.device_map or AUTO, cpu_layers=cpu_layers)
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import transformers_kt._C as _C
 from transformers_kt.errors import UnsupportedModelError, UnsupportedTypeError
-from transformers_kt.families.tree import TORCH_CLASSES, V2, V3, ModuleNode
+from transformers_kt.families.base import Limit
+from transformers_kt.families.registry import families, mla_of, stock_classes
+from transformers_kt.families.tree import TORCH_CLASSES, ModuleNode
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 
 KERNEL_TYPES: dict[int, str] = {number: name for name, number, _elements, _nbytes in _C.weight_types()}
 """ggml type number -> name, for every type that can be multiplied with."""
 
-_TOPK_METHODS = ("greedy", "group_limited_greedy")
 _STATIC_ROPE_TYPES = ("default", "linear", "yarn")
 
 Tensors = Mapping[str, TensorInfo]
@@ -30,23 +31,40 @@ def _nothing_more(tensors: Tensors, config: Any) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """``op`` is its name in rules, ``replaces`` the dotted names of the stock classes that it can stand for.
+    """``op`` is its name in rules, ``kind`` that name without its device. ``torch_classes`` are the dotted names of the
+    classes of torch.nn that it can stand for, beside those that families have for its kind.
 
     ``roles`` are paths, relative to the module, of every tensor that it can consume; of the matrices among them those
-    ``of_any_type`` need no kernel. ``limits`` say why a module of a config is none it can stand for, or None.
+    ``of_any_type`` need no kernel. ``limits`` say why a module of a config is none it can stand for, or None; families
+    have more of their own.
     ``more_bytes`` is what its weights take beyond what they take in the file.
     """
 
     op: str
-    replaces: tuple[str, ...]
     roles: frozenset[str]
+    torch_classes: tuple[str, ...] = ()
     of_any_type: frozenset[str] = frozenset()
-    limits: tuple[Callable[[ModuleNode, Any], str | None], ...] = ()
+    limits: tuple[Limit, ...] = ()
     more_bytes: Callable[[Tensors, Any], int] = _nothing_more
+
+    @property
+    def kind(self) -> str:
+        return self.op.removesuffix("_cpu")
+
+    @property
+    def replaces(self) -> tuple[str, ...]:
+        """The dotted names of the stock classes that it can stand for."""
+        return (*self.torch_classes, *stock_classes(self.kind))
 
     def require_supported(self, node: ModuleNode, config: Any, path: str) -> None:
         """Raise `UnsupportedModelError` where it cannot stand for the stock module ``node`` at ``path``."""
-        for limit in self.limits:
+        of_families = (
+            limit
+            for family in families()
+            if node.class_name in family.stock_classes.get(self.kind, ())
+            for limit in family.limits.get(self.kind, ())
+        )
+        for limit in (*self.limits, *of_families):
             if (reason := limit(node, config)) is not None:
                 raise UnsupportedModelError(f"{path}: {reason}")
 
@@ -93,23 +111,6 @@ def _other_activation(node: ModuleNode, config: Any) -> str | None:
     return f"hidden_act is {config.hidden_act!r}; only 'silu' is supported"
 
 
-def _other_routing(node: ModuleNode, config: Any) -> str | None:
-    method = getattr(config, "topk_method", None)
-    if not node.class_name.startswith(V2) or method in _TOPK_METHODS:
-        return None
-    return f"topk_method is {method!r}; supported: {', '.join(_TOPK_METHODS)}"
-
-
-def _attention_bias(node: ModuleNode, config: Any) -> str | None:
-    return "attention_bias is set; DeepSeek's GGUF layout has no biases" if config.attention_bias else None
-
-
-def _rope_in_halves(node: ModuleNode, config: Any) -> str | None:
-    if getattr(config, "rope_interleave", True):
-        return None
-    return "rope_interleave is off; GGUF files of DeepSeek are interleaved"
-
-
 def _bias(node: ModuleNode, config: Any) -> str | None:
     return "linear layers with a bias are not supported by linear_cpu" if "bias" in node.parameters else None
 
@@ -129,13 +130,9 @@ def _float_keys(tensors: Tensors, config: Any) -> int:
     tensor = tensors.get("kv_b_proj.weight")
     if tensor is None:
         return 0
-    nope, value = config.qk_nope_head_dim, config.v_head_dim
-    values = config.num_attention_heads * nope * config.kv_lora_rank
-    return int((4 if is_wide(tensor) else 2) * values - tensor.nbytes * nope // (nope + value))
-
-
-def _of_both(v2: str, v3: str | None = None) -> tuple[str, ...]:
-    return (f"{V2}DeepseekV2{v2}", f"{V3}DeepseekV3{v3 or v2}")
+    mla = mla_of(config)
+    values = mla.heads * mla.nope * mla.latent
+    return (4 if is_wide(tensor) else 2) * values - tensor.nbytes * mla.nope // (mla.nope + mla.value)
 
 
 def _weights(*modules: str) -> frozenset[str]:
@@ -150,30 +147,27 @@ OPERATIONS: Mapping[str, Operation] = {
     for operation in (
         Operation(
             "attention_cpu",
-            _of_both("Attention"),
             _weights("q_proj", "q_a_proj", "q_b_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
             | _weights("kv_b_proj", "o_proj")
             | {"kv_b_proj.k_b", "kv_b_proj.v_b"},
-            limits=(_attention_bias, _rope_in_halves),
             more_bytes=_float_keys,
         ),
         Operation(
             "moe_cpu",
-            _of_both("Moe", "MoE"),
             frozenset(f"experts.{part}" for part in _EXPERT_PARTS)
             | _weights("gate", *(f"shared_experts.{part}" for part in _MLP))
             | {"gate.e_score_correction_bias"},
             of_any_type=_weights("gate"),
-            limits=(_other_activation, _other_routing),
+            limits=(_other_activation,),
         ),
-        Operation("mlp_cpu", _of_both("MLP"), _weights(*_MLP), limits=(_other_activation,)),
-        Operation("experts_cpu", _of_both("Experts"), frozenset(_EXPERT_PARTS), limits=(_other_activation,)),
-        Operation("linear_cpu", (TORCH_CLASSES["Linear"],), frozenset({"weight", "k_b", "v_b"}), limits=(_bias,)),
+        Operation("mlp_cpu", _weights(*_MLP), limits=(_other_activation,)),
+        Operation("experts_cpu", frozenset(_EXPERT_PARTS), limits=(_other_activation,)),
+        Operation("linear_cpu", frozenset({"weight", "k_b", "v_b"}), (TORCH_CLASSES["Linear"],), limits=(_bias,)),
         Operation(
-            "embedding_cpu", (TORCH_CLASSES["Embedding"],), frozenset({"weight"}), of_any_type=frozenset({"weight"})
+            "embedding_cpu", frozenset({"weight"}), (TORCH_CLASSES["Embedding"],), of_any_type=frozenset({"weight"})
         ),
-        Operation("norm_cpu", _of_both("RMSNorm"), frozenset({"weight"})),
-        Operation("rotary_cpu", _of_both("RotaryEmbedding"), frozenset(), limits=(_dynamic_rope,)),
+        Operation("norm_cpu", frozenset({"weight"})),
+        Operation("rotary_cpu", frozenset(), limits=(_dynamic_rope,)),
     )
 }
 """Name -> operation, coarse before fine."""

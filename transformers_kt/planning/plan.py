@@ -1,7 +1,7 @@
 """``plan()``: what loading a model would do, from headers alone, on hardware that need not be there.
 
 Made without torch and transformers, which together take ten times as long and as much memory as everything else here;
-where `model_config` or `outlines` does not know the model, they are asked.
+where `plain_config` or the family's outline does not know the model, they are asked.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers_kt.errors import InputError
-from transformers_kt.families.deepseek.config import config_values
-from transformers_kt.families.outline import is_known_class, outline
+from transformers_kt.families.from_gguf import config_values
 from transformers_kt.families.plain_config import plain_config, read_config
+from transformers_kt.families.registry import dims_of, family_of
 from transformers_kt.families.tensors import check_tensors
 from transformers_kt.families.tree import ModelTree, tree_of
 from transformers_kt.planning.costs import PREFILL_TOKENS, Costs, device_uses, plan_row
@@ -73,7 +73,7 @@ def plan(
     config, tree = _model(request, checkpoint, without(hub, (*SOURCE_OPTIONS, *MOOT_OPTIONS)), rules)
     slots = check_tensors(checkpoint, config)
     speeds = read_bandwidths(bandwidth)
-    context = min(context, config.max_position_embeddings)
+    context = min(context, dims_of(config).context)
     costs = Costs(config, context)
     asked = ModelRequest(request.title, checkpoint, config, slots, rules, placement)
     machine = Machine(hardware, "there is", 'Name more with gpus= (--gpu), or pass device_map="cpu"')
@@ -98,9 +98,11 @@ def _model(
     if not options:  # else they are values of the config, which transformers knows
         facts = config_values(checkpoint) if request.folder is None else read_config(request.folder, request.hub)
         config = None if facts is None else plain_config(facts)
-        tree = None if config is None else outline(config)
-        if tree is not None and all(map(is_known_class, rules.class_names)):
-            return config, tree
+        outline = None if config is None else family_of(config).outline
+        if outline is not None and all(map(outline.knows_class, rules.class_names)):
+            tree = outline.tree(config)
+            if tree is not None:
+                return config, tree
     from transformers_kt.planning import stock_model
 
     real_config, unknown = stock_model.resolved_config(request, None, options, checkpoint)

@@ -8,19 +8,17 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Config, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from transformers_kt.errors import UnsupportedModelError
-from transformers_kt.families.deepseek.config import config_from_gguf
+from transformers_kt.families.from_gguf import config_from_gguf
+from transformers_kt.families.registry import families, family_of_type
 from transformers_kt.planning.request import MOOT_OPTIONS, Request
 
 if TYPE_CHECKING:
     from transformers_kt.gguf.checkpoint import Checkpoint
 
-_CONFIG_CLASSES = {cls.model_type: cls for cls in (DeepseekV2Config, DeepseekV3Config)}
 
-
-def skeleton(config: DeepseekV2Config | DeepseekV3Config) -> PreTrainedModel:
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The stock causal language model of ``config`` on the meta device."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
@@ -29,7 +27,7 @@ def skeleton(config: DeepseekV2Config | DeepseekV3Config) -> PreTrainedModel:
 
 def resolved_config(
     request: Request, given: Any, options: Mapping[str, Any], checkpoint: Checkpoint | None = None
-) -> tuple[DeepseekV2Config | DeepseekV3Config, dict[str, Any]]:
+) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """The config, with those ``options`` applied that name its attributes, and the other options."""
     options = {key: value for key, value in options.items() if key not in MOOT_OPTIONS}
     folder = request.folder
@@ -43,7 +41,7 @@ def resolved_config(
         config = _config_from_dict(facts, folder)
     else:
         config = config_from_gguf(request.open() if checkpoint is None else checkpoint)
-    # DeepSeek's config.json says fp8, which is how the weights lie in its safetensors.
+    # How the weights lie in the safetensors of the folder, such as fp8, is of no concern to a GGUF.
     vars(config).pop("quantization_config", None)
     rest = {}
     for key, value in options.items():
@@ -57,14 +55,12 @@ def resolved_config(
 
 def _is_foreign(config: PreTrainedConfig) -> bool:
     """Whether the config's class came with the model, as remote code, and is not transformers' own."""
-    return type(config) not in _CONFIG_CLASSES.values()
+    known = (model_type for family in families() for model_type in family.model_types)
+    return type(config) not in [CONFIG_MAPPING[model_type] for model_type in known if model_type in CONFIG_MAPPING]
 
 
-def _config_from_dict(facts: Mapping[str, Any], where: str) -> DeepseekV2Config | DeepseekV3Config:
+def _config_from_dict(facts: Mapping[str, Any], where: str) -> PreTrainedConfig:
     model_type = facts.get("model_type")
-    if model_type not in _CONFIG_CLASSES:
-        raise UnsupportedModelError(
-            f"{where}: the config's model_type is {model_type!r}; {' and '.join(_CONFIG_CLASSES)} are accepted"
-        )
-    config: DeepseekV2Config | DeepseekV3Config = _CONFIG_CLASSES[model_type].from_dict(dict(facts))
+    family_of_type(model_type, where)
+    config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(dict(facts))
     return config

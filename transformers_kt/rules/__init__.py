@@ -62,7 +62,7 @@ _MOST_RULES = 10_000
 def load_rules(kt_rules: KtRules, operations: Collection[str], variables: Mapping[str, int] | None = None) -> RuleList:
     """Validated rules from what a user passes as ``kt_rules``.
 
-    That is "auto"; a YAML path or bundled name, with variables behind it or not ("deepseek-v3?gpus=4"); or what such a
+    That is "auto"; a YAML path or bundled name, with variables behind it or not ("my-rules?gpus=4"); or what such a
     file would hold, as a list or mapping. ``variables`` go before those in the name.
 
     Raises `RuleError`, naming file, rule number and line, if the file is not there or anything in it is not understood.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from transformers_kt.errors import RuleError
-from transformers_kt.families.tree import V2, V3
+from transformers_kt.families.deepseek.outline import V2, V3
 from transformers_kt.rules.checks import require_keys
 from transformers_kt.rules.devices import CPU, DEVICES_ACCEPTED, parse_device
 from transformers_kt.text import brief, nearest

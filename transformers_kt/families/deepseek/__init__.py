@@ -1,0 +1,69 @@
+"""DeepSeek V2, V3, R1 and models built like them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers_kt.families.base import Family
+from transformers_kt.families.deepseek.config import PLAIN, config_values, dims, mla, router
+from transformers_kt.families.deepseek.outline import OUTLINE, V2, V3
+from transformers_kt.families.deepseek.tensors import CORRECTION_BIAS, KEYS, KV_B, MERGES, UNREAD, layer_rows, sizes
+from transformers_kt.families.deepseek.tokenizers import TOKENIZERS
+from transformers_kt.families.tree import ModuleNode
+
+_TOPK_METHODS = ("greedy", "group_limited_greedy")
+
+
+def _attention_bias(node: ModuleNode, config: Any) -> str | None:
+    return "attention_bias is set; DeepSeek's GGUF layout has no biases" if config.attention_bias else None
+
+
+def _rope_in_halves(node: ModuleNode, config: Any) -> str | None:
+    if getattr(config, "rope_interleave", True):
+        return None
+    return "rope_interleave is off; GGUF files of DeepSeek are interleaved"
+
+
+def _other_routing(node: ModuleNode, config: Any) -> str | None:
+    method = getattr(config, "topk_method", None)
+    if not node.class_name.startswith(V2) or method in _TOPK_METHODS:
+        return None
+    return f"topk_method is {method!r}; supported: {', '.join(_TOPK_METHODS)}"
+
+
+def _of_both(v2: str, v3: str | None = None) -> tuple[str, ...]:
+    return (f"{V2}DeepseekV2{v2}", f"{V3}DeepseekV3{v3 or v2}")
+
+
+DEEPSEEK = Family(
+    name="deepseek",
+    about="DeepSeek V2, V3, R1 and models built like them",
+    architectures=("deepseek2",),
+    model_types=("deepseek_v2", "deepseek_v3"),
+    dims=dims,
+    mla=mla,
+    router=router,
+    sizes=sizes,
+    layer_rows=layer_rows,
+    unread=UNREAD,
+    merges=MERGES,
+    zero_where_absent=(CORRECTION_BIAS,),
+    keys_from=f"{KEYS}.weight",
+    # Absorbed attention multiplies with its halves per head and transposed, across the direction of the blocks.
+    float_on_gpu=(KV_B,),
+    config_values=config_values,
+    stock_classes={
+        "attention": _of_both("Attention"),
+        "moe": _of_both("Moe", "MoE"),
+        "mlp": _of_both("MLP"),
+        "experts": _of_both("Experts"),
+        "norm": _of_both("RMSNorm"),
+        "rotary": _of_both("RotaryEmbedding"),
+        "decoder_layer": _of_both("DecoderLayer"),
+        "base_model": _of_both("Model"),
+    },
+    limits={"attention": (_attention_bias, _rope_in_halves), "moe": (_other_routing,)},
+    tokenizers=TOKENIZERS,
+    plain=PLAIN,
+    outline=OUTLINE,
+)

@@ -1,4 +1,4 @@
-"""transformers' config of a DeepSeek model from GGUF metadata alone.
+"""The sizes of a DeepSeek model, and its config from GGUF metadata alone.
 
 What the keys mean follows from the converter that writes them and has changed twice: since 2025-04 the plain
 ``attention.key_length`` and ``value_length`` describe the latent attention (kv_lora_rank + rope, kv_lora_rank) with
@@ -8,29 +8,14 @@ stated since 2025-10 only.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from transformers_kt.errors import GgufFormatError, UnsupportedModelError
-from transformers_kt.gguf.checkpoint import Checkpoint
-from transformers_kt.gguf.facts import NO_TOKEN
-from transformers_kt.gguf.reader import GgufFile, StringArray, TensorInfo
-
-if TYPE_CHECKING:
-    from transformers import DeepseekV2Config, DeepseekV3Config, GenerationConfig
-
-ARCHITECTURES = ("deepseek2",)
+from transformers_kt.errors import UnsupportedModelError
+from transformers_kt.families.base import Dims, MlaDims, PlainConfigs, Router
+from transformers_kt.gguf.facts import MOST_CONTEXT, MOST_LAYERS, MOST_WIDTH, Facts
 
 _SOFTMAX, _SIGMOID = 1, 2  # values of expert_gating_func
-
-# Far above any model, far below where a product of two would trouble anyone.
-_MOST_WIDTH = 1 << 20
-_MOST_LAYERS = 1 << 12
-_MOST_VOCAB = 1 << 24
-_MOST_CONTEXT = 1 << 31
 
 
 class _Routing(NamedTuple):
@@ -56,173 +41,209 @@ _NEUTRAL_VALUES = {
 }
 
 
-def config_from_gguf(
-    source: Checkpoint | GgufFile | Mapping[str, Any],
-) -> DeepseekV2Config | DeepseekV3Config:
-    """The config of the model in ``source``. Metadata alone will do; with tensors, doubts are settled by them.
-
-    Sigmoid routing makes a `DeepseekV3Config`, softmax routing a `DeepseekV2Config`: that is what the two model classes
-    compute, whatever the model was called.
-
-    Raises `UnsupportedModelError` for another architecture or a feature those classes lack, `GgufFormatError` for
-    metadata that is missing or makes no sense.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import DeepseekV2Config, DeepseekV3Config
-
-    values = config_values(source)
-    config_class = {cls.model_type: cls for cls in (DeepseekV2Config, DeepseekV3Config)}[values.pop("model_type")]
-    try:
-        return config_class(**values)
-    except StrictDataclassError as error:
-        raise GgufFormatError(f"{_Facts(source).name}: the metadata makes no valid config: {error}") from error
+# ---- Sizes of a config -----------------------------------------------------------------------------------------------
 
 
-def config_values(source: Checkpoint | GgufFile | Mapping[str, Any]) -> dict[str, Any]:
-    """What `config_from_gguf` states, as a config.json would have it, without transformers. Raises as that does, but
-    not for what transformers alone refuses."""
-    facts = _Facts(source)
-    hidden_size = facts.integer("embedding_length", most=_MOST_WIDTH)
-    heads = facts.integer("attention.head_count", most=_MOST_WIDTH)
-    rope_dim = facts.integer("rope.dimension_count", most=_MOST_WIDTH)
-    key_dim, value_dim = _head_dims(facts, heads, rope_dim)
-    layers = _layer_count(facts)
-    gating = _gating(facts)
-    experts = facts.integer("expert_count", most=_MOST_WIDTH)
-    experts_per_token = facts.integer("expert_used_count", most=experts)
-    n_group, topk_group = _groups(facts, _Routing(gating, hidden_size, experts, experts_per_token))
-    context_length = facts.integer("context_length", most=_MOST_CONTEXT)
-    for key, neutral in _NEUTRAL_VALUES.items():
-        if (found := facts.number(key, default=neutral)) != neutral:
-            raise facts.unsupported(key, found, f"{neutral}, or no such key")
+def dims(config: Any) -> Dims:
+    if config.num_experts_per_tok is None:  # the default of V2's config class
+        raise UnsupportedModelError(
+            "the config has no num_experts_per_tok; state how many experts compute a token, as the config.json of the "
+            "model does"
+        )
+    nope, rope, latent, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank, config.v_head_dim
+    # The residual stream, its normed copy and the outputs of both halves of the layer; queries, queries in the space of
+    # latents, what attention gives there and per head; both intermediates of the widest MLP.
+    attention = config.num_attention_heads * ((nope + rope) + (latent + rope) + latent + (value or 0))
+    active = config.moe_intermediate_size * (config.num_experts_per_tok + config.n_shared_experts)
+    widest = max(config.intermediate_size, active)
+    return Dims(
+        layers=config.num_hidden_layers,
+        vocab=config.vocab_size,
+        context=config.max_position_embeddings,
+        experts=config.n_routed_experts,
+        top_k=config.num_experts_per_tok,
+        cache_values=latent + rope,  # a latent and a rotary key
+        work_values=4 * config.hidden_size + attention + 2 * widest,
+    )
 
-    common: dict[str, Any] = {
-        "vocab_size": _vocab_size(facts),
-        "hidden_size": hidden_size,
-        "intermediate_size": facts.integer("feed_forward_length", most=_MOST_WIDTH),
-        "moe_intermediate_size": facts.integer("expert_feed_forward_length", most=_MOST_WIDTH),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        # The files state 1 (latent attention seen as multi-query) or the head count; transformers wants the latter.
-        "num_key_value_heads": heads,
-        "n_shared_experts": facts.integer("expert_shared_count", most=_MOST_WIDTH),
-        "n_routed_experts": experts,
-        "num_experts_per_tok": experts_per_token,
-        "n_group": n_group,
-        "topk_group": topk_group,
-        "routed_scaling_factor": facts.number("expert_weights_scale", default=1.0, above=0.0),
-        "kv_lora_rank": facts.integer("attention.kv_lora_rank", most=_MOST_WIDTH),
-        "q_lora_rank": _q_lora_rank(facts),
-        "qk_rope_head_dim": rope_dim,
-        "qk_nope_head_dim": key_dim - rope_dim,
-        "v_head_dim": value_dim,
-        "first_k_dense_replace": facts.integer("leading_dense_block_count", least=0, most=layers, default=0),
-        "max_position_embeddings": context_length,
-        "rms_norm_eps": facts.number("attention.layer_norm_rms_epsilon", above=0.0),
-        "rope_parameters": _rope_parameters(facts, context_length),
+
+def mla(config: Any) -> MlaDims:
+    return MlaDims(
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        nope=config.qk_nope_head_dim,
+        rope=config.qk_rope_head_dim,
+        value=config.v_head_dim,
+        latent=config.kv_lora_rank,
+    )
+
+
+def router(config: Any) -> Router:
+    is_v3 = config.model_type == "deepseek_v3"
+    is_limited = is_v3 or config.topk_method == "group_limited_greedy"
+    return Router(
+        sigmoid=is_v3,
+        groups=config.n_group if is_limited else 1,
+        top_groups=config.topk_group if is_limited else 1,
+        top_k=config.num_experts_per_tok,
+        # transformers' DeepseekV2TopkRouter has no normalization, whatever norm_topk_prob says.
+        normalize=is_v3 and bool(config.norm_topk_prob),
+        scale=config.routed_scaling_factor,
+    )
+
+
+# ---- Configs read without transformers -------------------------------------------------------------------------------
+
+_COMMON: dict[str, Any] = {
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "deepseek_v2": {
+        **_COMMON,
+        "first_k_dense_replace": 0,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "mlp_bias": False,
+        "moe_intermediate_size": 1407,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_attention_heads": 32,
+        "num_experts_per_tok": None,
+        "num_hidden_layers": 32,
+        "topk_method": "greedy",
+        "vocab_size": 102400,
+    },
+    "deepseek_v3": {
+        **_COMMON,
+        "first_k_dense_replace": 3,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "max_position_embeddings": 4096,
+        "moe_intermediate_size": 2048,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_attention_heads": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 61,
+        "rope_interleave": True,
+        "vocab_size": 129280,
+    },
+}
+
+
+def _is_refused(model_type: str, values: Mapping[str, Any]) -> bool:
+    """As by transformers."""
+    return model_type == "deepseek_v2" and values["hidden_size"] % (values["num_attention_heads"] or 1) != 0
+
+
+PLAIN = PlainConfigs(
+    _DEFAULTS,
+    may_be_none=("q_lora_rank",),
+    other_names=("num_experts", "num_local_experts"),
+    refused=_is_refused,
+)
+
+# ---- Metadata of a GGUF ----------------------------------------------------------------------------------------------
+
+
+def config_values(facts: Facts) -> dict[str, Any]:
+    """The content of a config.json. Sigmoid routing makes a "deepseek_v3", softmax routing a "deepseek_v2": that is
+    what the two model classes compute, whatever the model was called."""
+    facts.require_neutral(_NEUTRAL_VALUES)
+    routing = _routing(facts)
+    return {
+        **_model_type(facts, routing),
+        **_sizes(facts),
+        **_experts(facts, routing),
+        **_attention(facts),
         "tie_word_embeddings": facts.tensors is not None and "output.weight" not in facts.tensors,
-        "attention_bias": False,
-        **_token_ids(facts),
+        **facts.token_ids(),
     }
+
+
+def _model_type(facts: Facts, routing: _Routing) -> dict[str, Any]:
     normalized = facts.boolean("expert_weights_norm", default=False)
-    if gating == _SIGMOID:
+    if routing.gating == _SIGMOID:
         return {
             "model_type": "deepseek_v3",
             "architectures": ["DeepseekV3ForCausalLM"],
             "norm_topk_prob": normalized,
             "rope_interleave": True,
             "num_mtp_layers": 0,  # the class default is 1, and the prediction layers are not loaded
-            **common,
         }
     if normalized:
         # transformers' V2 router has no such step and would silently leave it out.
         raise facts.unsupported("expert_weights_norm", True, "false, with softmax routing")
+    n_group, _ = _groups(facts, routing)
     return {
         "model_type": "deepseek_v2",
         "architectures": ["DeepseekV2ForCausalLM"],
         "norm_topk_prob": False,
         "topk_method": "greedy" if n_group == 1 else "group_limited_greedy",
-        **common,
     }
 
 
-def generation_config_from_gguf(source: Checkpoint | GgufFile | Mapping[str, Any]) -> GenerationConfig:
-    """The token ids that start, end and pad generation. Every id that ends a turn is an end."""
-    from transformers import GenerationConfig
-
-    return GenerationConfig(**_token_ids(_Facts(source)))
-
-
-class _Facts:
-    """The metadata below one architecture's prefix, each value checked for its type and range."""
-
-    def __init__(self, source: Checkpoint | GgufFile | Mapping[str, Any]) -> None:
-        self.tensors: Mapping[str, TensorInfo] | None = None
-        self.name = "the GGUF metadata"
-        if isinstance(source, (Checkpoint, GgufFile)):
-            self.metadata: Mapping[str, Any] = source.metadata
-            self.tensors = source.tensors
-            self.name = str(source.path)
-        else:
-            self.metadata = source
-        architecture = self.metadata.get("general.architecture")
-        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-            raise UnsupportedModelError(
-                f"{self.name}: general.architecture is {architecture!r}; {', '.join(ARCHITECTURES)} (DeepSeek V2, V3, "
-                "R1 and models built like them) is accepted"
-            )
-        self.prefix = f"{architecture}."
-
-    def integer(self, key: str, *, least: int = 1, most: int, default: int | None = None) -> int:
-        value = self._value(key, default)
-        if type(value) is not int or not least <= value <= most:
-            raise self.nonsense(key, value, f"a whole number from {least} to {most}")
-        return value
-
-    def number(self, key: str, *, default: float | None = None, above: float = -math.inf) -> float:
-        value = self._value(key, default)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= above:
-            raise self.nonsense(key, value, "a finite number" + (f" above {above}" if math.isfinite(above) else ""))
-        return _shortest(value)
-
-    def boolean(self, key: str, *, default: bool) -> bool:
-        value = self._value(key, default)
-        if type(value) is not bool:
-            raise self.nonsense(key, value, "true or false")
-        return value
-
-    def token_id(self, which: str) -> int | None:
-        key = f"tokenizer.ggml.{which}_token_id"
-        value = self.metadata.get(key, -1)
-        if type(value) is not int or not (0 <= value < _MOST_VOCAB or value in NO_TOKEN):
-            raise GgufFormatError(f"{self.name}: {key} is {value!r}; a token id is accepted")
-        return None if value in NO_TOKEN else value
-
-    def has(self, key: str) -> bool:
-        return self.prefix + key in self.metadata
-
-    def nonsense(self, key: str, found: object, accepted: str) -> GgufFormatError:
-        if found is None:
-            return GgufFormatError(f"{self.name}: {self.prefix}{key} is missing; {accepted} is expected")
-        return GgufFormatError(f"{self.name}: {self.prefix}{key} is {found!r}; {accepted} is accepted")
-
-    def unsupported(self, key: str, found: object, accepted: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"{self.name}: {self.prefix}{key} is {found!r}; {accepted} is accepted")
-
-    def _value(self, key: str, default: float | None) -> Any:
-        return self.metadata.get(self.prefix + key, default)
+def _sizes(facts: Facts) -> dict[str, Any]:
+    layers = _layer_count(facts)
+    context_length = facts.integer("context_length", most=MOST_CONTEXT)
+    return {
+        "vocab_size": facts.vocab_size(),
+        "hidden_size": facts.integer("embedding_length", most=MOST_WIDTH),
+        "intermediate_size": facts.integer("feed_forward_length", most=MOST_WIDTH),
+        "num_hidden_layers": layers,
+        "first_k_dense_replace": facts.integer("leading_dense_block_count", least=0, most=layers, default=0),
+        "max_position_embeddings": context_length,
+        "rope_parameters": _rope_parameters(facts, context_length),
+        "rms_norm_eps": facts.number("attention.layer_norm_rms_epsilon", above=0.0),
+    }
 
 
-def _shortest(value: float) -> float:
-    """The decimal that was meant: files hold 32-bit floats, where 1e-06 reads as 9.999999974752427e-07."""
-    with np.errstate(over="ignore"):
-        narrow = np.float32(value)
-    return float(str(narrow)) if float(narrow) == value else float(value)
+def _experts(facts: Facts, routing: _Routing) -> dict[str, Any]:
+    n_group, topk_group = _groups(facts, routing)
+    return {
+        "moe_intermediate_size": facts.integer("expert_feed_forward_length", most=MOST_WIDTH),
+        "n_shared_experts": facts.integer("expert_shared_count", most=MOST_WIDTH),
+        "n_routed_experts": routing.experts,
+        "num_experts_per_tok": routing.experts_per_token,
+        "n_group": n_group,
+        "topk_group": topk_group,
+        "routed_scaling_factor": facts.number("expert_weights_scale", default=1.0, above=0.0),
+    }
 
 
-def _layer_count(facts: _Facts) -> int:
+def _attention(facts: Facts) -> dict[str, Any]:
+    heads = facts.integer("attention.head_count", most=MOST_WIDTH)
+    rope_dim = facts.integer("rope.dimension_count", most=MOST_WIDTH)
+    key_dim, value_dim = _head_dims(facts, heads, rope_dim)
+    return {
+        "num_attention_heads": heads,
+        # The files state 1 (latent attention seen as multi-query) or the head count; transformers wants the latter.
+        "num_key_value_heads": heads,
+        "kv_lora_rank": facts.integer("attention.kv_lora_rank", most=MOST_WIDTH),
+        "q_lora_rank": _q_lora_rank(facts),
+        "qk_rope_head_dim": rope_dim,
+        "qk_nope_head_dim": key_dim - rope_dim,
+        "v_head_dim": value_dim,
+        "attention_bias": False,
+    }
+
+
+def _routing(facts: Facts) -> _Routing:
+    hidden_size = facts.integer("embedding_length", most=MOST_WIDTH)
+    experts = facts.integer("expert_count", most=MOST_WIDTH)
+    return _Routing(_gating(facts), hidden_size, experts, facts.integer("expert_used_count", most=experts))
+
+
+def _layer_count(facts: Facts) -> int:
     """Decoder layers, without those for multi-token prediction, which files count, drop or leave uncounted."""
-    stated = facts.integer("block_count", most=_MOST_LAYERS)
+    stated = facts.integer("block_count", most=MOST_LAYERS)
     prediction = facts.integer("nextn_predict_layers", least=0, most=stated - 1, default=0)
     if facts.tensors is None:
         return stated - prediction
@@ -234,23 +255,23 @@ def _layer_count(facts: _Facts) -> int:
     return layers
 
 
-def _head_dims(facts: _Facts, heads: int, rope_dim: int) -> tuple[int, int]:
+def _head_dims(facts: Facts, heads: int, rope_dim: int) -> tuple[int, int]:
     """(key width with rope, value width) of one decompressed head."""
     kv_heads = facts.integer("attention.head_count_kv", most=heads, default=heads)
     if kv_heads not in (1, heads):
         raise facts.unsupported("attention.head_count_kv", kv_heads, f"1 or {heads}")
     suffix = "_mla" if facts.has("attention.key_length_mla") else ""
-    key_dim = facts.integer(f"attention.key_length{suffix}", least=rope_dim + 1, most=_MOST_WIDTH)
-    return key_dim, facts.integer(f"attention.value_length{suffix}", most=_MOST_WIDTH)
+    key_dim = facts.integer(f"attention.key_length{suffix}", least=rope_dim + 1, most=MOST_WIDTH)
+    return key_dim, facts.integer(f"attention.value_length{suffix}", most=MOST_WIDTH)
 
 
-def _q_lora_rank(facts: _Facts) -> int | None:
+def _q_lora_rank(facts: Facts) -> int | None:
     if facts.tensors is not None and "blk.0.attn_q.weight" in facts.tensors:
         return None
-    return facts.integer("attention.q_lora_rank", least=0, most=_MOST_WIDTH, default=0) or None
+    return facts.integer("attention.q_lora_rank", least=0, most=MOST_WIDTH, default=0) or None
 
 
-def _gating(facts: _Facts) -> int:
+def _gating(facts: Facts) -> int:
     # Files of V2 and of some sigmoid-routed models lack the key; only the latter have the correction bias.
     has_bias = any(name.endswith(".exp_probs_b.bias") for name in facts.tensors or ())
     gating = facts.integer("expert_gating_func", least=0, most=255, default=0) or (_SIGMOID if has_bias else _SOFTMAX)
@@ -259,7 +280,7 @@ def _gating(facts: _Facts) -> int:
     return gating
 
 
-def _groups(facts: _Facts, routing: _Routing) -> tuple[int, int]:
+def _groups(facts: Facts, routing: _Routing) -> tuple[int, int]:
     """(n_group, topk_group): 1, 1 where routing is not limited to groups."""
     if facts.has("expert_group_count"):
         n_group = facts.integer("expert_group_count", least=0, most=routing.experts) or 1
@@ -280,7 +301,7 @@ def _groups(facts: _Facts, routing: _Routing) -> tuple[int, int]:
     return n_group, topk_group
 
 
-def _rope_parameters(facts: _Facts, context_length: int) -> dict[str, Any]:
+def _rope_parameters(facts: Facts, context_length: int) -> dict[str, Any]:
     theta = facts.number("rope.freq_base", default=10000.0, above=0.0)
     factor = facts.number("rope.scaling.factor", default=1.0, above=0.0)
     kind = facts.metadata.get(facts.prefix + "rope.scaling.type", "none")
@@ -297,7 +318,7 @@ def _rope_parameters(facts: _Facts, context_length: int) -> dict[str, Any]:
         "rope_theta": theta,
         "factor": factor,
         "original_max_position_embeddings": facts.integer(
-            "rope.scaling.original_context_length", most=_MOST_CONTEXT, default=context_length
+            "rope.scaling.original_context_length", most=MOST_CONTEXT, default=context_length
         ),
         "beta_fast": facts.number("rope.scaling.yarn_beta_fast", default=32.0, above=0.0),
         "beta_slow": facts.number("rope.scaling.yarn_beta_slow", default=1.0, above=0.0),
@@ -309,24 +330,3 @@ def _rope_parameters(facts: _Facts, context_length: int) -> dict[str, Any]:
     if mscale_all_dim:
         parameters |= {"mscale": mscale_all_dim, "mscale_all_dim": mscale_all_dim}
     return parameters
-
-
-def _vocab_size(facts: _Facts) -> int:
-    if facts.tensors is not None and "token_embd.weight" in facts.tensors:
-        return facts.tensors["token_embd.weight"].shape[0]
-    if facts.has("vocab_size"):
-        return facts.integer("vocab_size", most=_MOST_VOCAB)
-    tokens = facts.metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, (StringArray, list)):
-        raise facts.nonsense("vocab_size", None, "that key, tokenizer.ggml.tokens or the tensor token_embd.weight")
-    return len(tokens)
-
-
-def _token_ids(facts: _Facts) -> dict[str, Any]:
-    ends = [facts.token_id(which) for which in ("eos", "eot", "eom")]
-    distinct = list(dict.fromkeys(token for token in ends if token is not None))
-    return {
-        "bos_token_id": facts.token_id("bos"),
-        "eos_token_id": distinct[0] if len(distinct) == 1 else distinct or None,
-        "pad_token_id": facts.token_id("padding"),
-    }

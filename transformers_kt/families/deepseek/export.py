@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from transformers_kt.errors import UnsupportedModelError
-from transformers_kt.families.tensors import TensorSlot, tensor_slots
+from transformers_kt.families.base import TensorSlot
+from transformers_kt.families.tensors import tensor_slots
 
 if TYPE_CHECKING:
     import torch

@@ -16,21 +16,19 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Model
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Model
 
 import transformers_kt._C as _C
 from transformers_kt.backends import cpu
 from transformers_kt.backends import schemas as ops
+from transformers_kt.families.registry import stock_classes
+from transformers_kt.families.tree import dotted
 from transformers_kt.modules.embedding import KtEmbedding
-from transformers_kt.modules.fused.cache_argument import CACHE_ARGUMENT
+from transformers_kt.modules.fused.cache_argument import CACHE_ARGUMENT, require_cache_argument
 from transformers_kt.modules.fused.decoder_layer import Shortcut, is_joined, subclass_in_front
 from transformers_kt.modules.fused.latent_cache import GrowingLayers, growing_layers
 from transformers_kt.modules.mla import ranges_mask, visible_keys
 from transformers_kt.modules.norm import KtRMSNorm
 from transformers_kt.modules.rotary import KtRotaryEmbedding
-
-_BASE_MODELS = (DeepseekV2Model, DeepseekV3Model)
 
 # Tokens of a sequence that go through all layers in one call; a longer one can be stopped between layers.
 _FEW_TOKENS = 32
@@ -186,7 +184,10 @@ def _visible(
 
 def join_base_models(model: nn.Module) -> None:
     """Let the base models in the loaded ``model`` that are all ours compute few tokens without torch."""
+    stock = stock_classes("base_model")
+    module: Any
     for module in model.modules():
-        if isinstance(module, _BASE_MODELS) and _is_ours(module):
+        if any(dotted(cls) in stock for cls in type(module).__mro__) and _is_ours(module):
+            require_cache_argument(type(model))  # which hands it on
             module.__class__ = subclass_in_front(_WithoutTorch, type(module))
             module._packed_model = None

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import transformers
-from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
-from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from transformers_kt.errors import UnsupportedModelError
 
@@ -26,15 +25,16 @@ def cache_argument(forwards: Iterable[Callable[..., Any]]) -> str:
         if all(name in taken for taken in parameters):
             return name
     raise UnsupportedModelError(
-        f"transformers {transformers.__version__} gives its DeepSeek models their cache under a name that this "
-        "transformers_kt does not know; 5.23 and 5.24 are tested: pip install 'transformers>=5.23,<5.25'"
+        f"transformers {transformers.__version__} gives models their cache under a name that this transformers_kt does "
+        "not know; 5.23 and 5.24 are tested: pip install 'transformers>=5.23,<5.25'"
     )
 
 
-CACHE_ARGUMENT = cache_argument(
-    cls.forward
-    for cls in (
-        *(v2.DeepseekV2Attention, v2.DeepseekV2DecoderLayer, v2.DeepseekV2Model, v2.DeepseekV2ForCausalLM),
-        *(v3.DeepseekV3Attention, v3.DeepseekV3DecoderLayer, v3.DeepseekV3Model, v3.DeepseekV3ForCausalLM),
-    )
-)
+CACHE_ARGUMENT = cache_argument([MoeModelOutputWithPast])
+"""The name in the installed release."""
+
+
+def require_cache_argument(stock: type) -> None:
+    """Raise UnsupportedModelError unless the class ``stock`` of transformers takes its cache under that name."""
+    forward: Callable[..., Any] = stock.forward  # type: ignore[attr-defined]
+    cache_argument([MoeModelOutputWithPast, forward])

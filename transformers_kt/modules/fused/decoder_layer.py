@@ -14,21 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2DecoderLayer
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer
 from transformers.utils import output_capturing
 
 import transformers_kt._C as _C
 from transformers_kt.backends import schemas as ops
+from transformers_kt.families.registry import stock_classes
+from transformers_kt.families.tree import dotted
 from transformers_kt.modules.base import Handle, as_float32
 from transformers_kt.modules.experts import KtMlp, KtMoe
-from transformers_kt.modules.fused.cache_argument import CACHE_ARGUMENT
+from transformers_kt.modules.fused.cache_argument import CACHE_ARGUMENT, require_cache_argument
 from transformers_kt.modules.fused.latent_cache import growing_layer
 from transformers_kt.modules.mla import KtMlaAttention
 from transformers_kt.modules.norm import KtRMSNorm
 from transformers_kt.modules.rotary import as_rope_table
-
-_LAYERS = (DeepseekV2DecoderLayer, DeepseekV3DecoderLayer)
 
 
 @dataclass(frozen=True)
@@ -141,6 +139,7 @@ _JOINED_CLASSES: dict[type[nn.Module], Any] = {}
 def subclass_in_front(ours: type, stock: type[nn.Module]) -> Any:
     """`stock` with the methods of `ours` before its own, under its own name."""
     if stock not in _JOINED_CLASSES:
+        require_cache_argument(stock)
         names = {key: getattr(stock, key) for key in ("__module__", "__qualname__", "__doc__")}
         _JOINED_CLASSES[stock] = type(stock.__name__, (ours, stock), names)
     return _JOINED_CLASSES[stock]
@@ -153,8 +152,9 @@ def is_joined(module: nn.Module) -> bool:
 
 def join_decoder_layers(model: nn.Module) -> None:
     """Let the decoder layers of the loaded ``model`` whose parts are all ours compute them in one go."""
+    stock = stock_classes("decoder_layer")
     for module in model.modules():
-        if type(module) in _LAYERS:
+        if dotted(type(module)) in stock:
             _join(module)
 
 

@@ -17,7 +17,7 @@ _SMALLEST = 256
 class LatentCacheLayer(DynamicLayer):  # type: ignore[misc]
     """``DynamicLayer`` with room to grow: (batch, heads, tokens, width) views of longer buffers.
 
-    The stock layer concatenates: at 4,096 tokens of V2-Lite it copies 255 MB for every token, with torch's threads,
+    The stock layer concatenates: at 4,096 tokens and 27 layers it copies 255 MB for every token, with torch's threads,
     which spin on for milliseconds and hold up ours. Cropping keeps the buffer, so a view taken before a crop sees what
     is appended after it; ``copy.deepcopy`` of a cache is independent as ever.
     """

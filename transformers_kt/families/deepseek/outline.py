@@ -1,0 +1,93 @@
+"""The trees of transformers' DeepSeek models."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+from transformers_kt.families.outline import EMBEDDING, GENERATION, LAYER, LINEAR, MODEL, MODULE, SILU, Outline
+from transformers_kt.families.tree import TORCH_CLASSES, ModelTree, ModuleNode
+
+V2 = "transformers.models.deepseek_v2.modeling_deepseek_v2."
+V3 = "transformers.models.deepseek_v3.modeling_deepseek_v3."
+"""What the dotted names of transformers' DeepSeek classes begin with."""
+
+SEEN = {
+    "deepseek_v2": (
+        "ba403d9aa84ec0fddb301887c22a77fd8f11a6c4e19fef3e3e67d8ac94b4b4e3",  # 5.23
+        "d15ff3e1700771a9bd8565b281c7416e8e698e9209b1007b8ce6c3dcd16856b1",  # 5.24
+    ),
+    "deepseek_v3": (
+        "e82f83084b8ff66589d7026741f4fd2ff0ef0682ccd87fe4a931283f200a950a",
+        "2ee61edcee9be267a9832822d2fd7b50a87aa6da5d0ed2b0bcb6c7a700fedb2d",
+    ),
+}
+_ROPE_BUFFERS = ("inv_freq", "original_inv_freq")
+
+
+class _Architecture(NamedTuple):
+    prefix: str  # of the names of its classes
+    moe: str
+    router_buffers: tuple[str, ...]
+
+
+_ARCHITECTURES = {
+    "deepseek_v2": _Architecture(V2 + "DeepseekV2", "Moe", ()),
+    "deepseek_v3": _Architecture(V3 + "DeepseekV3", "MoE", ("e_score_correction_bias",)),
+}
+
+
+def _make(config: Any) -> ModelTree | None:
+    if config.hidden_act != "silu" or config.attention_bias or getattr(config, "mlp_bias", False):
+        return None
+    has_low_rank_queries = config.q_lora_rank is not None
+    architecture = _ARCHITECTURES[config.model_type]
+    return _tree(architecture, config.num_hidden_layers, config.first_k_dense_replace, has_low_rank_queries)
+
+
+@functools.cache
+def _class_names() -> frozenset[str]:
+    trees = [_tree(architecture, 2, 1, has_low_rank_queries=True) for architecture in _ARCHITECTURES.values()]
+    return frozenset(name for tree in trees for _, node in tree.modules() for name in node.classes)
+
+
+def _tree(architecture: _Architecture, layers: int, dense_layers: int, has_low_rank_queries: bool) -> ModelTree:
+    def of_class(name: str, *bases: str, **facts: Any) -> ModuleNode:
+        return ModuleNode((architecture.prefix + name, *bases, *MODULE), **facts)
+
+    norm = of_class("RMSNorm", parameters=("weight",))
+    query = {"q_a_proj": LINEAR, "q_a_layernorm": norm, "q_b_proj": LINEAR}
+    attention = {
+        **(query if has_low_rank_queries else {"q_proj": LINEAR}),
+        "kv_a_proj_with_mqa": LINEAR,
+        "kv_a_layernorm": norm,
+        "kv_b_proj": LINEAR,
+        "o_proj": LINEAR,
+    }
+    linears = {"gate_proj": LINEAR, "up_proj": LINEAR, "down_proj": LINEAR}
+    mlp = of_class("MLP", children={**linears, "act_fn": SILU})
+    experts = of_class("Experts", children={"act_fn": SILU}, parameters=("gate_up_proj", "down_proj"))
+    router = of_class("TopkRouter", parameters=("weight",), buffers=architecture.router_buffers)
+    moe = of_class(architecture.moe, children={"experts": experts, "gate": router, "shared_experts": mlp})
+    self_attention = of_class("Attention", children=attention)
+
+    def layer(feed_forward: ModuleNode) -> ModuleNode:
+        children = {"self_attn": self_attention, "mlp": feed_forward}
+        norms = {"input_layernorm": norm, "post_attention_layernorm": norm}
+        return of_class("DecoderLayer", LAYER, children={**children, **norms})
+
+    dense, sparse = layer(mlp), layer(moe)
+    stack = {str(number): dense if number < dense_layers else sparse for number in range(layers)}
+    parts = {
+        "embed_tokens": EMBEDDING,
+        "layers": ModuleNode((TORCH_CLASSES["ModuleList"], *MODULE), stack),
+        "norm": norm,
+        "rotary_emb": of_class("RotaryEmbedding", buffers=_ROPE_BUFFERS, unsaved=_ROPE_BUFFERS),
+    }
+    own = architecture.prefix + "PreTrainedModel"
+    base = ModuleNode((architecture.prefix + "Model", own, *MODEL, "builtins.object"), parts)
+    whole = (architecture.prefix + "ForCausalLM", own, *MODEL, *GENERATION, "builtins.object")
+    return ModelTree(ModuleNode(whole, {"model": base, "lm_head": LINEAR}))
+
+
+OUTLINE = Outline(_make, SEEN, _class_names)

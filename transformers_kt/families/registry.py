@@ -1,0 +1,73 @@
+"""The families there are: the one place that lists them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from transformers_kt.errors import UnsupportedModelError
+from transformers_kt.families.base import Dims, Family, MlaDims
+from transformers_kt.families.deepseek import DEEPSEEK
+from transformers_kt.gguf.facts import Facts
+
+_families: list[Family] = [DEEPSEEK]
+
+
+def families() -> tuple[Family, ...]:
+    return tuple(_families)
+
+
+def register(family: Family) -> None:
+    """Add ``family`` to those that are known; one of the same name is replaced."""
+    _families[:] = [known for known in _families if known.name != family.name] + [family]
+    stock_classes.cache_clear()
+
+
+def unregister(family: Family) -> None:
+    _families.remove(family)
+    stock_classes.cache_clear()
+
+
+def family_of(config: Any) -> Family:
+    """The family of a config, by its ``model_type``. Raises `UnsupportedModelError` where there is none."""
+    return family_of_type(config.model_type, "the model")
+
+
+def dims_of(config: Any) -> Dims:
+    return family_of(config).dims(config)
+
+
+def mla_of(config: Any) -> MlaDims:
+    """Raises AssertionError for a family without it, whose attention no operation stands for."""
+    mla = family_of(config).mla
+    assert mla is not None
+    return mla(config)
+
+
+def family_of_type(model_type: Any, where: str) -> Family:
+    """The same by the ``model_type`` alone; ``where`` it was found, for the message."""
+    found = next((family for family in _families if model_type in family.model_types), None)
+    if found is None:
+        known = [name for family in _families for name in family.model_types]
+        accepted = " and ".join(filter(None, (", ".join(known[:-1]), known[-1])))
+        raise UnsupportedModelError(f"{where}: the config's model_type is {model_type!r}; {accepted} are accepted")
+    return found
+
+
+def family_in(facts: Facts) -> Family:
+    """The family of a GGUF, by its architecture. Raises `UnsupportedModelError` that lists the architectures known."""
+    architecture = facts.architecture if isinstance(facts.architecture, str) else None  # a file may hold anything
+    found = next((family for family in _families if architecture in family.architectures), None)
+    if found is None:
+        known = [f"{name} ({family.about})" for family in _families for name in family.architectures]
+        raise UnsupportedModelError(
+            f"{facts.name}: general.architecture is {facts.architecture!r}; {', '.join(known)} "
+            f"{'is' if len(known) == 1 else 'are'} accepted"
+        )
+    return found
+
+
+@functools.cache  # asked for every module of a model
+def stock_classes(kind: str) -> tuple[str, ...]:
+    """The dotted names of the classes of ``kind`` in all families, as `Family.stock_classes` has them."""
+    return tuple(name for family in _families for name in family.stock_classes.get(kind, ()))
