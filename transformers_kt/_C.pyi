@@ -119,7 +119,10 @@ class MoeBlock:
     def forward(self, x: _Floats, out: _Floats, logits: _Floats) -> None:
         """``x`` and ``out`` float32 (tokens, hidden); ``logits`` float32 (tokens, experts) are written too."""
 
-class MlaAttention:
+class Attention:
+    """What a layer asks of its attention, whichever it is."""
+
+class MlaAttention(Attention):
     """Multi-head latent attention. ``q_a`` and ``q_a_norm`` are None where queries are not compressed; ``k_b`` is
     (heads, latent_dim, nope_dim), ``v_b`` (heads, value_dim, latent_dim)."""
 
@@ -162,19 +165,20 @@ class MlaAttention:
         tokens, 2) of visible keys [start, end) or ``mask`` uint8 (batch, tokens, keys)."""
 
 class DecoderLayer:
-    """An attention and either a MoE block or an MLP, with both norms and residuals."""
+    """An attention and either a MoE block or an MLP, with both norms and residuals. ``first`` and ``second`` are the
+    streams of its cache: latents and rotary keys in latent attention."""
 
     def __init__(
         self,
         *,
-        attention: MlaAttention,
+        attention: Attention,
         moe: MoeBlock | None,
         mlp: Experts | None,
         input_norm_eps: float,
         post_norm_eps: float,
     ) -> None: ...
     def project_keys(
-        self, x: _Floats, input_norm: _Floats, rope_table: _Floats, latents: _Floats, ropes: _Floats
+        self, x: _Floats, input_norm: _Floats, rope_table: _Floats, first: _Floats, second: _Floats
     ) -> None:
         """Those of the attention for the norm of ``x``; ``input_norm`` float32 (hidden,)."""
 
@@ -184,19 +188,33 @@ class DecoderLayer:
         input_norm: _Floats,
         post_norm: _Floats,
         rope_table: _Floats,
-        latents: _Floats,
-        ropes: _Floats,
+        first: _Floats,
+        second: _Floats,
         ranges: npt.NDArray[np.int32] | None,
         mask: npt.NDArray[np.uint8] | None,
         out: _Floats,
     ) -> None:
         """Arguments as of ``MlaAttention.attend``; norms float32 (hidden,)."""
 
-class KeyBuffers:
-    """The keys of all layers of a cache, with room for more: float32 (batch, room, latent_dim) and (batch, room,
-    rope_dim) of each. Their memory must stay where it is."""
+    def append_and_forward(
+        self,
+        x: _Floats,
+        input_norm: _Floats,
+        post_norm: _Floats,
+        rope_table: _Floats,
+        first: _Floats,
+        second: _Floats,
+        ranges: npt.NDArray[np.int32] | None,
+        mask: npt.NDArray[np.uint8] | None,
+        out: _Floats,
+    ) -> None:
+        """``forward``, after writing the keys of ``x`` to the last rows of the cache."""
 
-    def __init__(self, latents: Sequence[_Floats], ropes: Sequence[_Floats]) -> None: ...
+class KeyBuffers:
+    """The caches of all layers, with room for more: both streams of each, float32 (batch, room, width). Their memory
+    must stay where it is."""
+
+    def __init__(self, first: Sequence[_Floats], second: Sequence[_Floats]) -> None: ...
 
 class DecoderStack:
     """Decoder layers that follow each other; ``norms`` float32 (hidden,): input and post norm of each in turn."""

@@ -34,12 +34,22 @@ inline void require_shape(const py::array& array, const char* name, const std::v
   throw std::invalid_argument(std::string(name) + " must have shape " + wanted + "), got " + shape_text(array));
 }
 
+// The rows of an array (rows, cols).
 inline int64_t rows_of(const py::array& array, const char* name, int64_t cols) {
   if (array.ndim() != 2 || array.shape(1) != cols) {
     throw std::invalid_argument(std::string(name) + " must have shape (rows, " + std::to_string(cols) + "), got " +
                                 shape_text(array));
   }
   return array.shape(0);
+}
+
+// The floats of an array (size,), at least one.
+inline int64_t size_of(const py::array& array, const char* name) {
+  if (array.ndim() != 1 || array.size() < 1) {
+    throw std::invalid_argument(std::string(name) + " must have shape (size,), size at least 1, got " +
+                                shape_text(array));
+  }
+  return array.size();
 }
 
 }  // namespace tkt

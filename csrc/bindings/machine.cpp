@@ -50,6 +50,12 @@ py::dict topology_op() {
 void use_topology_op(const std::optional<std::string>& root, const std::vector<int>& cpus) {
   if (!root) return use_topology(nullptr);
   if (cpus.empty()) throw std::invalid_argument("a machine needs a CPU");
+  constexpr int kMostCpus = 1 << 16;  // eight times those of the largest kernels: tables are indexed by them
+  for (const int cpu : cpus) {
+    if (cpu >= 0 && cpu < kMostCpus) continue;
+    throw std::invalid_argument("CPUs are numbered 0 to " + std::to_string(kMostCpus - 1) + ", got " +
+                                std::to_string(cpu));
+  }
   const Topology other = read_topology(*root, cpus);
   use_topology(&other);
 }

@@ -16,13 +16,15 @@
 #include "formats/row_decoder.h"
 #include "kernels/dispatch.h"
 #include "kernels/look_ahead.h"
+#include "layers/attention.h"
 #include "layers/decoder_layer.h"
+#include "layers/decoder_stack.h"
 #include "layers/experts.h"
 #include "layers/linear.h"
 #include "layers/mla.h"
 #include "layers/packed_matrix.h"
+#include "layers/row_ops.h"
 #include "layers/tune_prefetch.h"
-#include "machine/thread_pool.h"
 
 namespace py = pybind11;
 
@@ -35,8 +37,9 @@ const WeightTypeInfo& type_numbered(int ggml_type) {
   return *info;
 }
 
-std::vector<float> to_vector(const std::optional<Floats>& values) {
+std::vector<float> to_vector(const std::optional<Floats>& values, const char* name) {
   if (!values) return {};
+  size_of(*values, name);
   return std::vector<float>(values->data(), values->data() + values->size());
 }
 
@@ -84,41 +87,44 @@ void linear_op(const PackedMatrix& w, const Floats& x, Floats& out) {
 }
 
 void rms_norm_op(const Floats& x, const Floats& weight, float eps, Floats& out) {
-  const int64_t width = weight.size();
-  const int64_t tokens = rows_of(x, "x", width);
-  require_shape(out, "out", {tokens, width});
+  const int64_t width = size_of(weight, "weight");
+  const int64_t rows = rows_of(x, "x", width);
+  require_shape(out, "out", {rows, width});
   const float* from = x.data();
   const float* scale = weight.data();
   float* to = out.mutable_data();
   const py::gil_scoped_release release;
-  const KernelTable& table = kernels();
-  parallel_for(tokens, [&](int64_t t) { table.rms_norm(from + t * width, scale, eps, width, to + t * width); });
+  rms_norm_rows(from, scale, eps, rows, width, to);
 }
 
 void embed_op(int ggml_type, const Bytes& data, const Int64s& ids, Floats& out) {
   const WeightTypeInfo& info = type_numbered(ggml_type);
   const int64_t tokens = ids.size();
-  if (out.ndim() != 2 || out.shape(1) % info.block_elements != 0) {
-    throw std::invalid_argument("out must have shape (tokens, columns in whole blocks), got " + shape_text(out));
+  require_shape(ids, "ids", {tokens});
+  if (out.ndim() != 2 || out.shape(1) < 1 || out.shape(1) % info.block_elements != 0) {
+    throw std::invalid_argument("out must have shape (tokens, columns in whole blocks of " +
+                                std::to_string(info.block_elements) + "), got " + shape_text(out));
   }
   const int64_t cols = out.shape(1);
   require_shape(out, "out", {tokens, cols});
-  const int64_t bytes = row_bytes(info, cols);
-  const int64_t vocabulary = data.size() / bytes;
+  const int64_t vocabulary = data.size() / info.block_bytes / (cols / info.block_elements);
   const int64_t* id = ids.data();
   for (int64_t t = 0; t < tokens; ++t) {
     if (id[t] >= 0 && id[t] < vocabulary) continue;
     throw py::index_error("token id " + std::to_string(id[t]) + " is not in [0, " + std::to_string(vocabulary) + ")");
   }
-  const uint8_t* rows = data.data();
+  const uint8_t* matrix = data.data();
   float* to = out.mutable_data();
   const py::gil_scoped_release release;
-  parallel_for(tokens, [&](int64_t t) { dequantize_row(info.type, rows + id[t] * bytes, cols, to + t * cols); });
+  embed_rows(info, matrix, id, tokens, cols, to);
 }
 
 void dequantize_op(int ggml_type, const Bytes& data, Floats& out) {
   const WeightTypeInfo& info = type_numbered(ggml_type);
-  if (out.size() % info.block_elements != 0) throw std::invalid_argument("out must hold whole blocks");
+  if (out.size() % info.block_elements != 0) {
+    throw std::invalid_argument("out must hold whole blocks of " + std::to_string(info.block_elements) +
+                                " values, got " + std::to_string(out.size()));
+  }
   require_shape(data, "data", {row_bytes(info, out.size())});
   dequantize_row(info.type, data.data(), out.size(), out.mutable_data());
 }
@@ -127,7 +133,10 @@ void routed_experts_op(const ExpertWeights& experts, const Floats& x, const Int6
                        Floats& out) {
   const int64_t tokens = rows_of(x, "x", experts.hidden());
   require_shape(out, "out", {tokens, experts.hidden()});
-  if (indices.ndim() != 2) throw std::invalid_argument("indices must have shape (tokens, top_k)");
+  if (indices.ndim() != 2 || indices.shape(1) < 1) {
+    throw std::invalid_argument("indices must have shape (tokens, top_k), top_k at least 1, got " +
+                                shape_text(indices));
+  }
   const int64_t top_k = indices.shape(1);
   require_shape(indices, "indices", {tokens, top_k});
   require_shape(weights, "weights", {tokens, top_k});
@@ -143,7 +152,7 @@ void routed_experts_op(const ExpertWeights& experts, const Floats& x, const Int6
   const float* scale = weights.data();
   float* to = out.mutable_data();
   const py::gil_scoped_release release;
-  run_experts(&experts, chosen.data(), scale, top_k, nullptr, from, tokens, to);
+  run_experts(experts, {chosen.data(), scale, top_k}, nullptr, from, tokens, to);
 }
 
 void mlp_op(const ExpertWeights& mlp, const Floats& x, Floats& out) {
@@ -153,7 +162,7 @@ void mlp_op(const ExpertWeights& mlp, const Floats& x, Floats& out) {
   const float* from = x.data();
   float* to = out.mutable_data();
   const py::gil_scoped_release release;
-  run_experts(nullptr, nullptr, nullptr, 0, &mlp, from, tokens, to);
+  run_mlp(mlp, from, tokens, to);
 }
 
 std::shared_ptr<MoeBlock> make_moe(std::shared_ptr<PackedMatrix> router, const std::optional<Floats>& bias,
@@ -167,7 +176,8 @@ std::shared_ptr<MoeBlock> make_moe(std::shared_ptr<PackedMatrix> router, const s
                             top_k,
                             normalize,
                             scale};
-  return std::make_shared<MoeBlock>(std::move(router), to_vector(bias), config, std::move(routed), std::move(shared));
+  return std::make_shared<MoeBlock>(std::move(router), to_vector(bias, "bias"), config, std::move(routed),
+                                    std::move(shared));
 }
 
 void moe_op(const MoeBlock& moe, const Floats& x, Floats& out, Floats& logits) {
@@ -187,213 +197,221 @@ std::shared_ptr<MlaAttention> make_attention(int64_t hidden, int64_t heads, int6
                                              std::shared_ptr<PackedMatrix> q, std::shared_ptr<PackedMatrix> kv_a,
                                              const Floats& kv_a_norm, std::shared_ptr<PackedMatrix> k_b,
                                              std::shared_ptr<PackedMatrix> v_b, std::shared_ptr<PackedMatrix> o) {
-  AttentionWeights weights{std::move(q_a),       to_vector(q_a_norm), std::move(q),   std::move(kv_a),
-                           to_vector(kv_a_norm), std::move(k_b),      std::move(v_b), std::move(o)};
+  AttentionWeights weights{std::move(q_a),
+                           to_vector(q_a_norm, "q_a_norm"),
+                           std::move(q),
+                           std::move(kv_a),
+                           to_vector(kv_a_norm, "kv_a_norm"),
+                           std::move(k_b),
+                           std::move(v_b),
+                           std::move(o)};
   const AttentionConfig config{hidden, heads, nope_dim, rope_dim, latent_dim, value_dim, softmax_scale, norm_eps};
   return std::make_shared<MlaAttention>(config, std::move(weights));
 }
 
-// Dense rows for the keys of x, as one long sequence.
-KeyRows key_rows(const AttentionConfig& c, int64_t tokens, const Floats& rope_table, Floats& latents, Floats& ropes) {
-  require_shape(rope_table, "rope_table", {tokens, c.rope_dim});
-  require_shape(latents, "latents", {tokens, c.latent_dim});
-  require_shape(ropes, "ropes", {tokens, c.rope_dim});
-  return {latents.mutable_data(), 0, c.latent_dim, ropes.mutable_data(), 0, c.rope_dim};
+// Dense rows for what goes into the cache for x, as one long sequence.
+CacheRows dense_rows(const AttentionShape& shape, int64_t tokens, const Floats& rope_table, Floats& first,
+                     Floats& second) {
+  require_shape(rope_table, "rope_table", {tokens, shape.rope_dim});
+  require_shape(first, "the first stream", {tokens, shape.cache.first});
+  require_shape(second, "the second stream", {tokens, shape.cache.second});
+  return {{first.mutable_data(), 0, shape.cache.first}, {second.mutable_data(), 0, shape.cache.second}};
 }
 
 void project_keys_op(const MlaAttention& attention, const Floats& x, const Floats& rope_table, Floats& latents,
                      Floats& ropes) {
-  const int64_t tokens = rows_of(x, "x", attention.config().hidden);
-  const KeyRows keys = key_rows(attention.config(), tokens, rope_table, latents, ropes);
-  const float* from = x.data();
-  const float* table = rope_table.data();
+  const int64_t tokens = rows_of(x, "x", attention.shape().hidden);
+  const CacheRows rows = dense_rows(attention.shape(), tokens, rope_table, latents, ropes);
+  const LayerInput in{x.data(), rope_table.data(), 1, tokens};
   const py::gil_scoped_release release;
-  attention.project_keys(from, table, 1, tokens, keys);
+  attention.project_keys(in, rows);
 }
 
-// Floats between rows along `axis`; a cache may be a view into a longer buffer, but its last axis is dense.
-int64_t stride_of(const StridedFloats& array, const char* name, py::ssize_t axis) {
-  if (array.strides(2) != static_cast<py::ssize_t>(sizeof(float)) || array.strides(axis) % sizeof(float) != 0) {
-    throw std::invalid_argument(std::string(name) + " must have a dense last axis");
+// A cache may be a view into a longer buffer, but its last axis is dense. It may be read-only where it is only read.
+CacheStream stream_of(const StridedFloats& array, const char* name, bool is_written) {
+  if (is_written && !array.writeable()) throw std::invalid_argument(std::string(name) + " cannot be written");
+  const py::ssize_t float_bytes = sizeof(float);
+  if (array.strides(2) != float_bytes || array.strides(0) % float_bytes != 0 || array.strides(1) % float_bytes != 0) {
+    throw std::invalid_argument(std::string(name) + " must have a dense last axis; its strides are (" +
+                                std::to_string(array.strides(0)) + ", " + std::to_string(array.strides(1)) + ", " +
+                                std::to_string(array.strides(2)) + ") bytes");
   }
-  return array.strides(axis) / static_cast<py::ssize_t>(sizeof(float));
+  return {const_cast<float*>(array.data()), array.strides(0) / float_bytes, array.strides(1) / float_bytes};
 }
 
-// Latents (batch, room, latent_dim) and rotary keys (batch, room, rope_dim) of one layer.
-struct KeyArrays {
+// Both streams of a layer's cache: (batch, room, width) each.
+struct CacheArrays {
   int64_t batch;
-  LatentCache cache;  // `length` is the room
-  int64_t latent_dim;
-  int64_t rope_dim;
+  int64_t room;
+  CacheWidths widths;
+  CacheRows rows;
 };
 
-KeyArrays key_arrays(const StridedFloats& latents, const StridedFloats& ropes) {
-  if (latents.ndim() != 3) throw std::invalid_argument("latents must have shape (batch, keys, latent_dim)");
-  require_shape(ropes, "ropes", {latents.shape(0), latents.shape(1), ropes.ndim() == 3 ? ropes.shape(2) : 0});
-  return {latents.shape(0),
-          {latents.data(), stride_of(latents, "latents", 0), stride_of(latents, "latents", 1), ropes.data(),
-           stride_of(ropes, "ropes", 0), stride_of(ropes, "ropes", 1), latents.shape(1)},
-          latents.shape(2),
-          ropes.shape(2)};
+CacheArrays cache_arrays(const StridedFloats& first, const StridedFloats& second, bool is_written) {
+  if (first.ndim() != 3 || second.ndim() != 3 || first.shape(0) != second.shape(0) ||
+      first.shape(1) != second.shape(1)) {
+    throw std::invalid_argument("both streams of a cache must have shape (batch, keys, width), got " +
+                                shape_text(first) + " and " + shape_text(second));
+  }
+  return {first.shape(0),
+          first.shape(1),
+          {first.shape(2), second.shape(2)},
+          {stream_of(first, "the first stream", is_written), stream_of(second, "the second stream", is_written)}};
 }
 
-// What attention is given besides its input, checked.
-struct AttentionInputs {
-  int64_t batch;
-  int64_t tokens;
-  LatentCache cache;
-  Visibility visibility;
-};
-
-// `length` is the number of keys: the arrays may have room for more.
-AttentionInputs attention_inputs(const AttentionConfig& c, const Floats& x, const Floats& rope_table,
-                                 const KeyArrays& keys, int64_t length, const std::optional<Int32s>& ranges,
-                                 const std::optional<Bytes>& mask, const Floats& out) {
+// Checks what attention is given: a cache of `length` keys, whose arrays may have room for more.
+LayerInput layer_input(const AttentionShape& shape, const Floats& x, const Floats& rope_table, const CacheArrays& cache,
+                       int64_t length, const Floats& out) {
   if (x.ndim() != 3) throw std::invalid_argument("x must have shape (batch, tokens, hidden), got " + shape_text(x));
   const int64_t batch = x.shape(0);
   const int64_t tokens = x.shape(1);
-  require_shape(x, "x", {batch, tokens, c.hidden});
-  require_shape(out, "out", {batch, tokens, c.hidden});
-  require_shape(rope_table, "rope_table", {batch * tokens, c.rope_dim});
-  if (keys.batch != batch || keys.latent_dim != c.latent_dim || keys.rope_dim != c.rope_dim || length < 0 ||
-      length > keys.cache.length) {
-    const auto size = [](int64_t batches, int64_t rows, int64_t latent, int64_t rope) {
-      return std::to_string(batches) + " x " + std::to_string(rows) + " x " + std::to_string(latent) + " and " +
-             std::to_string(rope);
+  require_shape(x, "x", {batch, tokens, shape.hidden});
+  require_shape(out, "out", {batch, tokens, shape.hidden});
+  require_shape(rope_table, "rope_table", {batch * tokens, shape.rope_dim});
+  if (cache.batch != batch || cache.widths.first != shape.cache.first || cache.widths.second != shape.cache.second ||
+      length < 0 || length > cache.room) {
+    const auto size = [](int64_t batches, int64_t rows, const CacheWidths& widths) {
+      return std::to_string(batches) + " x " + std::to_string(rows) + " x " + std::to_string(widths.first) + " and " +
+             std::to_string(widths.second);
     };
-    throw std::invalid_argument("latents and ropes must have " + size(batch, length, c.latent_dim, c.rope_dim) +
-                                " values or room for more rows, got " +
-                                size(keys.batch, keys.cache.length, keys.latent_dim, keys.rope_dim));
+    throw std::invalid_argument("the cache must have " + size(batch, length, shape.cache) +
+                                " values or room for more rows, got " + size(cache.batch, cache.room, cache.widths));
   }
-  if (ranges.has_value() == mask.has_value()) throw std::invalid_argument("give either ranges or a mask");
-  if (ranges) require_shape(*ranges, "ranges", {batch, tokens, 2});
-  if (mask) require_shape(*mask, "mask", {batch, tokens, length});
-  AttentionInputs in{batch, tokens, keys.cache, {ranges ? ranges->data() : nullptr, mask ? mask->data() : nullptr}};
-  in.cache.length = length;
-  return in;
+  return {x.data(), rope_table.data(), batch, tokens};
+}
+
+Visibility visibility_of(const LayerInput& in, int64_t length, const std::optional<Int32s>& ranges,
+                         const std::optional<Bytes>& mask) {
+  if (ranges.has_value() == mask.has_value()) {
+    throw std::invalid_argument(std::string("give either ranges or a mask, got ") + (mask ? "both" : "neither"));
+  }
+  if (ranges) require_shape(*ranges, "ranges", {in.batch, in.tokens, 2});
+  if (mask) require_shape(*mask, "mask", {in.batch, in.tokens, length});
+  return {ranges ? ranges->data() : nullptr, mask ? mask->data() : nullptr};
+}
+
+void require_room(const LayerInput& in, int64_t length) {
+  if (length >= in.tokens) return;
+  throw std::invalid_argument("a cache of " + std::to_string(length) + " keys has no room for those of " +
+                              std::to_string(in.tokens) + " tokens");
 }
 
 void attend_op(const MlaAttention& attention, const Floats& x, const Floats& rope_table, const StridedFloats& latents,
                const StridedFloats& ropes, const std::optional<Int32s>& ranges, const std::optional<Bytes>& mask,
                Floats& out) {
-  const KeyArrays keys = key_arrays(latents, ropes);
-  const AttentionInputs in =
-      attention_inputs(attention.config(), x, rope_table, keys, keys.cache.length, ranges, mask, out);
-  const float* from = x.data();
-  const float* table = rope_table.data();
+  const CacheArrays cache = cache_arrays(latents, ropes, false);
+  const LayerInput in = layer_input(attention.shape(), x, rope_table, cache, cache.room, out);
+  const Visibility visibility = visibility_of(in, cache.room, ranges, mask);
   float* to = out.mutable_data();
   const py::gil_scoped_release release;
-  attention.attend(from, table, in.batch, in.tokens, in.cache, in.visibility, to);
+  attention.attend(in, {cache.rows, cache.room}, visibility, to);
+}
+
+LayerNorms norms_of(const DecoderLayer& layer, const Floats& input_norm, const Floats& post_norm) {
+  require_shape(input_norm, "input_norm", {layer.shape().hidden});
+  require_shape(post_norm, "post_norm", {layer.shape().hidden});
+  return {input_norm.data(), post_norm.data()};
 }
 
 void layer_project_keys_op(const DecoderLayer& layer, const Floats& x, const Floats& input_norm,
-                           const Floats& rope_table, Floats& latents, Floats& ropes) {
-  const int64_t tokens = rows_of(x, "x", layer.config().hidden);
-  require_shape(input_norm, "input_norm", {layer.config().hidden});
-  const KeyRows keys = key_rows(layer.config(), tokens, rope_table, latents, ropes);
-  const float* from = x.data();
+                           const Floats& rope_table, Floats& first, Floats& second) {
+  const int64_t tokens = rows_of(x, "x", layer.shape().hidden);
+  require_shape(input_norm, "input_norm", {layer.shape().hidden});
+  const CacheRows rows = dense_rows(layer.shape(), tokens, rope_table, first, second);
+  const LayerInput in{x.data(), rope_table.data(), 1, tokens};
   const float* norm = input_norm.data();
-  const float* table = rope_table.data();
   const py::gil_scoped_release release;
-  layer.project_keys(from, norm, table, 1, tokens, keys);
+  layer.project_keys(in, norm, rows);
 }
 
-void require_norms(const DecoderLayer& layer, const Floats& input_norm, const Floats& post_norm) {
-  require_shape(input_norm, "input_norm", {layer.config().hidden});
-  require_shape(post_norm, "post_norm", {layer.config().hidden});
-}
-
+template <bool kAppends>
 void layer_forward_op(const DecoderLayer& layer, const Floats& x, const Floats& input_norm, const Floats& post_norm,
-                      const Floats& rope_table, const StridedFloats& latents, const StridedFloats& ropes,
+                      const Floats& rope_table, const StridedFloats& first, const StridedFloats& second,
                       const std::optional<Int32s>& ranges, const std::optional<Bytes>& mask, Floats& out) {
-  const KeyArrays keys = key_arrays(latents, ropes);
-  const AttentionInputs in =
-      attention_inputs(layer.config(), x, rope_table, keys, keys.cache.length, ranges, mask, out);
-  require_norms(layer, input_norm, post_norm);
-  const float* from = x.data();
-  const float* before = input_norm.data();
-  const float* after = post_norm.data();
-  const float* table = rope_table.data();
+  const CacheArrays cache = cache_arrays(first, second, kAppends);
+  const LayerInput in = layer_input(layer.shape(), x, rope_table, cache, cache.room, out);
+  const Visibility visibility = visibility_of(in, cache.room, ranges, mask);
+  const LayerNorms norms = norms_of(layer, input_norm, post_norm);
+  if (kAppends) require_room(in, cache.room);
   float* to = out.mutable_data();
   const py::gil_scoped_release release;
-  layer.forward(from, before, after, table, in.batch, in.tokens, in.cache, in.visibility, to);
+  if (kAppends) {
+    layer.append_and_forward(in, norms, {cache.rows, cache.room}, visibility, to);
+  } else {
+    layer.forward(in, norms, {cache.rows, cache.room}, visibility, to);
+  }
 }
 
-// The keys of all layers of a cache, in arrays that stay where they are.
+// The caches of all layers, in arrays that stay where they are.
 class KeyBuffers {
  public:
-  KeyBuffers(std::vector<StridedFloats> latents, std::vector<StridedFloats> ropes)
-      : latents_(std::move(latents)), ropes_(std::move(ropes)) {
-    if (latents_.size() != ropes_.size()) throw std::invalid_argument("each layer needs latents and ropes");
-    for (size_t i = 0; i < latents_.size(); ++i) {
-      layers_.push_back(key_arrays(latents_[i], ropes_[i]));
-      if (!latents_[i].writeable() || !ropes_[i].writeable()) throw std::invalid_argument("keys cannot be written");
+  KeyBuffers(std::vector<StridedFloats> first, std::vector<StridedFloats> second)
+      : first_(std::move(first)), second_(std::move(second)) {
+    if (first_.size() != second_.size()) {
+      throw std::invalid_argument("each layer needs both streams, got " + std::to_string(first_.size()) + " and " +
+                                  std::to_string(second_.size()));
+    }
+    for (size_t i = 0; i < first_.size(); ++i) {
+      layers_.push_back(cache_arrays(first_[i], second_[i], true));
+      rows_.push_back(layers_.back().rows);
     }
   }
-  const std::vector<KeyArrays>& layers() const { return layers_; }
+  const std::vector<CacheArrays>& layers() const { return layers_; }
+  const std::vector<CacheRows>& rows() const { return rows_; }
 
  private:
-  std::vector<StridedFloats> latents_;  // keep what the pointers in layers_ point to
-  std::vector<StridedFloats> ropes_;
-  std::vector<KeyArrays> layers_;
+  std::vector<StridedFloats> first_;  // keep what the pointers in layers_ point to
+  std::vector<StridedFloats> second_;
+  std::vector<CacheArrays> layers_;
+  std::vector<CacheRows> rows_;
 };
 
-// The last rows of a cache, for the keys of as many tokens.
-KeyRows last_rows(const AttentionInputs& in) {
-  const LatentCache& cache = in.cache;
-  const int64_t first = cache.length - in.tokens;
-  if (first < 0) {
-    throw std::invalid_argument("a cache of " + std::to_string(cache.length) + " keys has no room for those of " +
-                                std::to_string(in.tokens) + " tokens");
-  }
-  return {
-      const_cast<float*>(cache.latents) + first * cache.latent_stride, cache.latent_batch_stride, cache.latent_stride,
-      const_cast<float*>(cache.ropes) + first * cache.rope_stride,     cache.rope_batch_stride,   cache.rope_stride};
-}
-
-// Decoder layers that follow each other, with the weights of their norms. Decoding calls it for every token, when the
-// weights have emptied the caches: what it needs lies together, apart from the Python objects it came from.
-class DecoderStack {
+// A DecoderStack with the arrays of its norms. Decoding calls it for every token, when the weights have emptied the
+// caches: what it needs lies together, apart from the Python objects it came from.
+class BoundStack {
  public:
-  DecoderStack(std::vector<std::shared_ptr<DecoderLayer>> layers, std::vector<Floats> norms)
-      : layers_(std::move(layers)), norms_(std::move(norms)) {
-    if (layers_.empty() || norms_.size() != 2 * layers_.size()) {
-      throw std::invalid_argument("each layer needs two norms");
-    }
-    for (size_t i = 0; i < layers_.size(); ++i) {
-      require_norms(*layers_[i], norms_[2 * i], norms_[2 * i + 1]);
-      weights_.push_back(norms_[2 * i].data());
-      weights_.push_back(norms_[2 * i + 1].data());
-    }
-  }
+  BoundStack(const std::vector<std::shared_ptr<DecoderLayer>>& layers, std::vector<Floats> norms)
+      : norms_(std::move(norms)), stack_(entries(layers, norms_)) {}
 
   void append_and_forward(const Floats& x, const Floats& rope_table, const KeyBuffers& buffers, int64_t keys,
                           const std::optional<Int32s>& ranges, const std::optional<Bytes>& mask, Floats& out) const {
-    if (buffers.layers().size() != layers_.size()) throw std::invalid_argument("each layer needs a cache");
-    std::vector<AttentionInputs> in;
-    std::vector<KeyRows> new_keys;
-    for (size_t i = 0; i < layers_.size(); ++i) {
-      in.push_back(attention_inputs(layers_[i]->config(), x, rope_table, buffers.layers()[i], keys, ranges, mask, out));
-      new_keys.push_back(last_rows(in[i]));
+    if (buffers.layers().size() != stack_.size()) {
+      throw std::invalid_argument(std::to_string(stack_.size()) + " layers need a cache each, got " +
+                                  std::to_string(buffers.layers().size()));
     }
-    const float* from = x.data();
-    const float* table = rope_table.data();
+    LayerInput in{};
+    for (size_t i = 0; i < stack_.size(); ++i) {
+      in = layer_input(stack_.layer(i).shape(), x, rope_table, buffers.layers()[i], keys, out);
+    }
+    require_room(in, keys);
+    const Visibility visibility = visibility_of(in, keys, ranges, mask);
     float* to = out.mutable_data();
     const py::gil_scoped_release release;
-    for (size_t i = 0; i < layers_.size(); ++i) {
-      layers_[i]->append_and_forward(i == 0 ? from : to, weights_[2 * i], weights_[2 * i + 1], table, in[i].batch,
-                                     in[i].tokens, new_keys[i], in[i].cache, in[i].visibility, to);
-    }
+    stack_.append_and_forward(in, buffers.rows(), keys, visibility, to);
   }
 
  private:
-  std::vector<std::shared_ptr<DecoderLayer>> layers_;
-  std::vector<Floats> norms_;  // keep what the pointers in weights_ point to
-  std::vector<const float*> weights_;
+  static std::vector<DecoderStack::Entry> entries(const std::vector<std::shared_ptr<DecoderLayer>>& layers,
+                                                  const std::vector<Floats>& norms) {
+    if (norms.size() != 2 * layers.size()) {
+      throw std::invalid_argument(std::to_string(layers.size()) + " layers need two norms each, got " +
+                                  std::to_string(norms.size()));
+    }
+    std::vector<DecoderStack::Entry> entries;
+    for (size_t i = 0; i < layers.size(); ++i) {
+      if (layers[i] == nullptr) throw std::invalid_argument("layer " + std::to_string(i) + " is None");
+      entries.push_back({layers[i], norms_of(*layers[i], norms[2 * i], norms[2 * i + 1])});
+    }
+    return entries;
+  }
+
+  std::vector<Floats> norms_;
+  DecoderStack stack_;
 };
 
 void rope_table_op(const Int64s& positions, const Floats& inv_freq, float scaling, Floats& table) {
-  const int64_t dim = inv_freq.size() * 2;
+  const int64_t dim = size_of(inv_freq, "inv_freq") * 2;
+  require_shape(positions, "positions", {positions.size()});
   require_shape(table, "table", {positions.size(), dim});
   fill_rope_table(positions.data(), positions.size(), inv_freq.data(), dim, scaling, table.mutable_data());
 }
@@ -421,6 +439,9 @@ void set_look_ahead_op(const std::string& name) {
 }
 
 py::dict choose_look_ahead_op(const std::vector<std::shared_ptr<PackedMatrix>>& matrices) {
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    if (matrices[i] == nullptr) throw std::invalid_argument("matrix " + std::to_string(i) + " is None");
+  }
   std::vector<LookAheadSpeed> found;
   {
     const py::gil_scoped_release release;
@@ -495,12 +516,13 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<MoeBlock, std::shared_ptr<MoeBlock>>(m, "MoeBlock")
       .def(py::init(&make_moe), py::arg("router"), py::arg("bias").noconvert(), py::arg("routed"), py::arg("shared"),
-           py::kw_only(), py::arg("sigmoid"), py::arg("groups"), py::arg("top_groups"), py::arg("top_k"),
-           py::arg("normalize"), py::arg("scale"))
+           py::kw_only(), py::arg("sigmoid").noconvert(), py::arg("groups"), py::arg("top_groups"), py::arg("top_k"),
+           py::arg("normalize").noconvert(), py::arg("scale"))
       .def_property_readonly("routed", &MoeBlock::routed)
       .def("forward", &moe_op, py::arg("x").noconvert(), py::arg("out").noconvert(), py::arg("logits").noconvert());
 
-  py::class_<MlaAttention, std::shared_ptr<MlaAttention>>(m, "MlaAttention")
+  py::class_<Attention, std::shared_ptr<Attention>>(m, "Attention");
+  py::class_<MlaAttention, Attention, std::shared_ptr<MlaAttention>>(m, "MlaAttention")
       .def(py::init(&make_attention), py::kw_only(), py::arg("hidden"), py::arg("heads"), py::arg("nope_dim"),
            py::arg("rope_dim"), py::arg("latent_dim"), py::arg("value_dim"), py::arg("softmax_scale"),
            py::arg("norm_eps"), py::arg("q_a"), py::arg("q_a_norm").noconvert(), py::arg("q"), py::arg("kv_a"),
@@ -512,22 +534,27 @@ PYBIND11_MODULE(_C, m) {
            py::arg("mask").noconvert(), py::arg("out").noconvert());
 
   py::class_<DecoderLayer, std::shared_ptr<DecoderLayer>>(m, "DecoderLayer")
-      .def(py::init<std::shared_ptr<MlaAttention>, std::shared_ptr<MoeBlock>, std::shared_ptr<ExpertWeights>, float,
+      .def(py::init<std::shared_ptr<Attention>, std::shared_ptr<MoeBlock>, std::shared_ptr<ExpertWeights>, float,
                     float>(),
            py::kw_only(), py::arg("attention"), py::arg("moe"), py::arg("mlp"), py::arg("input_norm_eps"),
            py::arg("post_norm_eps"))
       .def("project_keys", &layer_project_keys_op, py::arg("x").noconvert(), py::arg("input_norm").noconvert(),
-           py::arg("rope_table").noconvert(), py::arg("latents").noconvert(), py::arg("ropes").noconvert())
-      .def("forward", &layer_forward_op, py::arg("x").noconvert(), py::arg("input_norm").noconvert(),
-           py::arg("post_norm").noconvert(), py::arg("rope_table").noconvert(), py::arg("latents").noconvert(),
-           py::arg("ropes").noconvert(), py::arg("ranges").noconvert(), py::arg("mask").noconvert(),
+           py::arg("rope_table").noconvert(), py::arg("first").noconvert(), py::arg("second").noconvert())
+      .def("forward", &layer_forward_op<false>, py::arg("x").noconvert(), py::arg("input_norm").noconvert(),
+           py::arg("post_norm").noconvert(), py::arg("rope_table").noconvert(), py::arg("first").noconvert(),
+           py::arg("second").noconvert(), py::arg("ranges").noconvert(), py::arg("mask").noconvert(),
+           py::arg("out").noconvert())
+      .def("append_and_forward", &layer_forward_op<true>, py::arg("x").noconvert(), py::arg("input_norm").noconvert(),
+           py::arg("post_norm").noconvert(), py::arg("rope_table").noconvert(), py::arg("first").noconvert(),
+           py::arg("second").noconvert(), py::arg("ranges").noconvert(), py::arg("mask").noconvert(),
            py::arg("out").noconvert());
   py::class_<KeyBuffers>(m, "KeyBuffers")
-      .def(py::init<std::vector<StridedFloats>, std::vector<StridedFloats>>(), py::arg("latents"), py::arg("ropes"));
-  py::class_<DecoderStack>(m, "DecoderStack")
-      .def(py::init<std::vector<std::shared_ptr<DecoderLayer>>, std::vector<Floats>>(), py::arg("layers"),
-           py::arg("norms"))
-      .def("append_and_forward", &DecoderStack::append_and_forward, py::arg("x").noconvert(),
+      .def(py::init<std::vector<StridedFloats>, std::vector<StridedFloats>>(), py::arg("first").noconvert(),
+           py::arg("second").noconvert());
+  py::class_<BoundStack>(m, "DecoderStack")
+      .def(py::init<const std::vector<std::shared_ptr<DecoderLayer>>&, std::vector<Floats>>(), py::arg("layers"),
+           py::arg("norms").noconvert())
+      .def("append_and_forward", &BoundStack::append_and_forward, py::arg("x").noconvert(),
            py::arg("rope_table").noconvert(), py::arg("buffers"), py::arg("keys"), py::arg("ranges").noconvert(),
            py::arg("mask").noconvert(), py::arg("out").noconvert());
 }

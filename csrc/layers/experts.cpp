@@ -36,8 +36,8 @@ struct ExpertRun {
 class ExpertRuns {
  public:
   // routed or shared may be null.
-  ExpertRuns(const ExpertWeights* routed, const int32_t* indices, const float* weights, int64_t top_k,
-             const ExpertWeights* shared, int64_t tokens) {
+  ExpertRuns(const ExpertWeights* routed, const Routing& routing, const ExpertWeights* shared, int64_t tokens) {
+    const auto& [indices, weights, top_k] = routing;
     const int64_t chosen = routed != nullptr ? tokens * top_k : 0;
     tokens_.resize(static_cast<size_t>(chosen + (shared != nullptr ? tokens : 0)));
     weights_.resize(static_cast<size_t>(chosen));
@@ -45,8 +45,9 @@ class ExpertRuns {
     // some 10 us a layer.
     std::vector<int64_t> order(static_cast<size_t>(chosen));
     std::iota(order.begin(), order.end(), 0);
-    std::sort(order.begin(), order.end(),
-              [&](int64_t a, int64_t b) { return indices[a] != indices[b] ? indices[a] < indices[b] : a < b; });
+    std::sort(order.begin(), order.end(), [indices = indices](int64_t a, int64_t b) {
+      return indices[a] != indices[b] ? indices[a] < indices[b] : a < b;
+    });
     runs_.reserve(static_cast<size_t>(std::min(chosen, routed != nullptr ? routed->count() : 0) + 1));
     for (int64_t i = 0; i < chosen; ++i) {
       const int64_t choice = order[static_cast<size_t>(i)];
@@ -359,68 +360,14 @@ void run_many(const ExpertRuns& expert_runs, const float* x, int64_t tokens, flo
   });
 }
 
-// Indices of the n largest of `count` values, by repeated selection: n and count are small.
-void select_largest(const float* values, int64_t count, int64_t n, int64_t* chosen) {
-  for (int64_t k = 0; k < n; ++k) {
-    int64_t best = -1;
-    for (int64_t i = 0; i < count; ++i) {
-      if (best >= 0 && !(values[i] > values[best])) continue;
-      if (std::find(chosen, chosen + k, i) == chosen + k) best = i;
-    }
-    chosen[k] = best;
-  }
-}
-
-float group_score(GroupScore kind, const float* scores, int64_t count) {
-  int64_t top[2];
-  select_largest(scores, count, kind == GroupScore::kTop2Sum ? 2 : 1, top);
-  return kind == GroupScore::kTop2Sum ? scores[top[0]] + scores[top[1]] : scores[top[0]];
-}
-
-void score(const KernelTable& table, Scoring scoring, const float* logits, int64_t experts, float* scores) {
-  if (scoring == Scoring::kSigmoid) {
-    std::vector<float> negated(static_cast<size_t>(experts));
-    for (int64_t e = 0; e < experts; ++e) negated[static_cast<size_t>(e)] = -logits[e];
-    table.exp_minus(negated.data(), 0.0f, experts, scores);
-    for (int64_t e = 0; e < experts; ++e) scores[e] = 1.0f / (1.0f + scores[e]);
-    return;
-  }
-  table.exp_minus(logits, *std::max_element(logits, logits + experts), experts, scores);
-  float sum = 0.0f;
-  for (int64_t e = 0; e < experts; ++e) sum += scores[e];
-  for (int64_t e = 0; e < experts; ++e) scores[e] = scores[e] / sum;
-}
-
-void route_token(const RouterConfig& config, const std::vector<float>& bias, int64_t experts, const float* logits,
-                 int32_t* indices, float* weights) {
-  std::vector<float> scores(static_cast<size_t>(experts));
-  score(kernels(), config.scoring, logits, experts, scores.data());
-  std::vector<float> choice = scores;
-  for (size_t e = 0; e < bias.size(); ++e) choice[e] += bias[e];
-
-  if (config.groups > 1) {
-    const int64_t size = experts / config.groups;
-    std::vector<float> group_scores(static_cast<size_t>(config.groups));
-    for (int64_t g = 0; g < config.groups; ++g) {
-      group_scores[static_cast<size_t>(g)] = group_score(config.group_score, choice.data() + g * size, size);
-    }
-    std::vector<int64_t> kept(static_cast<size_t>(config.top_groups));
-    select_largest(group_scores.data(), config.groups, config.top_groups, kept.data());
-    for (int64_t g = 0; g < config.groups; ++g) {
-      if (std::find(kept.begin(), kept.end(), g) != kept.end()) continue;
-      std::fill_n(choice.begin() + g * size, size, -INFINITY);
-    }
-  }
-  std::vector<int64_t> chosen(static_cast<size_t>(config.top_k));
-  select_largest(choice.data(), experts, config.top_k, chosen.data());
-  std::sort(chosen.begin(), chosen.end());
-  float sum = 0.0f;
-  for (const int64_t e : chosen) sum += scores[static_cast<size_t>(e)];
-  for (int64_t k = 0; k < config.top_k; ++k) {
-    float weight = scores[static_cast<size_t>(chosen[static_cast<size_t>(k)])];
-    if (config.normalize) weight = weight / (sum + 1e-20f);
-    indices[k] = static_cast<int32_t>(chosen[static_cast<size_t>(k)]);
-    weights[k] = weight * config.scale;
+// Routed or shared experts may be null.
+void run(const ExpertWeights* routed, const Routing& routing, const ExpertWeights* shared, const float* x,
+         int64_t tokens, float* out) {
+  const int64_t hidden = (routed != nullptr ? routed : shared)->hidden();
+  for (int64_t first = 0; first < tokens; first += kChunkTokens) {
+    const int64_t count = std::min(kChunkTokens, tokens - first);
+    const ExpertRuns runs(routed, routing.from(first), shared, count);
+    (count <= kFewTokens ? run_few : run_many)(runs, x + first * hidden, count, out + first * hidden);
   }
 }
 
@@ -429,29 +376,24 @@ void route_token(const RouterConfig& config, const std::vector<float>& bias, int
 ExpertWeights::ExpertWeights(std::shared_ptr<PackedMatrix> gate, std::shared_ptr<PackedMatrix> up,
                              std::shared_ptr<PackedMatrix> down)
     : gate_(std::move(gate)), up_(std::move(up)), down_(std::move(down)) {
-  const bool same_inputs = gate_->cols() == up_->cols() && gate_->rows() == up_->rows();
-  const bool closes = down_->cols() == gate_->rows() && down_->rows() == gate_->cols();
-  const bool same_count = gate_->count() == up_->count() && gate_->count() == down_->count();
-  if (!same_inputs || !closes || !same_count) {
-    throw std::invalid_argument("gate, up and down do not belong together");
+  if (gate_ != nullptr && up_ != nullptr && down_ != nullptr) {
+    const bool same_inputs = gate_->cols() == up_->cols() && gate_->rows() == up_->rows();
+    const bool closes = down_->cols() == gate_->rows() && down_->rows() == gate_->cols();
+    const bool same_count = gate_->count() == up_->count() && gate_->count() == down_->count();
+    if (same_inputs && closes && same_count) return;
   }
+  throw std::invalid_argument(
+      "gate and up must be count x intermediate x hidden, down count x hidden x intermediate; got gate " +
+      shape_text(gate_.get()) + ", up " + shape_text(up_.get()) + ", down " + shape_text(down_.get()));
 }
 
-void route(const RouterConfig& config, const std::vector<float>& bias, int64_t experts, const float* logits,
-           int64_t tokens, int32_t* indices, float* weights) {
-  parallel_for(tokens, [&](int64_t t) {
-    route_token(config, bias, experts, logits + t * experts, indices + t * config.top_k, weights + t * config.top_k);
-  });
+void run_experts(const ExpertWeights& routed, const Routing& routing, const ExpertWeights* shared, const float* x,
+                 int64_t tokens, float* out) {
+  run(&routed, routing, shared, x, tokens, out);
 }
 
-void run_experts(const ExpertWeights* routed, const int32_t* indices, const float* weights, int64_t top_k,
-                 const ExpertWeights* shared, const float* x, int64_t tokens, float* out) {
-  const int64_t hidden = (routed != nullptr ? routed : shared)->hidden();
-  for (int64_t first = 0; first < tokens; first += kChunkTokens) {
-    const int64_t count = std::min(kChunkTokens, tokens - first);
-    const ExpertRuns runs(routed, indices + first * top_k, weights + first * top_k, top_k, shared, count);
-    (count <= kFewTokens ? run_few : run_many)(runs, x + first * hidden, count, out + first * hidden);
-  }
+void run_mlp(const ExpertWeights& mlp, const float* x, int64_t tokens, float* out) {
+  run(nullptr, {}, &mlp, x, tokens, out);
 }
 
 MoeBlock::MoeBlock(std::shared_ptr<PackedMatrix> router, std::vector<float> bias, const RouterConfig& config,
@@ -461,22 +403,23 @@ MoeBlock::MoeBlock(std::shared_ptr<PackedMatrix> router, std::vector<float> bias
       config_(config),
       routed_(std::move(routed)),
       shared_(std::move(shared)) {
+  if (routed_ == nullptr) throw std::invalid_argument("a MoE block needs routed experts, got nothing");
   const int64_t experts = routed_->count();
-  const bool router_fits = router_->rows() == experts && router_->cols() == routed_->hidden();
-  const bool bias_fits = bias_.empty() || static_cast<int64_t>(bias_.size()) == experts;
-  const bool shared_fits = shared_ == nullptr || (shared_->count() == 1 && shared_->hidden() == routed_->hidden());
-  if (!router_fits || !bias_fits || !shared_fits) {
-    throw std::invalid_argument("router, experts and shared experts do not belong together");
+  const int64_t hidden = routed_->hidden();
+  if (router_ == nullptr || router_->count() != 1 || router_->rows() != experts || router_->cols() != hidden) {
+    throw std::invalid_argument("the router must be " + shape_text(1, experts, hidden) + ", got " +
+                                shape_text(router_.get()));
   }
-  const bool groups_fit = config_.groups >= 1 && experts % config_.groups == 0 && config_.top_groups >= 1 &&
-                          config_.top_groups <= config_.groups;
-  const int64_t reachable = groups_fit ? experts / config_.groups * config_.top_groups : 0;
-  const int64_t group_minimum = config_.group_score == GroupScore::kTop2Sum && config_.groups > 1 ? 2 : 1;
-  if (!groups_fit || experts / config_.groups < group_minimum || config_.top_k < 1 || config_.top_k > reachable) {
-    throw std::invalid_argument("router: " + std::to_string(config_.top_k) + " of " + std::to_string(experts) +
-                                " experts in " + std::to_string(config_.top_groups) + " of " +
-                                std::to_string(config_.groups) + " groups is not possible");
+  if (!bias_.empty() && static_cast<int64_t>(bias_.size()) != experts) {
+    throw std::invalid_argument("the router's bias must have " + std::to_string(experts) + " values, got " +
+                                std::to_string(bias_.size()));
   }
+  if (shared_ != nullptr && (shared_->count() != 1 || shared_->hidden() != hidden)) {
+    throw std::invalid_argument("shared experts must be one expert of hidden size " + std::to_string(hidden) +
+                                ", got " + std::to_string(shared_->count()) + " of " +
+                                std::to_string(shared_->hidden()));
+  }
+  check_router(config_, experts);
 }
 
 void MoeBlock::forward(const float* x, int64_t tokens, float* out, float* logits) const {
@@ -484,7 +427,7 @@ void MoeBlock::forward(const float* x, int64_t tokens, float* out, float* logits
   std::vector<int32_t> indices(static_cast<size_t>(tokens * config_.top_k));
   std::vector<float> weights(indices.size());
   route(config_, bias_, experts(), logits, tokens, indices.data(), weights.data());
-  run_experts(routed_.get(), indices.data(), weights.data(), config_.top_k, shared_.get(), x, tokens, out);
+  run_experts(*routed_, {indices.data(), weights.data(), config_.top_k}, shared_.get(), x, tokens, out);
 }
 
 }  // namespace tkt

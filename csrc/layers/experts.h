@@ -1,4 +1,4 @@
-// The feed-forward half of a decoder layer: router, routed experts, shared experts; also the dense MLP.
+// The feed-forward half of a decoder layer: routed experts, shared experts; also the dense MLP.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "layers/packed_matrix.h"
+#include "layers/router.h"
 
 namespace tkt {
 
@@ -32,29 +33,13 @@ class ExpertWeights {
   std::shared_ptr<PackedMatrix> down_;
 };
 
-enum class Scoring { kSoftmax, kSigmoid };
-enum class GroupScore { kMax, kTop2Sum };  // DeepSeek-V2; DeepSeek-V3
+// out[tokens][hidden] = sum over a token's experts, ascending, of weight * expert(x), then + shared(x) where that is
+// not null.
+void run_experts(const ExpertWeights& routed, const Routing& routing, const ExpertWeights* shared, const float* x,
+                 int64_t tokens, float* out);
 
-// Top-k routing of DeepSeek-V2 (softmax) and DeepSeek-V3 (sigmoid, arXiv:2412.19437, eq. 12-16).
-struct RouterConfig {
-  Scoring scoring;
-  GroupScore group_score;
-  int64_t groups;  // 1: no group limit
-  int64_t top_groups;
-  int64_t top_k;
-  bool normalize;  // weights of the chosen experts sum to 1 before `scale`
-  float scale;
-};
-
-// Chooses top_k of scores.size() experts for each token from logits[tokens][experts]. Ties go to the lower index. The
-// bias takes part in the choice, not in the weights. Writes indices[tokens][top_k] ascending, and weights likewise.
-void route(const RouterConfig& config, const std::vector<float>& bias, int64_t experts, const float* logits,
-           int64_t tokens, int32_t* indices, float* weights);
-
-// out[tokens][hidden] = sum over a token's experts, ascending, of weight * expert(x), then + shared(x). Each of routed
-// and shared may be null; indices are int32 in [0, routed->count()), each at most once per token.
-void run_experts(const ExpertWeights* routed, const int32_t* indices, const float* weights, int64_t top_k,
-                 const ExpertWeights* shared, const float* x, int64_t tokens, float* out);
+// out[tokens][hidden] = the only expert of `mlp` for each token.
+void run_mlp(const ExpertWeights& mlp, const float* x, int64_t tokens, float* out);
 
 class MoeBlock {
  public:

@@ -24,9 +24,8 @@ struct VisibleKeys {
   int64_t splits() const { return (count + kAttentionSplitKeys - 1) / kAttentionSplitKeys; }
 };
 
-VisibleKeys visible_keys(const LatentCache& cache, const Visibility& visibility, int64_t sequence, int64_t query) {
-  VisibleKeys keys = {cache.latents + sequence * cache.latent_batch_stride,
-                      cache.ropes + sequence * cache.rope_batch_stride, 0, 0, nullptr};
+VisibleKeys visible_keys(const Cache& cache, const Visibility& visibility, int64_t sequence, int64_t query) {
+  VisibleKeys keys = {cache.rows.first.row(sequence, 0), cache.rows.second.row(sequence, 0), 0, 0, nullptr};
   if (visibility.ranges != nullptr) {
     keys.first = std::max<int64_t>(0, visibility.ranges[2 * query]);
     keys.count = std::max<int64_t>(0, std::min<int64_t>(cache.length, visibility.ranges[2 * query + 1]) - keys.first);
@@ -55,13 +54,13 @@ struct SplitRows {
   int count;
 
   // None for a split past the last. `shown` is shown_keys().
-  SplitRows(const LatentCache& cache, const VisibleKeys& keys, const std::vector<int64_t>& shown, int64_t split) {
+  SplitRows(const Cache& cache, const VisibleKeys& keys, const std::vector<int64_t>& shown, int64_t split) {
     const int64_t begin = split * kAttentionSplitKeys;
     count = static_cast<int>(std::clamp<int64_t>(keys.count - begin, 0, kAttentionSplitKeys));
     for (int i = 0; i < count; ++i) {
       const int64_t key = shown.empty() ? keys.first + begin + i : shown[static_cast<size_t>(begin + i)];
-      latents[i] = keys.latents + key * cache.latent_stride;
-      ropes[i] = keys.ropes + key * cache.rope_stride;
+      latents[i] = keys.latents + key * cache.rows.first.row_stride;
+      ropes[i] = keys.ropes + key * cache.rows.second.row_stride;
     }
   }
 };
@@ -91,8 +90,8 @@ bool see_the_same(const VisibleKeys& a, const VisibleKeys& b) {
   return a.latents == b.latents && a.first == b.first && a.mask == nullptr && b.mask == nullptr;
 }
 
-std::vector<Bundle> bundles_of(const TokenRange& tokens, int64_t groups_per_token, int64_t together,
-                               const LatentCache& cache, const Visibility& visibility) {
+std::vector<Bundle> bundles_of(const TokenRange& tokens, int64_t groups_per_token, int64_t together, const Cache& cache,
+                               const Visibility& visibility) {
   std::vector<Bundle> bundles;
   for (int64_t t = 0; t < tokens.count; ++t) {
     const int64_t query = tokens.first + t;
@@ -151,7 +150,7 @@ struct SplitTask {
 
 class LatentAttention {
  public:
-  LatentAttention(const LatentDims& dims, const float* queries, const LatentCache& cache, float* contexts)
+  LatentAttention(const LatentDims& dims, const float* queries, const Cache& cache, float* contexts)
       : dims_(dims), queries_(queries), cache_(cache), contexts_(contexts) {}
 
   int64_t groups_per_token() const { return (dims_.heads + kLanes - 1) / kLanes; }
@@ -373,14 +372,14 @@ class LatentAttention {
 
   const LatentDims& dims_;
   const float* queries_;
-  const LatentCache& cache_;
+  const Cache& cache_;
   float* contexts_;
   const KernelTable& kernels_ = kernels();
 };
 
 }  // namespace
 
-void attend_latents(const LatentDims& dims, const float* queries, const TokenRange& tokens, const LatentCache& cache,
+void attend_latents(const LatentDims& dims, const float* queries, const TokenRange& tokens, const Cache& cache,
                     const Visibility& visibility, float* contexts) {
   const LatentAttention attention(dims, queries, cache, contexts);
   const int64_t groups = tokens.count * attention.groups_per_token();

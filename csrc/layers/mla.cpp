@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "kernels/dispatch.h"
 #include "layers/linear.h"
@@ -29,12 +30,27 @@ void rotate(const float* table, int64_t dim, const float* x, float* out) {
 
 void check_shape(const std::shared_ptr<PackedMatrix>& w, const char* name, int64_t count, int64_t rows, int64_t cols) {
   if (w != nullptr && w->count() == count && w->rows() == rows && w->cols() == cols) return;
-  std::string found = "nothing";
-  if (w != nullptr) {
-    found = std::to_string(w->count()) + " x " + std::to_string(w->rows()) + " x " + std::to_string(w->cols());
+  throw std::invalid_argument(std::string(name) + " must be " + shape_text(count, rows, cols) + ", got " +
+                              shape_text(w.get()));
+}
+
+// Also bounds them, so that no product of two overflows.
+const AttentionConfig& checked(const AttentionConfig& c) {
+  for (const auto& [name, size] : {std::pair("hidden", c.hidden), std::pair("heads", c.heads),
+                                   std::pair("nope_dim", c.nope_dim), std::pair("rope_dim", c.rope_dim),
+                                   std::pair("latent_dim", c.latent_dim), std::pair("value_dim", c.value_dim)}) {
+    if (size >= 1 && size <= INT32_MAX) continue;
+    throw std::invalid_argument(std::string(name) + " must be from 1 to " + std::to_string(INT32_MAX) + ", got " +
+                                std::to_string(size));
   }
-  throw std::invalid_argument(std::string(name) + " must be " + std::to_string(count) + " x " + std::to_string(rows) +
-                              " x " + std::to_string(cols) + ", got " + found);
+  if (c.rope_dim % 2 != 0) throw std::invalid_argument("rope_dim must be even, got " + std::to_string(c.rope_dim));
+  return c;
+}
+
+void check_norm(const std::vector<float>& norm, const char* name, int64_t size) {
+  if (static_cast<int64_t>(norm.size()) == size) return;
+  throw std::invalid_argument(std::string(name) + " must have " + std::to_string(size) + " values, got " +
+                              std::to_string(norm.size()));
 }
 
 // out[tokens][heads][out_width], of which w[head] computes the first rows from inputs[tokens][heads].
@@ -50,48 +66,39 @@ void run_heads(const PackedMatrix& w, const Activations& inputs, int64_t tokens,
 }  // namespace
 
 MlaAttention::MlaAttention(const AttentionConfig& config, AttentionWeights weights)
-    : config_(config), weights_(std::move(weights)) {
+    : Attention({config.hidden, config.rope_dim, {config.latent_dim, config.rope_dim}}),
+      config_(checked(config)),
+      weights_(std::move(weights)) {
   const AttentionConfig& c = config_;
   int64_t query_inputs = c.hidden;
   if (weights_.q_a != nullptr) {
     query_inputs = weights_.q_a->rows();
     check_shape(weights_.q_a, "q_a_proj", 1, query_inputs, c.hidden);
-    if (static_cast<int64_t>(weights_.q_a_norm.size()) != query_inputs) {
-      throw std::invalid_argument("q_a_layernorm must have " + std::to_string(query_inputs) + " values, got " +
-                                  std::to_string(weights_.q_a_norm.size()));
-    }
+    check_norm(weights_.q_a_norm, "q_a_layernorm", query_inputs);
   }
   check_shape(weights_.q, "q_proj or q_b_proj", 1, c.heads * (c.nope_dim + c.rope_dim), query_inputs);
   check_shape(weights_.kv_a, "kv_a_proj_with_mqa", 1, c.latent_dim + c.rope_dim, c.hidden);
   check_shape(weights_.k_b, "k_b", c.heads, c.latent_dim, c.nope_dim);
   check_shape(weights_.v_b, "v_b", c.heads, c.value_dim, c.latent_dim);
   check_shape(weights_.o, "o_proj", 1, c.hidden, c.heads * c.value_dim);
-  if (static_cast<int64_t>(weights_.kv_a_norm.size()) != c.latent_dim || c.rope_dim % 2 != 0) {
-    throw std::invalid_argument("kv_a_layernorm must have " + std::to_string(c.latent_dim) + " values, got " +
-                                std::to_string(weights_.kv_a_norm.size()) + "; rope_dim must be even, got " +
-                                std::to_string(c.rope_dim));
-  }
+  check_norm(weights_.kv_a_norm, "kv_a_layernorm", c.latent_dim);
 }
 
-void MlaAttention::project_keys(const float* x, const float* rope_table, int64_t batch, int64_t tokens,
-                                const KeyRows& keys) const {
-  const ScratchBuffer compressed(static_cast<size_t>(batch * tokens * weights_.kv_a->rows()) * sizeof(float));
-  linear(*weights_.kv_a, 0, x, batch * tokens, compressed.floats());
-  store_keys(compressed.floats(), rope_table, batch, tokens, keys);
+void MlaAttention::project_keys(const LayerInput& in, const CacheRows& rows) const {
+  const ScratchBuffer compressed(static_cast<size_t>(in.rows() * weights_.kv_a->rows()) * sizeof(float));
+  linear(*weights_.kv_a, 0, in.x, in.rows(), compressed.floats());
+  store_keys(compressed.floats(), in, rows);
 }
 
-void MlaAttention::store_keys(const float* compressed, const float* rope_table, int64_t batch, int64_t tokens,
-                              const KeyRows& keys) const {
+void MlaAttention::store_keys(const float* compressed, const LayerInput& in, const CacheRows& rows) const {
   const AttentionConfig& c = config_;
   const KernelTable& table = kernels();
-  parallel_for(batch * tokens, [&](int64_t row) {
-    const int64_t sequence = row / tokens;
-    const int64_t t = row % tokens;
+  parallel_for(in.rows(), [&](int64_t row) {
+    const int64_t sequence = row / in.tokens;
+    const int64_t t = row % in.tokens;
     const float* from = compressed + row * (c.latent_dim + c.rope_dim);
-    table.rms_norm(from, weights_.kv_a_norm.data(), c.norm_eps, c.latent_dim,
-                   keys.latents + sequence * keys.latent_batch_stride + t * keys.latent_stride);
-    rotate(rope_table + row * c.rope_dim, c.rope_dim, from + c.latent_dim,
-           keys.ropes + sequence * keys.rope_batch_stride + t * keys.rope_stride);
+    table.rms_norm(from, weights_.kv_a_norm.data(), c.norm_eps, c.latent_dim, rows.first.row(sequence, t));
+    rotate(in.rope_table + row * c.rope_dim, c.rope_dim, from + c.latent_dim, rows.second.row(sequence, t));
   });
 }
 
@@ -129,8 +136,8 @@ void MlaAttention::output(const float* contexts, int64_t tokens, float* out) con
   linear(*weights_.o, 0, values.floats(), tokens, out);
 }
 
-void MlaAttention::attend_chunk(float* first, const float* rope_table, const TokenRange& tokens,
-                                const LatentCache& cache, const Visibility& visibility, float* out) const {
+void MlaAttention::attend_chunk(float* first, const float* rope_table, const TokenRange& tokens, const Cache& cache,
+                                const Visibility& visibility, float* out) const {
   const AttentionConfig& c = config_;
   const ScratchBuffer queries(static_cast<size_t>(tokens.count * c.heads * (c.latent_dim + c.rope_dim)) *
                               sizeof(float));
@@ -141,38 +148,37 @@ void MlaAttention::attend_chunk(float* first, const float* rope_table, const Tok
   output(attended.floats(), tokens.count, out);
 }
 
-void MlaAttention::attend(const float* x, const float* rope_table, int64_t batch, int64_t tokens,
-                          const LatentCache& cache, const Visibility& visibility, float* out) const {
+void MlaAttention::attend(const LayerInput& in, const Cache& cache, const Visibility& visibility, float* out) const {
   const AttentionConfig& c = config_;
-  const int64_t total = batch * tokens;
+  const int64_t total = in.rows();
   const ScratchBuffer first_rows(static_cast<size_t>(std::min(kChunkTokens, total) * first_query().rows()) *
                                  sizeof(float));
   for (int64_t first = 0; first < total; first += kChunkTokens) {
     const int64_t count = std::min(kChunkTokens, total - first);
-    linear(first_query(), 0, x + first * c.hidden, count, first_rows.floats());
-    attend_chunk(first_rows.floats(), rope_table + first * c.rope_dim, {first, count, tokens}, cache, visibility,
+    linear(first_query(), 0, in.x + first * c.hidden, count, first_rows.floats());
+    attend_chunk(first_rows.floats(), in.rope_table + first * c.rope_dim, {first, count, in.tokens}, cache, visibility,
                  out + first * c.hidden);
   }
 }
 
-void MlaAttention::append_and_attend(const float* x, const float* rope_table, int64_t batch, int64_t tokens,
-                                     const KeyRows& new_keys, const LatentCache& cache, const Visibility& visibility,
+void MlaAttention::append_and_attend(const LayerInput& in, const Cache& cache, const Visibility& visibility,
                                      float* out) const {
-  const int64_t total = batch * tokens;
+  const int64_t total = in.rows();
+  const CacheRows new_rows = cache.last(in.tokens);
   const PackedMatrix& keys = *weights_.kv_a;
   const PackedMatrix& query = first_query();
   if (total > kChunkTokens || keys.info().activation != query.info().activation) {
-    project_keys(x, rope_table, batch, tokens, new_keys);
-    attend(x, rope_table, batch, tokens, cache, visibility, out);
+    project_keys(in, new_rows);
+    attend(in, cache, visibility, out);
     return;
   }
   const ScratchBuffer compressed(static_cast<size_t>(total * keys.rows()) * sizeof(float));
   const ScratchBuffer first(static_cast<size_t>(total * query.rows()) * sizeof(float));
-  const Activations rows(keys.info().activation, x, total, keys.cols(), keys.cols());
+  const Activations rows(keys.info().activation, in.x, total, keys.cols(), keys.cols());
   run_linears({{&keys, 0, 1, rows.rows(), total, compressed.floats(), 0, keys.rows()},
                {&query, 0, 1, rows.rows(), total, first.floats(), 0, query.rows()}});
-  store_keys(compressed.floats(), rope_table, batch, tokens, new_keys);
-  attend_chunk(first.floats(), rope_table, {0, total, tokens}, cache, visibility, out);
+  store_keys(compressed.floats(), in, new_rows);
+  attend_chunk(first.floats(), in.rope_table, {0, total, in.tokens}, cache, visibility, out);
 }
 
 void fill_rope_table(const int64_t* positions, int64_t tokens, const float* inv_freq, int64_t dim, float scaling,

@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "layers/attention.h"
 #include "layers/latent_softmax.h"
 #include "layers/packed_matrix.h"
 
@@ -33,45 +34,25 @@ struct AttentionWeights {
   std::shared_ptr<PackedMatrix> o;     // hidden x heads * value
 };
 
-// Where new keys go: as in a LatentCache, key i of sequence s being that of its token i.
-struct KeyRows {
-  float* latents;
-  int64_t latent_batch_stride;
-  int64_t latent_stride;
-  float* ropes;
-  int64_t rope_batch_stride;
-  int64_t rope_stride;
-};
-
-class MlaAttention {
+// A cache of latents (latent_dim values, normed) and rotary keys (rope_dim values, rotated).
+class MlaAttention : public Attention {
  public:
-  // Throws std::invalid_argument where the shapes contradict the config.
+  // Throws std::invalid_argument where a size is not positive or the shapes contradict the config.
   MlaAttention(const AttentionConfig& config, AttentionWeights weights);
 
-  const AttentionConfig& config() const { return config_; }
-
-  // What goes into the cache for x[batch][tokens][hidden] at rope_table[batch][tokens][rope_dim]: latents of latent_dim
-  // values, normed, and keys of rope_dim, rotated.
-  void project_keys(const float* x, const float* rope_table, int64_t batch, int64_t tokens, const KeyRows& keys) const;
-
-  // out[batch][tokens][hidden] = attention of x[batch][tokens][hidden] over the cache. A query that sees no key gives
-  // the output projection of zero.
-  void attend(const float* x, const float* rope_table, int64_t batch, int64_t tokens, const LatentCache& cache,
-              const Visibility& visibility, float* out) const;
-
-  // Both, with new_keys the last rows of the cache. Few tokens are projected to keys and queries in one loop.
-  void append_and_attend(const float* x, const float* rope_table, int64_t batch, int64_t tokens,
-                         const KeyRows& new_keys, const LatentCache& cache, const Visibility& visibility,
-                         float* out) const;
+  void project_keys(const LayerInput& in, const CacheRows& rows) const override;
+  void attend(const LayerInput& in, const Cache& cache, const Visibility& visibility, float* out) const override;
+  // Few tokens are projected to keys and queries in one loop.
+  void append_and_attend(const LayerInput& in, const Cache& cache, const Visibility& visibility,
+                         float* out) const override;
 
  private:
   // What queries are projected with first.
   const PackedMatrix& first_query() const { return weights_.q_a != nullptr ? *weights_.q_a : *weights_.q; }
   // The rest of their way, and that of keys, in place of `first` and from `compressed`.
   void absorb_queries(float* first, const float* rope_table, int64_t tokens, float* queries) const;
-  void store_keys(const float* compressed, const float* rope_table, int64_t batch, int64_t tokens,
-                  const KeyRows& keys) const;
-  void attend_chunk(float* first, const float* rope_table, const TokenRange& tokens, const LatentCache& cache,
+  void store_keys(const float* compressed, const LayerInput& in, const CacheRows& rows) const;
+  void attend_chunk(float* first, const float* rope_table, const TokenRange& tokens, const Cache& cache,
                     const Visibility& visibility, float* out) const;
   void output(const float* contexts, int64_t tokens, float* out) const;
 

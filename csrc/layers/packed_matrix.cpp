@@ -14,31 +14,41 @@
 namespace tkt {
 namespace {
 
-void check_shape(const WeightTypeInfo& info, int64_t count, int64_t rows, int64_t cols) {
-  const std::string shape = std::to_string(count) + " x " + std::to_string(rows) + " x " + std::to_string(cols);
+const WeightTypeInfo& checked(const WeightTypeInfo& info, int64_t count, int64_t rows, int64_t cols) {
+  const std::string shape = shape_text(count, rows, cols);
   if (count < 1 || rows < 1 || cols < 1) throw std::invalid_argument("matrix sizes must be positive, got " + shape);
   if (cols % info.block_elements != 0) {
     throw std::invalid_argument(std::string(info.name) + " needs columns in multiples of " +
                                 std::to_string(info.block_elements) + ", got " + shape);
   }
-  const int64_t padded_rows = (rows + kPanelRows - 1) / kPanelRows * kPanelRows;
-  int64_t bytes = row_bytes(info, cols);
-  if (__builtin_mul_overflow(bytes, padded_rows, &bytes) || __builtin_mul_overflow(bytes, count, &bytes) ||
+  int64_t bytes = cols / info.block_elements;
+  int64_t padded_rows = 0;
+  if (__builtin_mul_overflow(bytes, info.block_bytes, &bytes) ||
+      __builtin_add_overflow(rows, kPanelRows - 1, &padded_rows) ||
+      __builtin_mul_overflow(bytes, padded_rows, &bytes) || __builtin_mul_overflow(bytes, count, &bytes) ||
       bytes > INT64_MAX / 2) {
     throw std::invalid_argument("matrix of " + shape + " is larger than the address space");
   }
+  return info;
 }
 
 }  // namespace
 
+std::string shape_text(int64_t count, int64_t rows, int64_t cols) {
+  return std::to_string(count) + " x " + std::to_string(rows) + " x " + std::to_string(cols);
+}
+
+std::string shape_text(const PackedMatrix* w) {
+  return w == nullptr ? "nothing" : shape_text(w->count(), w->rows(), w->cols());
+}
+
 PackedMatrix::PackedMatrix(WeightType type, int64_t count, int64_t rows, int64_t cols)
-    : info_(info_of(type)),
+    : info_(checked(info_of(type), count, rows, cols)),
       count_(count),
       rows_(rows),
       cols_(cols),
       row_bytes_(tkt::row_bytes(info_, cols)),
       panels_((rows + kPanelRows - 1) / kPanelRows) {
-  check_shape(info_, count, rows, cols);
   const std::vector<NumaNode> nodes = topology().nodes;
   int64_t all_cores = 0;
   for (const NumaNode& node : nodes) all_cores += static_cast<int64_t>(node.cores.size());

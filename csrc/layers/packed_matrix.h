@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "formats/block_formats.h"
@@ -78,5 +79,9 @@ class PackedMatrix {
   int64_t panels_;
   std::vector<Part> parts_;
 };
+
+// "4 x 64 x 32" for count x rows x cols; "nothing" for null.
+std::string shape_text(int64_t count, int64_t rows, int64_t cols);
+std::string shape_text(const PackedMatrix* w);
 
 }  // namespace tkt

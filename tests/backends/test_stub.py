@@ -27,7 +27,10 @@ def names_in(body: list[ast.stmt]) -> dict[str, ast.stmt]:
 
 def names_of(thing: Any) -> set[str]:
     """Of what was defined there, without what every module and object has."""
-    return {name for name in vars(thing) if not name.startswith("_") or name == "__init__"}
+    names = {name for name in vars(thing) if not name.startswith("_")}
+    constructor = vars(thing).get("__init__")
+    is_bound = constructor is not None and "->" in constructor.__doc__  # else there is none to call from Python
+    return names | {"__init__"} if is_bound else names
 
 
 def arguments_of_stub(node: ast.FunctionDef) -> list[str]:

@@ -146,9 +146,8 @@ def _layer_append_and_forward(
     handle: int,
 ) -> torch.Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    layer = _C.DecoderStack([object_of(handle)], [_array(input_norm), _array(post_norm)])
-    caches = _C.KeyBuffers([latents.numpy()], [ropes.numpy()])
-    layer.append_and_forward(_array(x), _rows(rope_table), caches, latents.shape[1], *seen(visible), out.numpy())
+    norms, caches = (_array(input_norm), _array(post_norm)), (latents.numpy(), ropes.numpy())
+    object_of(handle).append_and_forward(_array(x), *norms, _rows(rope_table), *caches, *seen(visible), out.numpy())
     return out
 
 

@@ -1,0 +1,24 @@
+#include "layers/decoder_stack.h"
+
+#include <stdexcept>
+#include <utility>
+
+namespace tkt {
+
+DecoderStack::DecoderStack(std::vector<Entry> layers) : layers_(std::move(layers)) {
+  if (layers_.empty()) throw std::invalid_argument("a stack needs at least one layer");
+  for (const Entry& entry : layers_) {
+    if (entry.layer == nullptr) throw std::invalid_argument("a stack is made of layers, got nothing for one");
+  }
+}
+
+void DecoderStack::append_and_forward(const LayerInput& in, const std::vector<CacheRows>& caches, int64_t keys,
+                                      const Visibility& visibility, float* out) const {
+  LayerInput next = in;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    layers_[i].layer->append_and_forward(next, layers_[i].norms, {caches[i], keys}, visibility, out);
+    next.x = out;
+  }
+}
+
+}  // namespace tkt
