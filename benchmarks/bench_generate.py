@@ -3,7 +3,7 @@
     python tests/support/synthetic.py v2-lite q4_k_m v2-lite.gguf
     python benchmarks/bench_generate.py v2-lite.gguf --llama-python venv/bin/python --json out.json --plot out.png
 
-Engines take turns, each in a process of its own (two copies of a 10 GB model do not fit into 24 GB), `--rounds` times.
+Engines alternate, each in a process of its own (two copies of a 10 GB model do not fit into 24 GB), `--rounds` times.
 A round's figure is the median of its samples; medians over rounds are shown, and how far the rounds lie apart. Before
 each process the file is read once, so that every load is one with a warm page cache; how much of the file the cache
 really held is shown.

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the limits of the machine, samples taken in turns, and how results are kept.
+"""What the benchmarks share: the limits of the machine, interleaved samples, and how results are kept.
 
 Limits come from limits.cpp, which is compiled here with the machine's own compiler, and are sampled in the same rounds
 as what is compared with them: memory that is shared with others is as fast in one minute as it is.

@@ -15,7 +15,7 @@ _library: Any = torch.library.Library("kt", "DEF")  # type: ignore[no-untyped-ca
 
 
 def computes_at_once() -> bool:
-    """Whether operators run when they are called: nobody compiles, exports or traces, or otherwise looks at each."""
+    """Whether a call runs its operator at once: nothing compiles, exports, traces or dispatches it."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     return torch._C._len_torch_dispatch_stack() == 0

@@ -47,7 +47,7 @@ def read_config(name: str, hub: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The content of the config.json of a folder or hub id, or of the JSON file ``name``. None if it cannot be had."""
     try:
         facts = json.loads(_config_file(name, hub).read_text(encoding="utf-8"))
-    except Exception:  # whatever the hub raises: transformers will ask again, and has words for it
+    except Exception:  # whatever the hub raises: transformers asks again and explains it
         return None
     return facts if isinstance(facts, dict) else None
 

@@ -140,7 +140,7 @@ def _load(
 
 
 def _modules() -> Modules:
-    # Here, for they import the models of transformers, which nobody needs who loads none.
+    # Imported here: they import the models of transformers, which only loading needs.
     from transformers_kt.modules import MODULES
     from transformers_kt.modules.base import require_supported_cpu
     from transformers_kt.modules.mla import ranges_mask
@@ -175,7 +175,7 @@ def _resolve_dtype(options: dict[str, Any]) -> None:
 def _stock_attention(asked: str | None, config: PreTrainedConfig) -> str | None:
     """The attention of transformers that the user wants in place of ours, if any.
 
-    "sdpa" in a config is no wish: it is what transformers writes there by default.
+    "sdpa" in a config is no request: transformers writes it there by default.
     """
     if asked is None and config._attn_implementation != "sdpa":
         asked = config._attn_implementation

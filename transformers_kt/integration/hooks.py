@@ -1,9 +1,9 @@
 """Teaches ``from_pretrained`` our arguments when transformers' modules are there, without importing any of them.
 
-Importing models costs seconds and hundreds of megabytes, which a plan has no use for. So the classes are wrapped where
-their modules were imported before, and else right after they are: a finder at the front of ``sys.meta_path`` lets the
-others find the module, and adds our step to its execution. What a wrapped function needs to answer a call of ours is
-imported by that call.
+Importing models costs seconds and hundreds of megabytes, which a plan does not need. So classes are wrapped at once if
+their module is imported already, else right after its import: a finder at the front of ``sys.meta_path`` lets the
+other finders find the module, and adds our step to its execution. A wrapped function imports what it needs when it is
+called with our arguments.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _LOADERS_OF_MODELS = ("load_model", "load_auto_model")
 
 def install() -> None:
     """Wrap ``from_pretrained`` of models, configs and tokenizers, now or when they come. A second call does nothing."""
-    if not any(repr(type(finder)) == repr(_Finder) for finder in sys.meta_path):  # nor after a reload
+    if not any(repr(type(finder)) == repr(_Finder) for finder in sys.meta_path):  # not again after a reload
         sys.meta_path.insert(0, _Finder())
     for name, wrap_classes in _WRAPPERS.items():
         if name in sys.modules:
-            wrap_classes(importlib.import_module(name))  # which waits, should another thread be at it
+            wrap_classes(importlib.import_module(name))  # waits while another thread imports it
 
 
 def wrap(owner: Any, loader: str) -> None:
-    """Let the function ``loader`` of our `from_pretrained` answer those calls of ``owner``'s that concern us."""
+    """Let the function ``loader`` of our `from_pretrained` answer the calls of ``owner``'s that have our arguments."""
     bound = vars(owner).get("from_pretrained")
     if bound is None or hasattr(bound.__func__, WRAPPED):
         return

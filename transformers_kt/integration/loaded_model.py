@@ -124,7 +124,7 @@ class KtModelMixin:
             inputs_tensor,
         )
         positions = self.config.max_position_embeddings  # type: ignore[attr-defined]
-        if input_ids_length > positions:  # here, for in chunked prefill the guard would see it after much work
+        if input_ids_length > positions:  # checked here: in chunked prefill the guard would see it late
             raise InputError(_too_long(input_ids_length, positions))
         # Embeddings come in place of ids, which then count from zero.
         given = inputs_tensor.shape[1] if model_input_name == "inputs_embeds" and input_ids_length == 0 else 0
@@ -145,10 +145,10 @@ class KtGenerationMixin:
     kt_report: KtReport
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As that of the stock class; torch keeps to one thread meanwhile, unless it computes some of the model itself.
+        """As that of the stock class, with torch set to one thread unless it computes part of the model itself.
 
-        What is left to torch is to choose tokens: its threads, sleepless for milliseconds after 100,000 logits were
-        compared, would take cores from ours. On two cores that was 5 of 60 ms a token.
+        Otherwise torch only chooses tokens. Its threads spin for milliseconds after comparing 100,000 logits and take
+        cores from the kernels: 5 of 60 ms a token on two cores.
         """
         left_to_torch = sum(row.nbytes for row in self.kt_report.rows if row.operation == TORCH)
         if left_to_torch > _SMALL_SHARE * self.kt_report.nbytes:
@@ -166,7 +166,7 @@ _FORWARD_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "i
 
 
 class InputGuard:
-    """A forward pre-hook that refuses token ids and positions out of range, and outputs that nobody would record."""
+    """A forward pre-hook that refuses token ids and positions out of range, and outputs that no module records."""
 
     def __init__(self, config: Any, lost_outputs: Collection[str]) -> None:
         self._config = config

@@ -60,7 +60,7 @@ class ReportRow:
 class KtReport:
     """What became of each module of a loaded model. ``str()`` gives a table in which equal layers share a line.
 
-    ``notes`` say what rules asked for and became something else or nothing, ``kernels`` which of ours run here.
+    ``notes`` say what rules asked for and did not get, ``kernels`` which of ours run here.
     """
 
     title: str
@@ -116,8 +116,8 @@ def fill(
 ) -> tuple[ReportRow, ...]:
     """Load every weight of ``model`` (plan applied, no memory taken yet). ``progress`` moves by bytes read.
 
-    If anything goes wrong, Ctrl-C included, the model is taken apart, so that no frame of a traceback that somebody
-    keeps can hold gigabytes.
+    After any failure, Ctrl-C included, the modules are removed from the model: a traceback that is kept would hold
+    gigabytes through its frames.
     """
     rows = []
     config: Any = model.config
@@ -141,10 +141,10 @@ def fill(
 
 
 class _Reader:
-    """Hands out stored tensors or pieces of them; asked for the next, it gives up the pages of those before.
+    """Hands out stored tensors or pieces of them; each call releases the pages of those before.
 
-    That is safe while a view is still in use, for its pages are then read anew: a module that asks for three tensors
-    and packs them together pays nothing, as the pages of a view come only with the first look at it.
+    A view that is still in use stays valid: its pages are read again. A module that takes three tensors and then packs
+    them together loses nothing, since pages are read at the first access.
     """
 
     def __init__(self, source: TensorSource, progress: ProgressBar) -> None:
@@ -196,7 +196,7 @@ def _dequantized(info: TensorInfo, data: TensorData) -> torch.Tensor:
     step = max(1, _DEQUANTIZED_AT_ONCE // cols)
     for start in range(0, len(rows), step):
         end = min(start + step, len(rows))
-        # A copy, for torch warns of arrays that cannot be written, as the views of a read-only mapping are.
+        # A copy: torch warns about arrays that cannot be written, such as views of a read-only mapping.
         stored = np.array(data(info, start * row_bytes, end * row_bytes)).reshape(end - start, row_bytes)
         rows[start:end] = torch.from_numpy(gguf.dequantize(stored, info.ggml_type).reshape(-1, cols))
     return values

@@ -148,7 +148,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        # transformers asks before it says, in words of its own, that adapters would help; they would not.
+        # transformers asks before it suggests adapters, which would not help.
         refuse_training("training")
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> NoReturn:

@@ -24,7 +24,7 @@ this process's memory meanwhile: 32 MB is 0.3% of 10 GB, and large enough for al
 class TensorData(Protocol):
     """Gives bytes ``start`` to ``end`` of a tensor, all of them by default: uint8, one-dimensional.
 
-    The memory that they take is given back with the next call; a view stays valid, its pages are then read anew.
+    The next call releases their memory; a view stays valid, its pages are then read again.
     """
 
     def __call__(self, info: TensorInfo, start: int = 0, end: int | None = None) -> npt.NDArray[np.uint8]: ...
@@ -38,7 +38,7 @@ class KtModule(nn.Module):
     """
 
     operation: ClassVar[Operation]
-    """What it computes, of which tensors. Whether it can is asked before it is made."""
+    """What it computes, from which tensors. Whether it can is checked before it is made."""
 
     @classmethod
     def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:

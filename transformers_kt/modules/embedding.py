@@ -19,7 +19,7 @@ from transformers_kt.planning.operations import KERNEL_TYPES, OPERATIONS
 
 
 class _EmbeddingTable:
-    """Rows of blocks; one is decoded when its token comes up."""
+    """Rows of blocks; a row is decoded when its token is looked up."""
 
     def __init__(self, ggml_type: GgmlType, rows: npt.NDArray[np.uint8]) -> None:
         self.ggml_type = ggml_type

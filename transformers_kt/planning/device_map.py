@@ -28,7 +28,7 @@ class PlacementRequest:
 
     @classmethod
     def read(cls, kt_rules: Any, device_map: Any, max_memory: Any, kt_cpu_layers: Any, kt_gpu_experts: Any) -> Self:
-        """Raises `RuleError` for what is not understood or contradicts itself, `UnsupportedOperationError` for disk."""
+        """Raises `RuleError` for unknown or contradictory values, `UnsupportedOperationError` for disk."""
         request = cls(read_device_map(device_map), read_max_memory(max_memory), kt_cpu_layers, kt_gpu_experts)
         number = next((key for key in ("kt_cpu_layers", "kt_gpu_experts") if getattr(request, key) is not None), None)
         if number is not None and not (isinstance(kt_rules, str) and kt_rules == AUTO):
@@ -52,7 +52,7 @@ class PlacementRequest:
 
 
 def read_device_map(device_map: Any) -> str | dict[str, str] | None:
-    """One of AUTOMATIC_DEVICE_MAPS, or module prefix -> device ("cpu", "cuda:0"); None where nothing is asked.
+    """One of AUTOMATIC_DEVICE_MAPS, or module prefix -> device ("cpu", "cuda:0"); None where none is given.
 
     Raises `RuleError` for what names no device, `UnsupportedOperationError` for weights on disk.
     """
@@ -72,7 +72,7 @@ def device_name(device: Any, what: str) -> str:
             f"{what} is 'disk', but weights of a GGUF are held in memory. Name a device, and take a smaller file if it "
             "is too big for it"
         )
-    torch = sys.modules.get("torch")  # who has a torch.device has imported it
+    torch = sys.modules.get("torch")  # a torch.device exists only once torch is imported
     name = parse_device(str(device) if torch is not None and isinstance(device, torch.device) else device)
     if name is None:
         accepted = ", ".join(repr(mode) for mode in AUTOMATIC_DEVICE_MAPS)

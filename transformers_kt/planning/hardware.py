@@ -29,7 +29,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 _GPU = "cuda:"
 # What is there where a driver of NVIDIA, of AMD, or of either under WSL is loaded.
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-# Bytes per second, where nobody says. Eight channels of DDR4 or two of fast DDR5 read about 100 GB/s, a graphics card
+# Bytes per second, if not stated. Eight channels of DDR4 or two of fast DDR5 read about 100 GB/s, a graphics card
 # with 24 GB some 900.
 _ASSUMED_RAM_BANDWIDTH = 100e9
 _ASSUMED_GPU_BANDWIDTH = 900e9
@@ -120,7 +120,7 @@ def free_gpu_memory() -> tuple[int, ...]:
 
 
 class Bandwidths(NamedTuple):
-    """Bytes per second, and which of them nobody stated: "assumed" or "measured" -> of what."""
+    """Bytes per second, and which of them were not stated: "assumed" or "measured" -> of what."""
 
     ram: float
     gpu: float

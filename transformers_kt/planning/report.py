@@ -68,7 +68,7 @@ class DeviceUse:
 class PlanReport:
     """What loading and generating would take. ``str()`` gives tables of at most 100 columns.
 
-    ``context`` is in tokens. ``notes`` say what was assumed, and what was asked for and became something else;
+    ``context`` is in tokens. ``notes`` say what was assumed, and what rules asked for and did not get;
     ``problems`` why the model cannot be loaded so.
     """
 

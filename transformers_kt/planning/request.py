@@ -26,7 +26,7 @@ SOURCE_OPTIONS = (
 )
 """The options of which a `Request` is made."""
 MOOT_OPTIONS = ("trust_remote_code", "code_revision", "adapter_kwargs", "_commit_hash", "low_cpu_mem_usage")
-"""Of no meaning here: which code to run is settled by the GGUF's architecture, how to save memory by the plan."""
+"""Without effect here: the GGUF's architecture decides which code runs, the plan how memory is saved."""
 
 
 @dataclass(frozen=True, slots=True)

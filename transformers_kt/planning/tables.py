@@ -34,7 +34,7 @@ Row = TypeVar("Row", bound=HasModule)
 def grouped(rows: Iterable[Row], alike: Callable[[Row], Hashable]) -> list[tuple[str, list[Row]]]:
     """Rows whose ``alike`` and path are the same in all but the layer, under one name: model.layers.{3-60}.mlp.
 
-    The norms of a layer, of which nobody asks for one, count as the same.
+    The norms of a layer count as the same: a row for each would say nothing more.
     """
     groups: dict[tuple[Hashable, ...], list[Row]] = {}
     for row in rows:

@@ -13,22 +13,22 @@ A rule is a mapping of three keys, a file a list of rules (`rules_files` has inc
 
 The families are attention, moe, mlp, experts, linear, embedding, norm and rotary.
 
-**Who decides.** A rule with ``auto`` or an op speaks of what it matches and of all inside; where several rules speak
-of a module, the first in the list decides. ``torch`` (or ``default``) keeps the matched module as transformers has it,
-with dequantized weights; inside it the other rules decide, and what none of them matches is kept too, as is a module
-that no rule speaks of.
+**Which rule decides.** A rule with ``auto`` or an op holds for what it matches and for all inside; where several rules
+hold for a module, the first in the list decides. ``torch`` (or ``default``) keeps the matched module as transformers
+has it, with dequantized weights; inside it the other rules decide, and what none of them matches is kept too, as is a
+module that no rule matches.
 
-**What is made of it.** ``auto`` takes the coarsest operation: an attention, an MLP or a block of experts becomes one,
-if everything in it came to lie on one device and no rule named an op for a part; otherwise its parts become operations
-of their own. A named op is an order: it replaces the module whole.
+**What computes it.** ``auto`` takes the coarsest operation: an attention, an MLP or a block of experts becomes one, if
+everything in it lies on one device and no rule named an op for a part; otherwise its parts become operations of their
+own. A named op always replaces the module whole.
 
 **KTransformers' language.** A rule whose ``replace`` has ``class`` or ``kwargs`` is read as KTransformers reads it
-(`ktransformers` has the names): it speaks of the matched modules only, unless ``recursive: false``; what no rule
-matches is on cuda:0; a rule that finds nothing to do is a note of the plan, where in our form it is an error. Their ops
-are no orders: on a device, each module gets our operation for it. Rules of both forms may stand in one file: each keeps
-to its own, and one of theirs puts what no rule matches on cuda:0.
+(`ktransformers` has the names): it holds for the matched modules only, unless ``recursive: false``; what no rule
+matches is on cuda:0; a rule with nothing to do is a note of the plan, where in our form it is an error. Their ops
+choose no kernel: each module gets our operation for its device. Rules of both forms may stand in one file; one of
+theirs puts what no rule matches on cuda:0.
 
-A device map goes before what rules say of devices: ``{"": "cpu"}`` moves everything to the CPU.
+A device map overrides the devices of rules: ``{"": "cpu"}`` moves everything to the CPU.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ _MOST_RULES = 10_000
 
 
 def load_rules(kt_rules: KtRules, operations: Collection[str], variables: Mapping[str, int] | None = None) -> RuleList:
-    """Validated rules from what a user passes as ``kt_rules``.
+    """Validated rules from the value of ``kt_rules``.
 
     That is "auto"; a YAML path or bundled name, with variables behind it or not ("my-rules?gpus=4"); or what such a
-    file would hold, as a list or mapping. ``variables`` go before those in the name.
+    file would hold, as a list or mapping. ``variables`` override those in the name.
 
     Raises `RuleError`, naming file, rule number and line, if the file is not there or anything in it is not understood.
     """
@@ -88,7 +88,7 @@ def make_plan(
     """What computes each module of the model under ``rule_list``, and where.
 
     ``auto`` chooses none of ``not_by_itself``, which are names of operations; a rule of our form that names one of them
-    still gets it. Devices in ``device_map`` go before those of rules.
+    still gets it. Devices in ``device_map`` override those of rules.
 
     Raises `RuleError` if a rule of our form decides about no module, gives a module to an operation made for other
     classes, or to one operation what the device map divides.

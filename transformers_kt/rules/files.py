@@ -9,7 +9,7 @@ A file is a list of rules, or a mapping::
       variables: {gpus: ${gpus}}        # for the included file, optional
     - ...
 
-Who uses the file sets variables with ``kt_rules="my.yaml?gpus=4"`` or ``variables={"gpus": 4}``.
+Variables are set with ``kt_rules="my.yaml?gpus=4"`` or ``variables={"gpus": 4}``.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def _rules_path(text: str, folder: Path) -> Path:
     """The file of rules that ``text`` names: a path, relative to ``folder``, or a bundled name."""
     try:
         path = folder / Path(text).expanduser()
-    except RuntimeError as error:  # ~somebody who is not there
+    except RuntimeError as error:  # "~name" of a user that does not exist
         raise RuleError(f"{brief(text)}: {error}") from None
     if path.suffix.lower() in _YAML_SUFFIXES or os.sep in text or _is_file(path):
         if not _is_file(path):

@@ -37,7 +37,7 @@ class PlanEntry:
     """What computes the module at path ``module``: the operation ``op``, or "torch" for the stock module itself.
 
     ``device`` is where it computes while generating ("cpu", "cuda:1"). ``rule`` is the number of the rule that decided,
-    None where none did. ``notes`` say what was asked for and became the nearest thing.
+    None where none did. ``notes`` say what became the nearest thing here.
     """
 
     module: str

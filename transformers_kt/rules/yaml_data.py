@@ -1,6 +1,6 @@
 """YAML as plain data with line numbers: safe loader, no key twice, aliases and nesting bounded.
 
-PyYAML's errors for text that nobody meant as YAML are of many classes; here each is a `RuleError`.
+PyYAML's errors for text that is no YAML are of many classes; here each is a `RuleError`.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ _NAMES = ("cache", "past_key_values")
 def cache_argument(forwards: Iterable[Callable[..., Any]]) -> str:
     """The name that all of ``forwards`` use.
 
-    Raises UnsupportedModelError where there is no such: a cache under a name that nobody reads is lost without a word,
-    and every token after the first comes out wrong.
+    Raises UnsupportedModelError if there is none: a cache under a name that the model ignores is lost silently, and
+    every token after the first is wrong.
     """
     parameters = [inspect.signature(forward).parameters for forward in forwards]
     for name in _NAMES:
