@@ -95,7 +95,7 @@ inline int64_t activation_row_bytes(ActivationFormat format, int64_t cols) {
 // 512-bit register.
 //
 // Bytes stand in the order in which a product of one token first reads them: it is bound by memory, and then nothing is
-// faster than what the hardware's prefetchers make of a single ascending stream (benchmarks/RESULTS.md, "One stream").
+// faster than what the hardware's prefetchers make of a single ascending stream (benchmarks/JOURNAL.md, J10).
 // Therefore:
 // - f16 scales of blocks whose size is no multiple of 4, 32 bytes of a panel, lead two blocks at a time, so that units
 //   stay on 64-byte lines: scales of blocks 0 and 1, units of block 0, units of block 1, scales of blocks 2 and 3, ... A
