@@ -420,7 +420,7 @@ def test_another_dtype_is_said_once_to_be_unused(v3: Example, dtype: Any, caplog
     assert "dtype=bfloat16 is not used" in record.getMessage()
 
 
-def test_the_dtype_that_the_config_states_is_no_wish(
+def test_the_dtype_that_the_config_states_is_no_request(
     v3: Example, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(changed_config(v3, tmp_path, dtype="bfloat16"), gguf_path=v3.gguf)
@@ -485,7 +485,7 @@ def test_the_config_of_a_loaded_model_asks_for_nothing(v3: Example, attention: s
         assert "attention_cpu" in {row.operation for row in model.kt_report.rows}
 
 
-def test_rules_for_our_attention_contradict_a_wish_for_another(v3: Example) -> None:
+def test_rules_for_our_attention_contradict_a_request_for_another(v3: Example) -> None:
     kt_rules = [{"match": {"name": "self_attn$"}, "replace": {"op": "attention_cpu"}}]
     with pytest.raises(errors.RuleError, match="attn_implementation='eager'"):
         AutoModelForCausalLM.from_pretrained(v3.folder, kt_rules=kt_rules, attn_implementation="eager")

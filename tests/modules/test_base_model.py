@@ -1,4 +1,4 @@
-"""Few tokens through a whole base model without torch: the bits of its modules, which are called once anyone looks."""
+"""Small batches through a base model without torch: the bits of its modules, called if a hook watches them."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_a_copied_model_computes_with_its_own_modules(model: Any) -> None:
     assert torch.equal(model(STEP, past_key_values=cache).logits, expected)
 
 
-def test_operators_are_called_where_somebody_looks_at_each(model: Any) -> None:
+def test_operators_are_called_where_each_is_observed(model: Any) -> None:
     cache, names = prefilled(model), set()
     model(STEP, past_key_values=cache)
 

@@ -1,4 +1,4 @@
-"""Decoder layers computed in one go: the bits of their parts, and the parts again as soon as anyone looks at them."""
+"""Fused decoder layers: the bits of their parts, and the parts themselves as soon as a hook watches them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[None]:
 
 def test_layers_keep_their_parts_and_their_stock_class(model: Any) -> None:
     for layer in model.model.layers:
-        assert isinstance(layer, decoder_layer._InOneGo)
+        assert isinstance(layer, decoder_layer._FusedDecoderLayer)
         assert isinstance(layer, DeepseekV2DecoderLayer | DeepseekV3DecoderLayer)
         assert [name for name, _ in layer.named_children()] == ["self_attn", "mlp", *PARTS[::2]]
 

@@ -160,7 +160,7 @@ def test_a_number_that_the_model_has_no_layers_for_is_refused(cpu_layers: Any, g
         cpu_expert_layers(LAYERS, range(DENSE, LAYERS), cpu_layers, gpu_experts)
 
 
-def wish(**options: Any) -> PlacementRequest:
+def placement_request(**options: Any) -> PlacementRequest:
     asked = ("kt_rules", "device_map", "max_memory", "kt_cpu_layers", "kt_gpu_experts")
     return PlacementRequest.read(**{**dict.fromkeys(asked), "kt_rules": "auto", **options})
 
@@ -174,7 +174,7 @@ def wish(**options: Any) -> PlacementRequest:
 )
 def test_a_number_beside_what_contradicts_it_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(RuleError, match=said):
-        wish(**options)
+        placement_request(**options)
 
 
 def test_both_numbers_at_once_are_refused() -> None:
@@ -232,11 +232,11 @@ def test_a_map_that_leaves_modules_out_or_misspells_one_is_refused_with_their_na
 
 
 def test_max_memory_limits_what_there_is_and_leaves_unnamed_gpus_out() -> None:
-    limits = wish(max_memory={0: "10GiB", "cpu": 5000})
+    limits = placement_request(max_memory={0: "10GiB", "cpu": 5000})
     assert limits.limited(Hardware((24 << 30, 24 << 30), 10**9)) == Hardware((10 << 30, 0), 5000)
     assert limits.tightest(MemoryLimit(10**9, "this machine")) == MemoryLimit(5000, 'max_memory["cpu"]')
     assert limits.tightest(MemoryLimit(10, "this machine")).nbytes == 10
-    assert wish().limited(Hardware((24 << 30,), 7)) == Hardware((24 << 30,), 7)
+    assert placement_request().limited(Hardware((24 << 30,), 7)) == Hardware((24 << 30,), 7)
 
 
 @pytest.mark.parametrize("said", ["10GiB", {"cpu": "lots"}, {"cpu": -1}, {"elsewhere": 5}, {"cpu": 1.5}])

@@ -23,7 +23,7 @@ def config_values(source: Checkpoint | GgufFile | Mapping[str, Any]) -> dict[str
 
 
 def config_from_gguf(source: Checkpoint | GgufFile | Mapping[str, Any]) -> PreTrainedConfig:
-    """The config of the model in ``source``. Metadata alone will do; with tensors, doubts are settled by them.
+    """The config of the model in ``source``. Metadata suffice; tensors, where given, decide what they leave open.
 
     Raises `UnsupportedModelError` for an unknown architecture or a feature that transformers' models lack,
     `GgufFormatError` for metadata that is missing or makes no sense.

@@ -15,7 +15,7 @@ from transformers_kt.gguf.reader import GgufFile, StringArray, TensorInfo
 NO_TOKEN = (-1, 0xFFFFFFFF)
 """What converters write as the id of a token that does not exist."""
 
-# Far above any model, far below where a product of two would trouble anyone.
+# Far above any model; the product of two still fits into 64 bits.
 MOST_WIDTH = 1 << 20
 MOST_LAYERS = 1 << 12
 MOST_VOCAB = 1 << 24

@@ -122,8 +122,8 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         from transformers_kt.integration.tune_prefetch import choose_look_ahead
-        from transformers_kt.modules.fused.base_model import join_base_models
-        from transformers_kt.modules.fused.decoder_layer import join_decoder_layers
+        from transformers_kt.modules.fused.base_model import fuse_base_models
+        from transformers_kt.modules.fused.decoder_layer import fuse_decoder_layers
 
         job, self._job = self._job, None
         decision, self._decision = self._decision, None
@@ -133,8 +133,8 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         description = f"Loading {request.title} ({format_bytes(total)})"
         with transformers_logging.tqdm(total=total, desc=description, unit="B", unit_scale=True) as bar:
             rows = loading.fill(model, decision.assignments, job.modules, request.checkpoint, bar)
-        join_decoder_layers(model)
-        join_base_models(model)
+        fuse_decoder_layers(model)
+        fuse_base_models(model)
         model.kt_report = KtReport(request.title, decision.plan.source, rows, decision.notes, choose_look_ahead(model))
         guard = InputGuard(model.config, self._lost_outputs)
         model.base_model.register_forward_pre_hook(guard, with_kwargs=True)

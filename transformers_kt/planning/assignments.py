@@ -45,7 +45,7 @@ class Assignment:
 
     @contextmanager
     def with_rule_context(self) -> Iterator[None]:
-        """Let refusals begin with the rule that gave the module to what refuses it."""
+        """Start the message of a refusal with the rule that gave the module to this operation."""
         try:
             yield
         except (UnsupportedModelError, UnsupportedTypeError) as error:

@@ -19,7 +19,7 @@ from transformers_kt.text import listed, longest_prefix, nearest
 
 @dataclass(frozen=True, slots=True)
 class PlacementRequest:
-    """What a call asks of placement beside its rules: one of AUTOMATIC_DEVICE_MAPS or a map, limits, and numbers."""
+    """What a call says of placement beside its rules: one of AUTOMATIC_DEVICE_MAPS or a map, limits, and numbers."""
 
     device_map: str | Mapping[str, str] | None
     max_memory: Mapping[str, int]

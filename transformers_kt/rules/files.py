@@ -141,7 +141,7 @@ class _Reader:
                 f"{source} holds a {type(value).__name__}; a list of rules, or a mapping of {', '.join(_FILE_KEYS)}, "
                 "is expected"
             )
-        values = self._settled(declared, given, source)
+        values = self._resolved(declared, given, source)
         items: list[Item] = []
         for number, item in enumerate(value, start=1):
             place = Place(source, number, lines[number - 1] if number <= len(lines) else None)
@@ -160,14 +160,14 @@ class _Reader:
                 hint = nearest(name, list(self._declared))
                 raise RuleError(f"{source} has no variable {brief(name)}{hint}; its variables: {known}")
 
-    def _settled(self, declared: dict[str, _Variable], given: Mapping[str, Any], source: str) -> dict[str, int]:
+    def _resolved(self, declared: dict[str, _Variable], given: Mapping[str, Any], source: str) -> dict[str, int]:
         """Values of the variables of one file: those of the including file first, then the user's, then defaults."""
         for name in given:
             if name not in declared:
                 hint = nearest(name, list(declared))
                 raise RuleError(f"{source} has no variable {brief(name)}{hint}, which the include sets")
         self._declared.update({name: variable for name, variable in declared.items() if name not in given})
-        settled = {}
+        values = {}
         for name, variable in declared.items():
             value = _integer(given.get(name, self._asked.get(name, variable.default)))
             if value is None or not variable.lowest <= value <= variable.highest:
@@ -175,8 +175,8 @@ class _Reader:
                     f"{source}: the variable {name} is {brief(given.get(name, self._asked.get(name)))}; an integer "
                     f"from {variable.lowest} to {variable.highest} is expected"
                 )
-            settled[name] = value
-        return settled
+            values[name] = value
+        return values
 
     def _included(self, item: Mapping[str, Any], place: Place, folder: Path, above: tuple[Path, ...]) -> list[Item]:
         require_keys(item, _INCLUDE_KEYS, f"{place}", "an include")

@@ -1,8 +1,8 @@
-"""Base models that compute few tokens from ids to the last norm without torch.
+"""The fast path of base models: small batches from ids to the last norm without torch.
 
 Decoding a token reads the weights of every layer, which leaves nothing else in the caches: whatever Python or torch
 touches next comes from memory. Between two layers the shortest way through Python then takes 175 us, a single operator
-of torch 30 to 100. So for few tokens all layers are one call, and what is before and after them works on numpy arrays.
+of torch 30 to 100. So for a small batch all layers are one call, and the steps around them work on numpy arrays.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from transformers_kt.families.registry import stock_classes
 from transformers_kt.families.tree import dotted
 from transformers_kt.modules.embedding import KtEmbedding
 from transformers_kt.modules.fused.cache_argument import CACHE_ARGUMENT, require_cache_argument
-from transformers_kt.modules.fused.decoder_layer import Shortcut, is_joined, subclass_in_front
+from transformers_kt.modules.fused.decoder_layer import FastPath, is_fused, subclass_in_front
 from transformers_kt.modules.fused.latent_cache import GrowingLayers, growing_layers
 from transformers_kt.modules.mla import ranges_mask, visible_keys
 from transformers_kt.modules.norm import KtRMSNorm
 from transformers_kt.modules.rotary import KtRotaryEmbedding
 
 # Tokens of a sequence that go through all layers in one call; a longer one can be stopped between layers.
-_FEW_TOKENS = 32
+_SMALL_BATCH_TOKENS = 32
 
-# What a caller may ask for, in a call or in the config, that only the stock pass gives.
+# Outputs, chosen in a call or in the config, that only the stock pass gives.
 _RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
@@ -43,18 +43,18 @@ class _PackedModel:
     def __init__(self, model: Any) -> None:
         self.layers = _layers_of(model)
         self.around = (model.embed_tokens, model.rotary_emb, model.norm)
-        self.shortcut = Shortcut(self.layers, watched=(*self.layers, *self.around))
+        self.fast_path = FastPath(self.layers, watched=(*self.layers, *self.around))
         self.cache_indices = [layer.parts.attention.layer_idx for layer in self.layers]
         norms = [norm for layer in self.layers for norm in (layer.parts.input_norm, layer.parts.post_norm)]
         self._norms = [norm._parameters for norm in (*norms, model.norm)]
         self._norm_addresses: list[int] = []
 
     def is_all_of(self, model: Any) -> bool:
-        """Whether `model` still consists of it, and nobody looks at its modules one by one."""
+        """Whether `model` still consists of it, and no foreign hook watches its modules."""
         modules = model._modules
         now = (*_layers_of(model), modules["embed_tokens"], modules["rotary_emb"], modules["norm"])
         packed = (*self.layers, *self.around)
-        return len(now) == len(packed) and all(map(is_, now, packed)) and self.shortcut.is_open()
+        return len(now) == len(packed) and all(map(is_, now, packed)) and self.fast_path.is_open()
 
     def forward(
         self,
@@ -91,7 +91,7 @@ class _PackedModel:
         """None: the copy of a model packs itself."""
 
 
-class _WithoutTorch:
+class _FastPathModel:
     """The forward pass of a base model, before that of its stock class."""
 
     _packed_model: _PackedModel | None
@@ -142,7 +142,7 @@ def _is_ours(model: Any) -> bool:
     """Whether all of its modules are such as were loaded here."""
     around = isinstance(model.embed_tokens, KtEmbedding) and isinstance(model.rotary_emb, KtRotaryEmbedding)
     layers = _layers_of(model)
-    return around and isinstance(model.norm, KtRMSNorm) and bool(layers) and all(map(is_joined, layers))
+    return around and isinstance(model.norm, KtRMSNorm) and bool(layers) and all(map(is_fused, layers))
 
 
 def _layers_of(model: Any) -> list[Any]:
@@ -150,10 +150,10 @@ def _layers_of(model: Any) -> list[Any]:
 
 
 def _is_plain(model: Any, input_ids: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether nothing but few tokens in and the last states out is asked for."""
+    """Whether the call is a small batch of ids in, the last states out, and nothing else."""
     if type(input_ids) is not torch.Tensor or not input_ids.is_cpu or input_ids.ndim != 2:
         return False
-    if not 0 < input_ids.shape[1] <= _FEW_TOKENS:
+    if not 0 < input_ids.shape[1] <= _SMALL_BATCH_TOKENS:
         return False
     config = model.config
     options = {"return_dict": config.return_dict, **kwargs}
@@ -182,12 +182,12 @@ def _visible(
     return cpu.seen(visible_keys(mask, batch, tokens, keys, "model"))
 
 
-def join_base_models(model: nn.Module) -> None:
-    """Let the base models in the loaded ``model`` that are all ours compute few tokens without torch."""
+def fuse_base_models(model: nn.Module) -> None:
+    """Give the fast path to the base models in the loaded ``model`` whose modules are all ours."""
     stock = stock_classes("base_model")
     module: Any
     for module in model.modules():
         if any(dotted(cls) in stock for cls in type(module).__mro__) and _is_ours(module):
             require_cache_argument(type(model))  # which hands it on
-            module.__class__ = subclass_in_front(_WithoutTorch, type(module))
+            module.__class__ = subclass_in_front(_FastPathModel, type(module))
             module._packed_model = None
