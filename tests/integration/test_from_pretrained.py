@@ -602,6 +602,12 @@ def test_pipeline_takes_a_gguf_in_the_models_place(v3: Example) -> None:
     assert generated(by_file, "Hello,") == generated(by_folder, "Hello,")
 
 
+def test_pipeline_takes_a_gguf_where_peft_is_installed(v3: Example, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.pipelines.is_peft_available", lambda: True)
+    by_file = pipeline("text-generation", model=str(v3.gguf))
+    assert by_file.model.kt_report.nbytes
+
+
 def test_pipeline_leaves_the_model_on_the_cpu_of_a_machine_with_an_accelerator(
     v3: Example, monkeypatch: pytest.MonkeyPatch
 ) -> None:

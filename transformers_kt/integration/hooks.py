@@ -67,13 +67,28 @@ def _wrap_auto_models(module: Any) -> None:
             wrap(auto_class, "load_auto_model")
 
 
+def _skip_adapter_search(module: Any) -> None:
+    """Where PEFT is installed, ``pipeline`` looks for an adapter beside its model, and takes a file for a hub id."""
+    stock = getattr(module, "find_adapter_config_file", None)
+    if stock is None or hasattr(stock, WRAPPED):
+        return
+
+    @functools.wraps(stock)
+    def find_adapter_config_file(model_id: Any, *args: Any, **options: Any) -> Any:
+        return None if read_request(model_id, {}) is not None else stock(model_id, *args, **options)
+
+    setattr(find_adapter_config_file, WRAPPED, True)
+    module.find_adapter_config_file = find_adapter_config_file
+
+
 _WRAPPERS: Mapping[str, Callable[[Any], None]] = {
+    "transformers.pipelines": _skip_adapter_search,
     "transformers.modeling_utils": lambda module: wrap(module.PreTrainedModel, "load_model"),
     "transformers.models.auto.modeling_auto": _wrap_auto_models,
     "transformers.models.auto.configuration_auto": lambda module: wrap(module.AutoConfig, "load_config"),
     "transformers.models.auto.tokenization_auto": lambda module: wrap(module.AutoTokenizer, "load_tokenizer"),
 }
-"""Module of transformers -> what wraps its classes."""
+"""Module of transformers -> what wraps its classes or functions."""
 
 
 class _Finder(importlib.abc.MetaPathFinder):
