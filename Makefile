@@ -15,7 +15,7 @@ TRANSFORMERS ?= 5.23.0
 CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo chat test lint bench clean
+.PHONY: help demo chat test lint bench wheel test-wheel clean
 
 help:
 	@echo "make demo    set up .venv, then watch the bundled model think and answer"
@@ -23,6 +23,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make lint    check formatting, style and types"
 	@echo "make bench   measure speed"
+	@echo "make wheel   build dist/*.whl for manylinux_2_28; make test-wheel tests it in an empty environment"
 	@echo "make clean   remove .venv and all build products"
 
 demo: $(VENV)/.installed
@@ -52,6 +53,16 @@ bench: $(VENV)/.installed-plot
 	$(BIN)/python tests/support/synthetic.py v2-lite q4_k_m build/bench-4-layers.gguf --layers 4
 	$(BIN)/python benchmarks/bench_generate.py build/bench-4-layers.gguf --rounds 1 --json build/bench-generate.json \
 	    --plot build/bench-generate.png
+
+# Without isolation and in the folder of the editable build: nothing is compiled twice.
+wheel: $(VENV)/.installed-dev
+	rm -rf build/wheel dist
+	TKT_MANYLINUX=ON $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --plat manylinux_2_28_x86_64 --only-plat --wheel-dir dist \
+	    build/wheel/*.whl
+
+test-wheel: wheel
+	WHEEL=$$(echo dist/*.whl) $(BIN)/python -m pytest tests/test_wheel.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
+import transformers_kt
 import transformers_kt._C as _C
 from transformers_kt._environment import check_environment
 from transformers_kt.assets import bundled_model
@@ -39,6 +45,42 @@ def test_an_old_transformers_is_named_with_the_version_needed(monkeypatch: pytes
 def test_newer_versions_pass(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     with_versions(monkeypatch, {"transformers": version})
     check_environment()
+
+
+def import_from(folder: Path, *others: Path) -> str:
+    """What importing the package's source code in ``folder`` prints last. Editable installs are not seen (-S)."""
+    shutil.copytree(
+        Path(transformers_kt.__file__).parent, folder / "transformers_kt", ignore=SOURCE_CODE_ONLY, dirs_exist_ok=True
+    )
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [folder, *others, *packages]))}
+    command = [sys.executable, "-S", "-c", "import transformers_kt"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True).stderr
+
+
+SOURCE_CODE_ONLY = shutil.ignore_patterns("*.so", "__pycache__")
+
+
+def test_source_code_without_the_extension_names_the_command_that_builds_it(tmp_path: Path) -> None:
+    error = import_from(tmp_path)
+    assert f"ImportError: {tmp_path / 'transformers_kt'} is source code without the compiled extension" in error
+    assert f"pip install --editable {tmp_path}" in error
+
+
+def test_source_code_that_hides_the_installed_package_names_its_folder(tmp_path: Path) -> None:
+    installed = tmp_path / "site" / "transformers_kt"
+    installed.mkdir(parents=True)
+    shutil.copy(_C.__file__, installed)
+    error = import_from(tmp_path / "checkout", installed.parent)
+    assert f"hides the package installed in {installed.parent}. Run Python in another folder" in error
+
+
+def test_an_extension_of_another_python_is_named_with_both(tmp_path: Path) -> None:
+    folder = tmp_path / "transformers_kt"
+    folder.mkdir()
+    (folder / "_C.cpython-39-x86_64-linux-gnu.so").touch()
+    error = import_from(tmp_path)
+    assert f"built for cpython-39-x86_64-linux-gnu; this is {sys.implementation.cache_tag}" in error
 
 
 @pytest.fixture

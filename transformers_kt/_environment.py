@@ -3,13 +3,43 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+import sys
+from pathlib import Path
 
 _FORK = "transformers-kt"
 _OLDEST = (5, 23)
 
 
 def check_environment() -> None:
-    """Raises ImportError where `transformers` is not the library this package extends, or too old."""
+    """Raises ImportError where `transformers` is not the library this package extends, or too old, or where the
+    package's compiled extension is missing."""
+    _check_transformers()
+    _check_extension()
+
+
+def _check_extension() -> None:
+    if importlib.util.find_spec("transformers_kt._C") is not None:
+        return
+    folder = Path(__file__).parent
+    built_for = sorted(path.name.split(".")[1] for path in folder.glob("_C.*.so"))
+    if built_for:
+        raise ImportError(
+            f"the extension in {folder} is built for {', '.join(built_for)}; this is {sys.implementation.cache_tag}. "
+            "Run with this Python: pip install --force-reinstall --no-deps transformers-kt-experts"
+        )
+    found = f"{folder} is source code without the compiled extension"
+    build = f"pip install --editable {folder.parent}"
+    hidden = [path for path in sys.path if any(Path(path).glob("transformers_kt/_C.*.so"))]
+    if hidden:
+        raise ImportError(
+            f"{found}, and hides the package installed in {hidden[0]}. Run Python in another folder, or build the "
+            f"extension for this source code: {build}"
+        )
+    raise ImportError(f"{found}. Run: {build}")
+
+
+def _check_transformers() -> None:
     try:
         fork = importlib.metadata.version(_FORK)
     except importlib.metadata.PackageNotFoundError:

@@ -43,8 +43,7 @@ _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _RANGE = re.compile(r"(\d{1,9})-(\d{1,9})")
 _INTEGER = re.compile(r"-?\d{1,9}")
-_CHECKOUT_RULES = Path(__file__).parents[2] / "rules"
-_BUNDLED_RULES = _CHECKOUT_RULES if _CHECKOUT_RULES.is_dir() else Path(__file__).parent  # as installed
+_BUNDLED_RULES = Path(__file__).parent / "bundled"  # in a checkout a link to rules/ at its top level
 
 
 class Place(NamedTuple):
