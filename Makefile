@@ -13,18 +13,22 @@ TORCH_INSTALL ?= torch==2.13.0 --no-deps --extra-index-url https://download.pyto
 TRANSFORMERS ?= 5.23.0
 
 CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp)
+OTHER_CXX_FILES := $(wildcard tests/native/*.h tests/native/*.cpp tools/wheel/*.cpp) benchmarks/limits.cpp
 
 .DELETE_ON_ERROR:
-.PHONY: help demo chat test lint bench wheel test-wheel clean
+.PHONY: help demo chat test test-native lint bench wheel test-wheel clean
 
 help:
-	@echo "make demo    set up .venv, then watch the bundled model think and answer"
-	@echo "make chat    talk to it"
-	@echo "make test    run the tests"
-	@echo "make lint    check formatting, style and types"
-	@echo "make bench   measure speed"
-	@echo "make wheel   build dist/*.whl for manylinux_2_28; make test-wheel tests it in an empty environment"
-	@echo "make clean   remove .venv and all build products"
+	@echo "make demo         set up .venv, then watch the bundled model think and answer"
+	@echo "make chat         talk to it"
+	@echo "make test         run the tests"
+	@echo "make test-native  run tests/native under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
+	@echo "make lint         check formatting, style and types"
+	@echo "make bench        measure kernels, then whole models"
+	@echo "make wheel        build dist/*.whl for manylinux_2_28"
+	@echo "make test-wheel   build it and test it in an empty environment"
+	@echo "make test-transformers-5.24.0    run the tests with another release of transformers, which stays installed"
+	@echo "make clean        remove .venv and all build products"
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/chat.py --prompt_file examples/question.txt
@@ -35,7 +39,15 @@ chat: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
-# The tests with another release of transformers, which then stays installed: make test-transformers-5.24.0
+# CMakePresets.json says what each build has. setarch -R, because the ThreadSanitizer of gcc before 13 knows no kernel that
+# spreads mappings over more than 28 bits of addresses.
+test-native: $(addprefix test-native-,asan tsan)
+
+test-native-%: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" cmake --preset $* --log-level=WARNING
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset $*
+	$$(setarch -R true 2>/dev/null && echo setarch -R) build/native-$*/native_tests
+
 test-transformers-%: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet transformers==$*
 	$(BIN)/python -m pytest
@@ -44,7 +56,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) benchmarks/limits.cpp
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) $(OTHER_CXX_FILES)
 
 bench: $(VENV)/.installed-plot
 	mkdir -p build

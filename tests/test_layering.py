@@ -183,10 +183,10 @@ def test_files_of_an_instruction_set_use_no_function_of_the_standard_library() -
 def test_machine_flags_belong_to_the_files_of_instruction_sets() -> None:
     text = (ROOT / "CMakeLists.txt").read_text()
     for line in text.splitlines():
-        if re.search(r'[\s";]-m[a-z0-9]', line.partition("#")[0]):
-            assert re.match(r"\s*(set\(AVX512_FLAGS|set_source_files_properties\(csrc/kernels/\w+\.cpp) ", line), line
+        if re.search(r'[\s";]-m[a-z0-9]|_FLAGS\}', line.partition("#")[0]):
+            assert re.match(r"\s*(set\(AVX(2|512)_FLAGS|add_isa\(\w+) ", line), line
     for path in ISA_FILES:
-        assert f"set_source_files_properties(csrc/kernels/{path.name} " in text
+        assert f"add_isa({path.stem} " in text
 
 
 def test_the_compiler_may_not_change_a_rounding() -> None:

@@ -46,11 +46,16 @@ const KernelTable& best_table() {
 
 const std::vector<const KernelTable*>& all_tables() {
   static const std::vector<const KernelTable*> tables = {
-#if defined(__x86_64__)
-      &avx512_vnni::kTable, &avx512::kTable,
+#if defined(TKT_HAS_AVX512_VNNI)
+      &avx512_vnni::kTable,
+#endif
+#if defined(TKT_HAS_AVX512)
+      &avx512::kTable,
+#endif
 #if defined(TKT_HAS_AVX_VNNI)
       &avx_vnni::kTable,
 #endif
+#if defined(TKT_HAS_AVX2)
       &avx2::kTable,
 #endif
       &scalar::kTable,
