@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 TORCH_INSTALL ?= torch==2.13.0 --no-deps --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 15
 
 # The release of transformers that is built on; .ci/run tests others too. The package itself takes any from 5.23 on.
-TRANSFORMERS ?= 5.23.0
+TRANSFORMERS ?= 5.24.0
 
 CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp)
 OTHER_CXX_FILES := $(wildcard tests/native/*.h tests/native/*.cpp tools/wheel/*.cpp) benchmarks/limits.cpp
@@ -27,7 +27,7 @@ help:
 	@echo "make bench        measure kernels, then whole models"
 	@echo "make wheel        build dist/*.whl for manylinux_2_28"
 	@echo "make test-wheel   build it and test it in an empty environment"
-	@echo "make test-transformers-5.24.0    run the tests with another release of transformers, which stays installed"
+	@echo "make test-transformers-5.23.0    run the tests with another release of transformers, which stays installed"
 	@echo "make clean        remove .venv and all build products"
 
 demo: $(VENV)/.installed
