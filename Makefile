@@ -16,7 +16,7 @@ CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp)
 OTHER_CXX_FILES := $(wildcard tests/native/*.h tests/native/*.cpp tools/wheel/*.cpp) benchmarks/limits.cpp
 
 .DELETE_ON_ERROR:
-.PHONY: help demo chat test test-native lint bench wheel test-wheel clean
+.PHONY: help demo chat test test-native lint bench bench-models wheel test-wheel clean
 
 help:
 	@echo "make demo         set up .venv, then watch the bundled model think and answer"
@@ -24,7 +24,8 @@ help:
 	@echo "make test         run the tests"
 	@echo "make test-native  run tests/native under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
 	@echo "make lint         check formatting, style and types"
-	@echo "make bench        measure kernels, then whole models"
+	@echo "make bench        measure kernels and MoE layers; BENCH=--benchmark-compare sets them against the last run"
+	@echo "make bench-models measure a whole model, and its peers where they are installed"
 	@echo "make wheel        build dist/*.whl for manylinux_2_28"
 	@echo "make test-wheel   build it and test it in an empty environment"
 	@echo "make test-transformers-5.23.0    run the tests with another release of transformers, which stays installed"
@@ -58,10 +59,15 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) $(OTHER_CXX_FILES)
 
-bench: $(VENV)/.installed-plot
+# Options of pytest and pytest-benchmark: make bench BENCH="-k Q4_K --benchmark-compare"
+BENCH ?=
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m pytest benchmarks/bench_kernels.py benchmarks/bench_moe.py --benchmark-storage build/benchmarks \
+	    --benchmark-autosave --benchmark-columns median,iqr,rounds,iterations $(BENCH)
+
+bench-models: $(VENV)/.installed-bench
 	mkdir -p build
-	$(BIN)/python benchmarks/bench_kernels.py --json build/bench-kernels.json --plot build/bench-kernels.png
-	$(BIN)/python benchmarks/bench_moe.py --json build/bench-moe.json
 	$(BIN)/python tests/support/synthetic.py v2-lite q4_k_m build/bench-4-layers.gguf --layers 4
 	$(BIN)/python benchmarks/bench_generate.py build/bench-4-layers.gguf --rounds 1 --json build/bench-generate.json \
 	    --plot build/bench-generate.png

@@ -108,20 +108,15 @@ def _spread_cpus() -> list[int]:
     return sorted(sorted(os.sched_getaffinity(0)), key=turn)
 
 
-def seconds_per_call(call: Callable[[], object]) -> float:
-    """One sample: calls until SAMPLE_SECONDS are over, at least once.
-
-    One before them is not counted: the threads of another sample ran last, ours have to wake up and to find CPUs, which
-    costs up to a third of 20 ms. In a model, call follows call.
-    """
+def calls_per_sample(call: Callable[[], object]) -> int:
+    """How many calls take SAMPLE_SECONDS, at least one. The first, which wakes the threads, is not counted."""
     call()
     start = time.perf_counter()
-    calls, passed = 0, 0.0
-    while passed < SAMPLE_SECONDS:
+    calls = 0
+    while time.perf_counter() - start < SAMPLE_SECONDS:
         call()
         calls += 1
-        passed = time.perf_counter() - start
-    return passed / calls
+    return calls
 
 
 def in_turns(samplers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
