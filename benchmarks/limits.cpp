@@ -1,5 +1,5 @@
-// What this machine can do at most, for the benchmarks: how fast all threads together read memory, how fast they multiply.
-// Compiled by benchmarks/measuring.py for the machine it runs on; no part of the package.
+// What this machine can do at most, for the benchmarks: how fast all threads together read memory, how fast they
+// multiply. Compiled by benchmarks/measuring.py for the machine it runs on; no part of the package.
 
 #include <sched.h>
 #include <sys/mman.h>

@@ -56,13 +56,13 @@ inline void exchange(Word& a, Word& b, Word mask, int distance) {
   a ^= differing << distance;
 }
 
-// Upper bits among a block's units, given in the order of the file, each to a unit that goes with the lower bits of one set
-// alone, or, with `back`, back.
+// Upper bits among a block's units, given in the order of the file, each to a unit that goes with the lower bits of one
+// set alone, or, with `back`, back.
 //
 // Q5_0: bit 4 g + k to bit 8 k + g: the index turns by two; three turns more are a full circle of five.
 // Q5_K: per byte of a unit qh[g], 2 bits for each of 4 chunks. 4 units of 4 chunks become 4 chunks of 4 units: in each
-// four the pairs of bits of a byte are transposed. Q6_K: per byte of a unit, 2 bits for each of 4 quarters q; chunks are
-// the quarters p and p + 2, so that 2 units of 2 chunks are transposed. Both are their own inverse.
+// four the pairs of bits of a byte are transposed. Q6_K: per byte of a unit, 2 bits for each of 4 quarters q; chunks
+// are the quarters p and p + 2, so that 2 units of 2 chunks are transposed. Both are their own inverse.
 template <WeightType type, bool back, typename Word>
 inline void regroup_upper_bits(Word* units) {
   const Word pairs = in_each_unit<Word>(0x33333333);
@@ -88,8 +88,9 @@ inline Word bits_of_bytes(Word x, int shift, uint64_t mask) {
   return (x >> shift) & static_cast<Unit>(mask * 0x0101010101010101u);
 }
 
-// A set of 5-bit types: upper bits, bit upper_bit(v) of each byte that of vector v, and 4 words with vector 2 i in their low
-// and 2 i + 1 in their high nibbles become 5 words with one vector each, under parts of the other three; with `back`, back.
+// A set of 5-bit types: upper bits, bit upper_bit(v) of each byte that of vector v, and 4 words with vector 2 i in
+// their low and 2 i + 1 in their high nibbles become 5 words with one vector each, under parts of the other three; with
+// `back`, back.
 template <bool back, typename Word, typename UpperBit>
 inline void spread_five_bits(Word (&set)[5], UpperBit upper_bit) {
   constexpr auto bits = bits_of_bytes<Word>;
@@ -119,8 +120,8 @@ inline void spread_five_bits(Word (&set)[5], UpperBit upper_bit) {
   }
 }
 
-// A set of Q6_K: 2 upper bits of 4 vectors, from the lowest those of 0, 2, 1, 3, and 2 words of nibbles as above become 3
-// words with one vector each under 2 bits of vector 3; with `back`, back.
+// A set of Q6_K: 2 upper bits of 4 vectors, from the lowest those of 0, 2, 1, 3, and 2 words of nibbles as above become
+// 3 words with one vector each under 2 bits of vector 3; with `back`, back.
 template <bool back, typename Word>
 inline void spread_six_bits(Word (&set)[3]) {
   constexpr auto bits = bits_of_bytes<Word>;

@@ -20,8 +20,8 @@ constexpr size_t kHugePage = size_t{2} << 20;
 
 size_t rounded_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
-// Preferred, not bound: where a bound node is full the process is killed. The system call by its number, for libnuma may
-// not be there; a refusal (no such node, a sandbox) only costs speed.
+// Preferred, not bound: where a bound node is full the process is killed. The system call by its number, for libnuma
+// may not be there; a refusal (no such node, a sandbox) only costs speed.
 void prefer_node(void* data, size_t bytes, int node) {
 #if defined(SYS_mbind)
   constexpr size_t kBits = sizeof(unsigned long) * CHAR_BIT;
@@ -55,8 +55,8 @@ WeightMemory::WeightMemory(size_t bytes, int node) {
   data_ = static_cast<uint8_t*>(mapping_);
   if (huge) {
     data_ = reinterpret_cast<uint8_t*>(rounded_up(reinterpret_cast<size_t>(mapping_), kHugePage));
-    // The last one only where at least three quarters of it are used: with all last ones the 300 matrices of V2-Lite would
-    // take 3% more than its file, with those of which half is used 1.6%.
+    // The last one only where at least three quarters of it are used: with all last ones the 300 matrices of V2-Lite
+    // would take 3% more than its file, with those of which half is used 1.6%.
     madvise(data_, (bytes + kHugePage / 4) / kHugePage * kHugePage, MADV_HUGEPAGE);  // a refusal only costs speed
   }
 }

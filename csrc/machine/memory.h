@@ -9,8 +9,8 @@ namespace tkt {
 // Kernels may read up to this many bytes past the end of weights.
 constexpr size_t kReadPast = 128;
 
-// Anonymous pages, zero until written, 2 MiB pages where the system allows them (at 4 KiB a 10 GB model needs 2.4 million
-// TLB entries). Throws std::bad_alloc.
+// Anonymous pages, zero until written, 2 MiB pages where the system allows them (at 4 KiB a 10 GB model needs 2.4
+// million TLB entries). Throws std::bad_alloc.
 class WeightMemory {
  public:
   static constexpr int kWhereTouched = -1;
@@ -30,8 +30,8 @@ class WeightMemory {
   uint8_t* data_;
 };
 
-// A buffer aligned to 64 bytes, taken from and given back to a free list: a call's buffers are those of the call before,
-// already mapped (fresh pages cost a fault per 4 KiB, more than many an operation here).
+// A buffer aligned to 64 bytes, taken from and given back to a free list: a call's buffers are those of the call
+// before, already mapped (fresh pages cost a fault per 4 KiB, more than many an operation here).
 class ScratchBuffer {
  public:
   explicit ScratchBuffer(size_t bytes);

@@ -24,12 +24,13 @@
 namespace tkt {
 namespace {
 
-// About 120 us at 3.3 GHz: longer than what Python does between two operations of a layer (30 to 100 us), so that decoding
-// never waits for a sleeping thread to wake (60.0 ms a token of V2-Lite fell to 52.0 with it and chunks, 54.6 with chunks
-// alone); shorter than a scheduler's time slice, so that a busy machine loses little to a spinning thread.
+// About 120 us at 3.3 GHz: longer than what Python does between two operations of a layer (30 to 100 us), so that
+// decoding never waits for a sleeping thread to wake (60.0 ms a token of V2-Lite fell to 52.0 with it and chunks, 54.6
+// with chunks alone); shorter than a scheduler's time slice, so that a busy machine loses little to a spinning thread.
 constexpr int kSpins = 10000;
 
-// A thread takes this share of what it was given at a time, so that the last chunk, for which the others wait, is small.
+// A thread takes this share of what it was given at a time, so that the last chunk, for which the others wait, is
+// small.
 constexpr int64_t kChunksPerThread = 16;
 
 void pause() {
@@ -41,9 +42,9 @@ void pause() {
 // body(queue, first, end): the tasks [first, end) of a queue.
 using ChunkBody = std::function<void(int queue, int64_t first, int64_t end)>;
 
-// Neighbouring tasks that one thread begins with: it takes them from the front, threads that have nothing left take from
-// the back. So a thread reads on where it stopped, where the hardware's prefetchers and ours have been already. With chunks
-// from one counter every chunk was a new beginning: a token of V2-Lite took 6% longer on two threads.
+// Neighbouring tasks that one thread begins with: it takes them from the front, threads that have nothing left take
+// from the back. So a thread reads on where it stopped, where the hardware's prefetchers and ours have been already.
+// With chunks from one counter every chunk was a new beginning: a token of V2-Lite took 6% longer on two threads.
 struct alignas(64) Share {
   std::atomic<uint64_t> left{0};  // first task and, in the upper half, the end
   int64_t chunk = 1;
@@ -76,8 +77,8 @@ struct alignas(64) Share {
   }
 };
 
-// Leaves the calling thread to the CPUs of `node` that it may use anyway: never outside its affinity mask, and not to one
-// CPU, which might be where somebody else's thread is at work.
+// Leaves the calling thread to the CPUs of `node` that it may use anyway: never outside its affinity mask, and not to
+// one CPU, which might be where somebody else's thread is at work.
 void keep_to(const NumaNode& node) {
 #if defined(__linux__)
   std::vector<int> cpus;
@@ -98,9 +99,9 @@ void keep_to(const NumaNode& node) {
 }
 
 // One loop at a time. `state_` is the number of the loop, doubled, plus 1 while it is open; a thread joins by counting
-// itself into `active_` and looking at `state_` again, the caller closes the loop and then waits until `active_` is 0. Both
-// orders are sequentially consistent, so one of the two sees the other. A thread that wakes too late finds the loop
-// closed and is not waited for: on a busy machine that wait would last a scheduler's time slice.
+// itself into `active_` and looking at `state_` again, the caller closes the loop and then waits until `active_` is 0.
+// Both orders are sequentially consistent, so one of the two sees the other. A thread that wakes too late finds the
+// loop closed and is not waited for: on a busy machine that wait would last a scheduler's time slice.
 class ThreadPool {
  public:
   ThreadPool(const Topology& topology, int threads)

@@ -66,8 +66,8 @@ double quota_v1(const std::string& folder) {
   return quota_file >> quota_us && period_file >> period_us && period_us > 0 ? std::max(0.0, quota_us / period_us) : 0;
 }
 
-// From the process's own group up to the root of the mount: each of them may limit. In a container the path may be one of
-// the host's, of which only the root is seen.
+// From the process's own group up to the root of the mount: each of them may limit. In a container the path may be one
+// of the host's, of which only the root is seen.
 template <typename QuotaOf>
 double tightest_quota(const std::string& mount, std::string group, QuotaOf quota_of) {
   double tightest = 0;

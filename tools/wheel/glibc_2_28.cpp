@@ -1,6 +1,7 @@
-// Lets a wheel that is built on a later glibc load on glibc 2.28, the oldest of manylinux_2_28. The static libstdc++ of the
-// build machine asks for the versions that its glibc exports first, such as pthread_create@GLIBC_2.34. The linker prefers
-// these definitions, which call the older versions of the same functions. On glibc 2.28 itself this file is empty.
+// Lets a wheel that is built on a later glibc load on glibc 2.28, the oldest of manylinux_2_28. The static libstdc++ of
+// the build machine asks for the versions that its glibc exports first, such as pthread_create@GLIBC_2.34. The linker
+// prefers these definitions, which call the older versions of the same functions. On glibc 2.28 itself this file is
+// empty.
 #include <features.h>
 
 #if __GLIBC_PREREQ(2, 29)
