@@ -45,7 +45,7 @@ test: $(VENV)/.installed-test
 test-native: $(addprefix test-native-,asan tsan)
 
 test-native-%: $(VENV)/.installed
-	PATH="$(abspath $(BIN)):$$PATH" cmake --preset $* --log-level=WARNING
+	PATH="$(abspath $(BIN)):$$PATH" cmake --preset $* --log-level=WARNING -DTKT_WERROR=$${TKT_WERROR:-OFF}
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset $*
 	$$(setarch -R true 2>/dev/null && echo setarch -R) build/native-$*/native_tests
 
