@@ -179,6 +179,26 @@ def test_of_many_problems_some_are_shown_and_the_rest_counted() -> None:
     assert f"and {total - 5} more" in str(caught.value)
 
 
+DAMAGE_OF_WRITERS = {
+    "draft": (
+        {"blk.3.nextn.eh_proj.weight": (64, 128), "blk.3.attn_norm.weight": (64,)},
+        "multi-token prediction alone",
+    ),
+    "indexer": ({"blk.0.indexer.k_norm.weight": (64,)}, "indexer of DeepSeek-V3.2"),
+    "scales": ({"blk.1.ffn_gate_exps.scale": (8,)}, "scales beside its weights"),
+    "one_per_expert": ({"blk.1.ffn_up.3.weight": (32, 64)}, "stacks the experts"),
+}
+
+
+@pytest.mark.parametrize("which", DAMAGE_OF_WRITERS)
+def test_the_advice_fits_the_cause(which: str) -> None:
+    added, advice = DAMAGE_OF_WRITERS[which]
+    shapes = added if which == "draft" else {**tiny_tensors(TINY_V3), **added}
+    with pytest.raises(CheckpointError, match=advice) as caught:
+        check_tensors(checkpoint_of(shapes), config_of(TINY_V3))
+    assert "config of the very model" not in str(caught.value)
+
+
 def test_one_tensor_per_expert_is_told_to_be_an_old_layout() -> None:
     shapes = {**tiny_tensors(TINY_V3), "blk.1.ffn_gate.0.weight": (32, 64)}
     with pytest.raises(CheckpointError, match=r"blk\.1\.ffn_gate\.0\.weight .*old layout"):

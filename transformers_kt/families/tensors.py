@@ -77,7 +77,7 @@ def check_tensors(checkpoint: TensorSource, config: Any) -> list[TensorSlot]:
         raise CheckpointError(
             f"the GGUF tensors do not fit the config ({config.model_type}, {layers} layers):\n  "
             + listed(problems, separator="\n  ", before_more="\n  ")
-            + "\nUse the config of the very model that the GGUF was made from, or leave it out to take the GGUF's own."
+            + f"\n{_advice(tensors.keys(), config.num_hidden_layers)}"
         )
     return [slot for slot in slots if slot.gguf_name in tensors]
 
@@ -104,3 +104,26 @@ def _surplus_hint(name: str) -> str:
     if _ONE_EXPERT.match(name):
         return " (one tensor per expert is an old layout; convert the model anew, which stacks them in ffn_*_exps)"
     return ""
+
+
+def _advice(names: Collection[str], layers: int) -> str:
+    """What to do about tensors that do not fit, by what kind of file has such ``names``."""
+    numbers = {int(match[1]) for match in map(_LAYER_NUMBER.match, names) if match}
+    if numbers and min(numbers) >= layers:
+        return (
+            "The file holds the layers for multi-token prediction alone, a draft for another program; take the file of "
+            "the model itself."
+        )
+    if any(".indexer." in name for name in names):
+        return (
+            "The file has the indexer of DeepSeek-V3.2's sparse attention, which is not computed; take a file of V3.1, "
+            "or one that was converted without indexer."
+        )
+    if any(name.endswith((".scale", ".input_scale")) for name in names):
+        return (
+            "The file has scales beside its weights, as converters keep them of FP8 and NVFP4 checkpoints; they are "
+            "not read. Take a file that llama.cpp quantized from BF16."
+        )
+    if any(_ONE_EXPERT.match(name) for name in names):
+        return "Convert the model with today's converter of llama.cpp, which stacks the experts."
+    return "Use the config of the very model that the GGUF was made from, or leave it out to take the GGUF's own."

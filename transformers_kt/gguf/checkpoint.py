@@ -68,6 +68,14 @@ class Checkpoint:
         """Bytes of tensor data over all shards."""
         return sum(file.nbytes for file in self.files)
 
+    def require_weights(self) -> None:
+        """Raise `CheckpointError` for a file without tensors: a vocabulary makes a tokenizer, not a model."""
+        if not self.tensors:
+            raise CheckpointError(
+                f"{self.path} holds a vocabulary and no weights (0 tensors); AutoTokenizer loads it, a model needs the "
+                "file with the weights"
+            )
+
     def data(self, name: str) -> npt.NDArray[np.uint8]:
         """The stored bytes of tensor ``name``: uint8, (nbytes,), a read-only view of the mapped file."""
         return self._owners[name].data(name)

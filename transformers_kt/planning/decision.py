@@ -44,7 +44,7 @@ class ModelRequest:
     """A model that is asked for, opened and read: all that a decision needs beside its tree and the machine.
 
     ``slots`` are those that the tensors of ``checkpoint`` fill. ``attention`` is the attn_implementation that is to
-    stand in place of ours, None for ours.
+    stand in place of ours, None for ours. ``notes`` say what of the model was taken for granted.
     """
 
     title: str
@@ -54,6 +54,7 @@ class ModelRequest:
     rules: RuleList
     placement: PlacementRequest
     attention: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +94,12 @@ class Decision:
     weight_bytes: Mapping[str, int]
     problems: tuple[UnsupportedTypeError, ...]
     all_attention_is_ours: bool
+    file_notes: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What rules ask for that becomes something else or nothing."""
-        return self.plan.notes
+        """What of the file was taken for granted, and what rules ask for that becomes something else or nothing."""
+        return (*self.file_notes, *self.plan.notes)
 
     @property
     def stored_bytes(self) -> int:
@@ -132,6 +134,7 @@ def decide(
         _weight_bytes(assignments, operations, request.config),
         _unsupported_types(assignments, operations),
         plan.uses(ATTENTION_OP) and not keeps_attention(tree, plan, operations),
+        request.notes,
     )
 
 

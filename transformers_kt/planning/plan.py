@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers_kt.errors import InputError
-from transformers_kt.families.from_gguf import config_values
+from transformers_kt.families.from_gguf import config_values, notes_from_gguf
 from transformers_kt.families.plain_config import plain_config, read_config
 from transformers_kt.families.registry import dims_of, family_of
 from transformers_kt.families.tensors import check_tensors
@@ -70,12 +70,14 @@ def plan(
     request = read_request(model, {"kt_rules": AUTO, "gguf_path": gguf_path, **hub})
     assert request is not None  # kt_rules is there
     checkpoint = request.open()
+    checkpoint.require_weights()
     config, tree = _model(request, checkpoint, without(hub, (*SOURCE_OPTIONS, *MOOT_OPTIONS)), rules)
     slots = check_tensors(checkpoint, config)
     speeds = read_bandwidths(bandwidth)
     context = min(context, dims_of(config).context)
     costs = Costs(config, context)
-    asked = ModelRequest(request.title, checkpoint, config, slots, rules, placement)
+    of_file = notes_from_gguf(checkpoint) if request.folder is None else ()
+    asked = ModelRequest(request.title, checkpoint, config, slots, rules, placement, notes=of_file)
     machine = Machine(hardware, "there is", 'Name more with gpus= (--gpu), or pass device_map="cpu"')
     decision = decide(asked, tree, machine, costs.on_gpus, OPERATIONS)
     return _report(asked, decision, hardware, speeds, costs, context)
