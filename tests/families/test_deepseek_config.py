@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from transformers_kt.errors import GgufFormatError, UnsupportedModelError
-from transformers_kt.families.from_gguf import config_from_gguf, generation_config_from_gguf
+from transformers_kt.families.from_gguf import config_from_gguf, generation_config_from_gguf, notes_from_gguf
 from transformers_kt.gguf.checkpoint import open_checkpoint
 from transformers_kt.gguf.reader import GgufFile
 
@@ -315,6 +315,205 @@ def test_the_query_tensors_decide_on_q_lora(tmp_path: Path) -> None:
     assert config_from_gguf(GgufFile(path)).q_lora_rank is None
 
 
+# Nothing that changes results is left to a default.
+STATED_V3 = {**TINY_V3, "rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0}
+STATED_V2 = {
+    **TINY_V2,
+    "rope.scaling.yarn_beta_fast": 32.0,
+    "rope.scaling.yarn_beta_slow": 1.0,
+    "expert_group_count": 1,
+}
+
+
+def file_without(tmp_path: Path, facts: dict[str, Any], *keys: str, **more: Any) -> GgufFile:
+    left = {key: value for key, value in facts.items() if key not in keys}
+    return GgufFile(write_model(tmp_path / "m.gguf", left, tiny_tensors(facts), **more))
+
+
+TOLD_BY_TENSORS = [
+    "block_count",
+    "embedding_length",
+    "feed_forward_length",
+    "expert_feed_forward_length",
+    "attention.head_count",
+    "attention.q_lora_rank",
+    "attention.kv_lora_rank",
+    "attention.key_length_mla",
+    "attention.value_length_mla",
+    "rope.dimension_count",
+    "leading_dense_block_count",
+    "expert_count",
+    "expert_shared_count",
+    "vocab_size",
+]
+
+
+@pytest.mark.parametrize(
+    "facts", [STATED_V3, STATED_V2, {**STATED_V2, "expert_shared_count": 3}], ids=["v3", "v2", "shared"]
+)
+@pytest.mark.parametrize(
+    "keys", [*([key] for key in TOLD_BY_TENSORS), TOLD_BY_TENSORS], ids=lambda keys: str(len(keys))
+)
+def test_what_tensors_tell_need_not_be_stated(tmp_path: Path, facts: dict[str, Any], keys: list[str]) -> None:
+    source = file_without(tmp_path, facts, *keys)
+    assert config_from_gguf(source).to_dict() == config_from_gguf(metadata(facts)).to_dict()
+    assert notes_from_gguf(source) == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "taken"),
+    [
+        ("expert_weights_scale", 1.0),
+        ("expert_weights_norm", False),
+        ("rope.freq_base", 10000.0),
+        ("rope.scaling.original_context_length", 256),
+        ("expert_group_count", (1, 1)),
+        ("rope.scaling.yarn_beta_fast", 32.0),
+        ("rope.scaling.yarn_beta_slow", 1.0),
+    ],
+)
+def test_a_default_that_changes_results_is_noted(tmp_path: Path, key: str, taken: Any) -> None:
+    (note,) = notes_from_gguf(file_without(tmp_path, STATED_V3, key))
+    assert f"deepseek2.{key} ({taken} is taken)" in note
+    assert "folder" in note
+
+
+def test_a_model_that_states_everything_has_no_notes(tmp_path: Path) -> None:
+    assert notes_from_gguf(file_without(tmp_path, STATED_V3)) == ()
+
+
+def test_yarn_without_the_multiplier_is_refused_where_the_model_is_not_known(tmp_path: Path) -> None:
+    with pytest.raises(GgufFormatError, match=r"yarn_log_multiplier is missing; .*folder or hub id"):
+        config_from_gguf(file_without(tmp_path, TINY_V3, "rope.scaling.yarn_log_multiplier"))
+    stated = {**TINY_V3, "rope.scaling.yarn_log_multiplier": 0.0}
+    assert "mscale_all_dim" not in config_from_gguf(file_without(tmp_path, stated)).rope_parameters
+
+
+@pytest.mark.parametrize("which", PUBLISHED)
+def test_keys_that_first_files_lack_come_from_the_published_config(which: str) -> None:
+    lacking = (
+        "rope.scaling.yarn_log_multiplier",
+        "expert_weights_scale",
+        "rope.freq_base",
+        "expert_group_count",
+        "expert_group_used_count",
+    )
+    facts, published, mscale = PUBLISHED[which]
+    source = metadata({key: value for key, value in facts.items() if key not in lacking})
+    config = config_from_gguf(source)
+    assert {key: getattr(config, key) for key in published} == published
+    assert config.rope_parameters["mscale"] == config.rope_parameters["mscale_all_dim"] == mscale
+    assert config.rope_parameters["rope_theta"] == 10000.0
+    assert notes_from_gguf(source) == ()
+
+
+def test_kimi_k2_without_beta_keys_has_its_published_betas() -> None:
+    # config.json of moonshotai/Kimi-K2-Instruct: beta_fast 1.0, beta_slow 1.0, factor 32, theta 50000.
+    kimi = {
+        **V3_FILE,
+        **NEW_HEADS,
+        "attention.head_count": 64,
+        "expert_count": 384,
+        "expert_weights_scale": 2.827,
+        "leading_dense_block_count": 1,
+        "rope.freq_base": 50000.0,
+        "rope.scaling.factor": 32.0,
+        "vocab_size": 163840,
+    }
+    config = config_from_gguf(metadata(kimi))
+    assert (config.rope_parameters["beta_fast"], config.rope_parameters["beta_slow"]) == (1.0, 1.0)
+    assert (config.n_group, config.norm_topk_prob) == (1, True)
+    stated = config_from_gguf(metadata({**kimi, "rope.scaling.yarn_beta_fast": 16.0}))
+    assert stated.rope_parameters["beta_fast"] == 16.0
+
+
+def test_linear_scaling_is_that_of_transformers() -> None:
+    facts = {**TINY_V3, "rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+    config = config_from_gguf(metadata(facts))
+    assert config.rope_parameters == {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    scaled = DeepseekV3ForCausalLM(config).model.rotary_emb
+    plain = DeepseekV3ForCausalLM(config_from_gguf(metadata({**facts, "rope.scaling.factor": 1.0}))).model.rotary_emb
+    torch.testing.assert_close(scaled.inv_freq, plain.inv_freq / 4)
+    assert scaled.attention_scaling == 1.0
+
+
+@pytest.mark.parametrize("which", ["bos", "eos", "eot", "eom", "padding"])
+def test_a_token_beyond_the_vocabulary_is_named(which: str) -> None:
+    source = metadata(TINY_V3, **{f"tokenizer.ggml.{which}_token_id": 50})
+    for read in (config_from_gguf, generation_config_from_gguf):
+        with pytest.raises(GgufFormatError, match=rf"tokenizer\.ggml\.{which}_token_id is 50; .* 50 tokens"):
+            read(source)
+
+
+def test_more_tokens_than_rows_are_refused(tmp_path: Path) -> None:
+    source = file_without(tmp_path, TINY_V3, more={"tokenizer.ggml.tokens": [f"t{n}" for n in range(51)]})
+    with pytest.raises(GgufFormatError, match="lists 51 tokens, but the embedding has 50 rows"):
+        config_from_gguf(source)
+
+
+def vocabulary(**named: str) -> dict[str, Any]:
+    """Fifty tokens, those of ``named`` (t7="<|im_end|>") in place of others; even ones are special."""
+    tokens = [named.get(f"t{number}", f"t{number}") for number in range(50)]
+    return {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [3 if n % 2 == 0 else 1 for n in range(50)]}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "keys", "ends"),
+    [
+        ({"t7": "<|im_end|>", "t8": "[EOS]"}, {"eos": 8}, [8, 7]),
+        ({"t7": "<|im_end|>"}, {}, 7),
+        ({"t9": "<|eot_id|>", "t10": "<|end|>"}, {"eos": 3, "eot": 9}, [3, 9, 10]),
+        ({"t4": "[EOT]", "t5": "</s>"}, {"eos": 3}, [3, 4]),
+        ({"t4": "x<|im_end|>"}, {"eos": 3}, 3),
+    ],
+    ids=["another_key", "no_key", "several", "ordinary_html_is_none", "part_of_a_token_is_none"],
+)
+def test_texts_that_end_a_turn_end_generation(tokens: dict[str, str], keys: dict[str, int], ends: Any) -> None:
+    ids = {f"tokenizer.ggml.{which}_token_id": number for which, number in keys.items()}
+    generation = generation_config_from_gguf(metadata(TINY_V3, **vocabulary(**tokens), **ids))
+    assert generation.eos_token_id == ends
+
+
+@pytest.mark.parametrize(
+    ("stated", "options"),
+    [
+        ({"temp": 0.6, "top_p": 0.95}, {"do_sample": True, "temperature": 0.6, "top_p": 0.95}),
+        ({"top_k": 20, "min_p": 0.05}, {"do_sample": True, "top_k": 20, "min_p": 0.05}),
+        ({"temp": 0.0, "top_k": 20}, {"do_sample": False}),
+        ({"penalty_repeat": 1.1}, {"do_sample": True, "repetition_penalty": 1.1}),
+        ({"mirostat": 0}, {}),
+    ],
+)
+def test_sampling_options_reach_the_generation_config(stated: dict[str, Any], options: dict[str, Any]) -> None:
+    source = metadata(STATED_V3, **{f"general.sampling.{key}": value for key, value in stated.items()})
+    found = generation_config_from_gguf(source)
+    assert {key: getattr(found, key) for key in options} == options
+    notes = notes_from_gguf(source)
+    assert len(notes) == ("mirostat" in stated)
+    assert all("general.sampling.mirostat" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("key", "nonsense"),
+    [
+        ("temp", -1.0),
+        ("temp", "hot"),
+        ("top_p", 1.5),
+        ("top_k", 0.5),
+        ("min_p", float("nan")),
+        ("penalty_repeat", True),
+    ],
+)
+def test_a_sampling_option_that_makes_no_sense_is_named(key: str, nonsense: Any) -> None:
+    with pytest.raises(GgufFormatError, match=rf"general\.sampling\.{key} is {nonsense!r}"):
+        generation_config_from_gguf(metadata(TINY_V3, **{f"general.sampling.{key}": nonsense}))
+
+
+def test_a_dense_model_is_told_to_be_one() -> None:
+    with pytest.raises(GgufFormatError, match=r"deepseek2\.expert_count is 0; .*dense"):
+        config_from_gguf(metadata({**TINY_V3, "expert_count": 0}))
+
+
 def test_token_ids_reach_both_configs() -> None:
     ids = {"bos": 0, "eos": 1, "padding": 2}
     source = metadata(TINY_V3, **{f"tokenizer.ggml.{which}_token_id": number for which, number in ids.items()})
@@ -385,7 +584,12 @@ def test_a_number_that_makes_no_sense_is_named(key: str, nonsense: Any) -> None:
     [
         ("attention.layer_norm_rms_epsilon", 0.0),
         ("attention.layer_norm_rms_epsilon", float("inf")),
+        ("rope.dimension_count", 5),
         ("rope.freq_base", -1.0),
+        ("rope.freq_base", 1.0),
+        ("rope.freq_base", 10**31),
+        ("rope.scaling.factor", 1e9),
+        ("rope.scaling.yarn_beta_fast", 1e-30),
         ("rope.scaling.factor", float("nan")),
         ("rope.scaling.factor", 0.5),
         ("rope.scaling.factor", "4"),
@@ -416,7 +620,6 @@ def test_a_value_out_of_range_is_named(key: str, nonsense: Any) -> None:
     [
         (TINY_V3, "expert_gating_func", 3),
         (TINY_V3, "attention.temperature_scale", 0.1),
-        (TINY_V3, "rope.scaling.type", "linear"),
         (TINY_V3, "rope.scaling.type", "none"),
         (TINY_V3, "rope.scaling.type", "longrope"),
         (TINY_V3, "rope.scaling.yarn_attn_factor", 2.0),

@@ -9,6 +9,7 @@ from transformers_kt.errors import GgufFormatError
 from transformers_kt.families.registry import families, family_in
 from transformers_kt.gguf.checkpoint import Checkpoint
 from transformers_kt.gguf.facts import Facts
+from transformers_kt.gguf.generation import generation_options, sampling_notes
 from transformers_kt.gguf.reader import GgufFile
 
 if TYPE_CHECKING:
@@ -20,6 +21,14 @@ def config_values(source: Checkpoint | GgufFile | Mapping[str, Any]) -> dict[str
     not for what transformers alone refuses."""
     facts = Facts(source)
     return family_in(facts).config_values(facts)
+
+
+def notes_from_gguf(source: Checkpoint | GgufFile | Mapping[str, Any]) -> tuple[str, ...]:
+    """What `config_from_gguf` and `generation_config_from_gguf` take for granted of ``source`` or leave out, a sentence
+    each. Raises as `config_values` does."""
+    facts = Facts(source)
+    family_in(facts).config_values(facts)
+    return (*facts.notes(), *sampling_notes(facts))
 
 
 def config_from_gguf(source: Checkpoint | GgufFile | Mapping[str, Any]) -> PreTrainedConfig:
@@ -41,12 +50,15 @@ def config_from_gguf(source: Checkpoint | GgufFile | Mapping[str, Any]) -> PreTr
 
 
 def generation_config_from_gguf(source: Checkpoint | GgufFile | Mapping[str, Any]) -> GenerationConfig:
-    """The token ids that start, end and pad generation. Every id that ends a turn is an end."""
+    """The token ids that start, end and pad generation, and how to sample where the file says so.
+
+    Every id that ends a turn is an end. Raises as `transformers_kt.gguf.generation.generation_options` does.
+    """
     from transformers import GenerationConfig
 
     facts = Facts(source)
     family_in(facts)
-    return GenerationConfig(**facts.token_ids())
+    return GenerationConfig(**generation_options(facts))
 
 
 def tokenizer_from_gguf(source: Checkpoint | GgufFile | Mapping[str, Any], **options: Any) -> PreTrainedTokenizerFast:

@@ -22,10 +22,17 @@ MOST_VOCAB = 1 << 24
 MOST_CONTEXT = 1 << 31
 
 
+_USE_A_FOLDER = (
+    "A folder or hub id with the model's config.json tells what the file lacks: from_pretrained(folder, gguf_path=...)"
+)
+
+
 class Facts:
     """The metadata of a model; keys are below the prefix of its architecture ("block_count").
 
     ``tensors`` are those of the file, None where metadata are all there is; ``name`` stands for the file in messages.
+    ``told`` are whole numbers to take for keys that are missing, since tensors tell them; ``assumed`` are keys that are
+    missing and change results, with what was taken in their place.
     """
 
     def __init__(self, source: Checkpoint | GgufFile | Mapping[str, Any]) -> None:
@@ -39,20 +46,26 @@ class Facts:
             self.metadata = source
         self.architecture: Any = self.metadata.get("general.architecture")
         self.prefix = f"{self.architecture}."
+        self.told: Mapping[str, int] = {}
+        self.assumed: dict[str, object] = {}
 
     def integer(self, key: str, *, least: int = 1, most: int, default: int | None = None) -> int:
         """A whole number. Raises `GgufFormatError` outside ``least`` to ``most``, or where it is missing."""
-        value = self._value(key, default)
+        value = self._value(key, self.told.get(key, default))
         if type(value) is not int or not least <= value <= most:
             raise self.nonsense(key, value, f"a whole number from {least} to {most}")
         return value
 
-    def number(self, key: str, *, default: float | None = None, above: float = -math.inf) -> float:
+    def number(
+        self, key: str, *, default: float | None = None, above: float = -math.inf, most: float = math.inf
+    ) -> float:
         """A finite number. Raises `GgufFormatError` for anything else."""
         value = self._value(key, default)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= above:
-            raise self.nonsense(key, value, "a finite number" + (f" above {above}" if math.isfinite(above) else ""))
-        return _shortest(value)
+        if type(value) not in (int, float) or not math.isfinite(value) or not above < value <= most:
+            limits = f" above {above}" if math.isfinite(above) else ""
+            limits += f" up to {most:g}" if math.isfinite(most) else ""
+            raise self.nonsense(key, value, f"a finite number{limits}")
+        return shortest(value)
 
     def boolean(self, key: str, *, default: bool) -> bool:
         """Raises `GgufFormatError` for anything else."""
@@ -64,25 +77,52 @@ class Facts:
     def has(self, key: str) -> bool:
         return self.prefix + key in self.metadata
 
+    def default_for(self, key: str, default: Any, published: Any = None) -> Any:
+        """What to take where ``key`` is missing: the ``published`` value, else ``default``, which is remembered."""
+        if published is not None:
+            return published
+        if not self.has(key):
+            self.assumed[key] = default
+        return default
+
+    def notes(self) -> tuple[str, ...]:
+        """What was taken for granted, a sentence each."""
+        if not self.assumed:
+            return ()
+        taken = ", ".join(f"{self.prefix}{key} ({value} is taken)" for key, value in self.assumed.items())
+        return (f"The GGUF does not state {taken}. {_USE_A_FOLDER}.",)
+
     def vocab_size(self) -> int:
         """Rows of the embedding, by the tensor where there is one. Raises `GgufFormatError` where nothing says it."""
-        if self.tensors is not None and "token_embd.weight" in self.tensors:
-            return self.tensors["token_embd.weight"].shape[0]
-        if self.has("vocab_size"):
-            return self.integer("vocab_size", most=MOST_VOCAB)
-        tokens = self.metadata.get("tokenizer.ggml.tokens")
-        if not isinstance(tokens, (StringArray, list)):
+        if (known := self._known_vocab_size()) is None:
             raise self.nonsense("vocab_size", None, "that key, tokenizer.ggml.tokens or the tensor token_embd.weight")
-        return len(tokens)
+        return known
+
+    def _known_vocab_size(self) -> int | None:
+        tokens = self.metadata.get("tokenizer.ggml.tokens")
+        listed = len(tokens) if isinstance(tokens, (StringArray, list)) else None
+        if self.tensors is not None and "token_embd.weight" in self.tensors:
+            rows = self.tensors["token_embd.weight"].shape[0]
+        elif self.has("vocab_size"):
+            rows = self.integer("vocab_size", most=MOST_VOCAB)
+        else:
+            return listed
+        if listed is not None and listed > rows:
+            raise GgufFormatError(
+                f"{self.name}: tokenizer.ggml.tokens lists {listed} tokens, but the embedding has {rows} rows; at most "
+                "as many tokens as rows are accepted"
+            )
+        return rows
 
     def token_ids(self) -> dict[str, Any]:
         """What starts, ends and pads a text, under the names of transformers' configs. All that end a turn are ends."""
-        ends = [self._token_id(which) for which in ("eos", "eot", "eom")]
+        vocab_size = self._known_vocab_size() or MOST_VOCAB
+        ends = [self._token_id(which, vocab_size) for which in ("eos", "eot", "eom")]
         distinct = list(dict.fromkeys(token for token in ends if token is not None))
         return {
-            "bos_token_id": self._token_id("bos"),
+            "bos_token_id": self._token_id("bos", vocab_size),
             "eos_token_id": distinct[0] if len(distinct) == 1 else distinct or None,
-            "pad_token_id": self._token_id("padding"),
+            "pad_token_id": self._token_id("padding", vocab_size),
         }
 
     def require_neutral(self, values: Mapping[str, float]) -> None:
@@ -93,7 +133,8 @@ class Facts:
 
     def nonsense(self, key: str, found: object, accepted: str) -> GgufFormatError:
         if found is None:
-            return GgufFormatError(f"{self.name}: {self.prefix}{key} is missing; {accepted} is expected")
+            missing = f"{self.name}: {self.prefix}{key} is missing"
+            return GgufFormatError(f"{missing}; {accepted} is expected. {_USE_A_FOLDER}")
         return GgufFormatError(f"{self.name}: {self.prefix}{key} is {found!r}; {accepted} is accepted")
 
     def unsupported(self, key: str, found: object, accepted: str) -> UnsupportedModelError:
@@ -102,15 +143,17 @@ class Facts:
     def _value(self, key: str, default: float | None) -> Any:
         return self.metadata.get(self.prefix + key, default)
 
-    def _token_id(self, which: str) -> int | None:
+    def _token_id(self, which: str, vocab_size: int) -> int | None:
         key = f"tokenizer.ggml.{which}_token_id"
         value = self.metadata.get(key, -1)
-        if type(value) is not int or not (0 <= value < MOST_VOCAB or value in NO_TOKEN):
-            raise GgufFormatError(f"{self.name}: {key} is {value!r}; a token id is accepted")
+        if type(value) is not int or not (0 <= value < vocab_size or value in NO_TOKEN):
+            raise GgufFormatError(
+                f"{self.name}: {key} is {value!r}; the id of one of the {vocab_size} tokens is accepted"
+            )
         return None if value in NO_TOKEN else value
 
 
-def _shortest(value: float) -> float:
+def shortest(value: float) -> float:
     """The decimal that was meant: files hold 32-bit floats, where 1e-06 reads as 9.999999974752427e-07."""
     with np.errstate(over="ignore"):
         narrow = np.float32(value)

@@ -17,7 +17,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from transformers_kt.errors import UnsupportedModelError, UnsupportedOperationError
-from transformers_kt.families.from_gguf import generation_config_from_gguf, tokenizer_from_gguf
+from transformers_kt.families.from_gguf import generation_config_from_gguf, notes_from_gguf, tokenizer_from_gguf
 from transformers_kt.families.tensors import check_tensors
 from transformers_kt.integration.loaded_model import KtGenerationMixin, KtModelMixin
 from transformers_kt.integration.quantizer import METHOD, KtConfig, LoadJob
@@ -117,12 +117,14 @@ def _load(
     modules = _modules()
     rules = load_rules(request.rules, modules)
     checkpoint = request.open()
+    checkpoint.require_weights()
     given, attention = options.pop("config", None), options.pop("attn_implementation", None)
     trust_remote_code = options.get("trust_remote_code")
     config, rest = resolved_config(request, given, options, checkpoint)
     config._attn_implementation = attention = _stock_attention(attention, config)
+    notes = notes_from_gguf(checkpoint) if given is None and request.folder is None else ()
     slots = check_tensors(checkpoint, config)
-    asked = ModelRequest(request.title, checkpoint, config, slots, rules, placement, attention)
+    asked = ModelRequest(request.title, checkpoint, config, slots, rules, placement, attention, notes)
     result = _kt_class(model_class(config)).from_pretrained(
         None,
         *args,
@@ -204,6 +206,16 @@ def _restore_generation_config(
         **{**hub, **request.hub},
         trust_remote_code=trust_remote_code,
     )
+    folder = folder_of(request.folder, request.hub)
+    if folder.is_dir() and not (folder / "generation_config.json").is_file():
+        # config.json names one token; the file knows all that end a turn.
+        stated, of_file = model.generation_config.eos_token_id, generation_config_from_gguf(checkpoint).eos_token_id
+        ends = list(dict.fromkeys((*_as_list(stated), *_as_list(of_file))))
+        model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 class _FilledByQuantizer(KtModelMixin):

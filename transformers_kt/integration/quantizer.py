@@ -166,8 +166,10 @@ def _machine() -> Machine:
 
 
 def _log(decision: Decision, machine: Machine, title: str) -> None:
-    if decision.notes:
-        logger.warning("%s does not do all that its rules say:\n%s", title, "\n".join(decision.notes))
+    if decision.file_notes:
+        logger.warning("%s:\n%s", title, "\n".join(decision.file_notes))
+    if decision.plan.notes:
+        logger.warning("%s does not do all that its rules say:\n%s", title, "\n".join(decision.plan.notes))
     if decision.plan.source == AUTO and machine.unused:
         logger.info("all of %s is on the CPU: this version leaves %s unused", title, ", ".join(machine.unused))
 

@@ -147,8 +147,8 @@ def _write_rope(writer: gguf.GGUFWriter, config: DeepseekConfig) -> None:
         writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
     if rope.get("beta_slow") is not None:
         writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
-    if rope.get("mscale_all_dim") is not None:
-        writer.add_rope_scaling_yarn_log_mul(_YARN_LOG_FACTOR * rope["mscale_all_dim"])
+    # Stated where it is nothing too: readers cannot tell a file without the key from one older than the key.
+    writer.add_rope_scaling_yarn_log_mul(_YARN_LOG_FACTOR * (rope.get("mscale_all_dim") or 0.0))
 
 
 def _write_tokenizer(
