@@ -184,7 +184,7 @@ DAMAGE_OF_WRITERS = {
         {"blk.3.nextn.eh_proj.weight": (64, 128), "blk.3.attn_norm.weight": (64,)},
         "multi-token prediction alone",
     ),
-    "indexer": ({"blk.0.indexer.k_norm.weight": (64,)}, "indexer of DeepSeek-V3.2"),
+    "indexer": ({"blk.0.indexer.k_norm.weight": (64,)}, "indexer of sparse attention"),
     "scales": ({"blk.1.ffn_gate_exps.scale": (8,)}, "scales beside its weights"),
     "one_per_expert": ({"blk.1.ffn_up.3.weight": (32, 64)}, "stacks the experts"),
 }

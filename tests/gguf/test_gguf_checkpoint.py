@@ -15,7 +15,7 @@ import pytest
 from gguf_handmade import TINY_V3, tiny_tensors, write_model
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from transformers_kt.errors import CheckpointError, CheckpointNotFoundError, GgufFormatError
+from transformers_kt.errors import CheckpointError, CheckpointNotFoundError, GgufFormatError, KtError
 from transformers_kt.gguf.checkpoint import open_checkpoint
 
 SHAPES = tiny_tensors(TINY_V3)
@@ -37,7 +37,6 @@ def assert_is_the_model(path: str | Path, files: int) -> None:
     assert checkpoint.nbytes == sum(4 * int(np.prod(shape)) for shape in SHAPES.values())
     for number, name in enumerate(SHAPES):
         assert set(checkpoint.data(name).view(np.float32)) == {number}
-        checkpoint.drop_pages(name)
 
 
 def test_a_file_is_a_model(tmp_path: Path) -> None:
@@ -141,6 +140,29 @@ def test_a_renamed_shard_is_noticed(tmp_path: Path) -> None:
     shutil.copy(paths[1], paths[2])
     with pytest.raises(CheckpointError, match=r"model-00003-of-00004\.gguf: split\.no is 1.* 2 is expected"):
         open_checkpoint(tmp_path)
+
+
+def test_one_of_several_missing_shards_cannot_be_read_as_a_count(tmp_path: Path) -> None:
+    paths = split_model(tmp_path)
+    paths[0].unlink()
+    with pytest.raises(
+        CheckpointNotFoundError, match=rf"{paths[1].name} is one of 4 shards\. {paths[0].name} is missing"
+    ):
+        open_checkpoint(paths[1])
+
+
+@pytest.mark.parametrize("gguf_alone", [True, False])
+def test_a_folder_of_parts_says_how_to_join_them(tmp_path: Path, gguf_alone: bool) -> None:
+    (tmp_path / "m.gguf.part1of2").write_bytes(b"GGUF")
+    (tmp_path / "m.gguf.part2of2").write_bytes(b"x")
+    with pytest.raises(KtError, match=r"part of m\.gguf, .*cat m\.gguf\?\* > m\.gguf"):
+        open_checkpoint(tmp_path / "m.gguf.part1of2" if gguf_alone else tmp_path)
+
+
+def test_a_vocabulary_without_weights_is_told_to_be_one(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "vocab.gguf", shapes={})
+    with pytest.raises(CheckpointError, match=r"vocab\.gguf holds a vocabulary and no weights"):
+        open_checkpoint(path).require_weights()
 
 
 def test_a_shard_under_a_plain_name_is_noticed(tmp_path: Path) -> None:

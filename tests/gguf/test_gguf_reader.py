@@ -7,6 +7,7 @@ import struct
 import sys
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -42,7 +43,6 @@ def look_at_everything(file: GgufFile) -> None:
         list(value) if hasattr(value, "__len__") else value
     for name in file.tensors:
         assert file.data(name).nbytes == file.tensors[name].nbytes
-        file.drop_pages(name)
 
 
 def test_values_of_every_metadata_type_are_read(tmp_path: Path) -> None:
@@ -377,22 +377,18 @@ def resident_file_bytes() -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_dropped_pages_leave_memory_and_come_back_unchanged(tmp_path: Path) -> None:
-    size = 32 << 20
+def test_pieces_of_a_tensor_are_all_of_it_and_leave_no_memory_behind(tmp_path: Path) -> None:
+    size, piece = 32 << 20, 4 << 20
     path = tmp_path / "m.gguf"
     Handmade(tensors=[Tensor("t", (size // 4,))], data=np.arange(size // 4, dtype=np.float32).tobytes()).write(path)
     file = GgufFile(path)
     opened = resident_file_bytes()
-    total = int(file.data("t").sum(dtype=np.int64))
-    touched = resident_file_bytes()
-    file.drop_pages("t", size // 2)
-    half = resident_file_bytes()
-    file.drop_pages("t")
-    dropped = resident_file_bytes()
-    assert touched - opened > size * 0.9
-    assert size * 0.4 < touched - half < size * 0.6
-    assert touched - dropped > size * 0.9
-    assert int(file.data("t").sum(dtype=np.int64)) == total
+    whole = file.data("t")
+    for start in range(0, size, piece):
+        np.testing.assert_array_equal(file.data("t", start, start + piece), whole[start : start + piece])
+    np.testing.assert_array_equal(file.data("t", 3, 5), whole[3:5])
+    assert resident_file_bytes() - opened < 1 << 20  # nothing of the file is mapped
+    np.testing.assert_array_equal(whole.view(np.float32), np.arange(size // 4, dtype=np.float32))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, needs sparse files")
@@ -405,12 +401,206 @@ def test_opening_reads_the_header_alone(tmp_path: Path) -> None:
     assert resident_file_bytes() - before < 16 << 20
 
 
-def test_dropping_pages_of_a_tensor_smaller_than_a_page_does_nothing(tmp_path: Path) -> None:
-    file = GgufFile(small_file().write(tmp_path / "m.gguf"))
-    file.drop_pages("one")
-    np.testing.assert_array_equal(file.data("one").view(np.float32), np.arange(6))
-
-
-def test_views_outlive_the_file_object(tmp_path: Path) -> None:
+def test_data_outlives_the_file_object(tmp_path: Path) -> None:
     view = GgufFile(small_file().write(tmp_path / "m.gguf")).data("two")
     np.testing.assert_array_equal(view, np.arange(68))
+
+
+# --- Files that change ---
+
+
+def one_tensor(path: Path, nbytes: int = 1 << 20) -> Path:
+    return Handmade(tensors=[Tensor("t", (nbytes // 4,))], data=b"\1" * nbytes).write(path)
+
+
+def test_a_file_shortened_while_it_is_read_is_an_error_with_its_tensor(tmp_path: Path) -> None:
+    path = one_tensor(tmp_path / "m.gguf")
+    file = GgufFile(path)
+    os.truncate(path, 1 << 19)
+    with pytest.raises(GgufFormatError, match=r"m\.gguf: tensor 't' ends after \d+ of 1048576 bytes: .* shortened"):
+        file.data("t")
+
+
+def test_a_file_overwritten_by_a_shorter_one_is_an_error(tmp_path: Path) -> None:
+    path = one_tensor(tmp_path / "m.gguf")
+    file = GgufFile(path)
+    path.write_bytes(small_file().build())
+    with pytest.raises(GgufFormatError, match=r"tensor 't' ends after 768 of 1048576 bytes: .* to 832 bytes"):
+        file.data("t")
+
+
+def test_a_file_written_to_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    path = one_tensor(tmp_path / "m.gguf")
+    file = GgufFile(path)
+    with path.open("r+b") as written:
+        written.seek(-4, os.SEEK_END)
+        written.write(b"\2\2\2\2")
+    os.utime(path, ns=(0, 1))  # a clock too coarse to tell is no excuse
+    with pytest.raises(GgufFormatError, match="was written to while tensor 't' was read"):
+        file.data("t")
+
+
+def test_a_file_replaced_under_its_name_is_read_on_as_it_was(tmp_path: Path) -> None:
+    path = one_tensor(tmp_path / "m.gguf")
+    file = GgufFile(path)
+    os.replace(small_file().write(tmp_path / "other.gguf"), path)
+    assert bool((file.data("t") == 1).all())
+    path.unlink()
+    assert bool((file.data("t") == 1).all())
+
+
+def test_strings_are_read_from_the_header_as_it_was_checked(tmp_path: Path) -> None:
+    path = small_file().write(tmp_path / "m.gguf")
+    file = GgufFile(path)
+    os.truncate(path, 0)
+    assert list(file.metadata["a.strings"]) == ["", "é", "日本", "a b"]
+    np.testing.assert_array_equal(file.metadata["a.numbers"], [1, -2, 3])
+
+
+def test_a_read_that_the_disk_refuses_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = GgufFile(one_tensor(tmp_path / "m.gguf"))
+
+    def fails(*args: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fails)
+    with pytest.raises(GgufFormatError, match=r"tensor 't' cannot be read \(Input/output error\)"):
+        file.data("t")
+
+
+def test_reads_in_small_portions_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = small_file().write(tmp_path / "m.gguf")
+    whole = {name: GgufFile(path).data(name).tobytes() for name in GgufFile(path).tensors}
+    read = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: read(fd, [buffers[0][:7]], offset))
+    file = GgufFile(path)
+    assert {name: file.data(name).tobytes() for name in file.tensors} == whole
+    look_at_everything(file)
+
+
+# --- What a header costs ---
+
+
+def peak_of(action: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        action()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+LARGE_HEADERS: dict[str, Callable[[], bytes]] = {
+    "one_text": lambda: only_key(STRING, string("x" * (24 << 20) + "\U0001f600")).build(),
+    "many_texts": lambda: Handmade(
+        keys=[(f"key.{n}", STRING, string("x" * 500 + "\U0001f600")) for n in range(40000)]
+    ).build(),
+    "long_keys": lambda: Handmade(keys=[("k" * 65000 + str(n), U8, b"\1") for n in range(300)]).build(),
+    "many_tokens": lambda: only_key(ARRAY, array(STRING, ["ab"] * 2_000_000)).build(),
+    "numbers": lambda: only_key(ARRAY, array(U64, [7] * 2_000_000)).build(),
+}
+
+
+@pytest.mark.parametrize("which", LARGE_HEADERS)
+def test_opening_costs_at_most_three_times_the_header(tmp_path: Path, which: str) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(LARGE_HEADERS[which]())
+    # What an object for each key or tensor takes beside the bytes of the header.
+    overhead = 24 << 20 if which == "many_texts" else 1 << 20
+    assert peak_of(lambda: GgufFile(path)) < 3 * path.stat().st_size + overhead
+
+
+def test_a_long_text_is_itself(tmp_path: Path) -> None:
+    text = "é\U0001f600" * 300_000
+    metadata = GgufFile(only_key(STRING, string(text)).write(tmp_path / "m.gguf")).metadata
+    assert metadata["some.key"] == text
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_long_text_that_is_not_utf_8_is_refused_at_opening(tmp_path: Path, cut: int) -> None:
+    raw = ("x" * 3000 + "\U0001f600").encode()[:-cut]
+    with pytest.raises(GgufFormatError, match="not UTF-8"):
+        GgufFile(only_key(STRING, string(raw)).write(tmp_path / "m.gguf"))
+
+
+def test_a_long_name_that_is_not_ascii_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GgufFormatError, match="not ASCII"):
+        GgufFile(Handmade(keys=[("é" * 200, U8, b"\1")]).write(tmp_path / "m.gguf"))
+
+
+# --- Files of other kinds ---
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\n <HTML><body>Sign in", "web page"),
+        (b"<?xml version='1.0'?><Error>", "web page"),
+        (b"PK\3\4" + b"x" * 40, "zip archive"),
+        (b"\x1f\x8b\x08" + b"x" * 40, "gzip archive"),
+        (b"7z\xbc\xaf\x27\x1c" + b"x" * 40, "7z archive"),
+        (b"name".ljust(257, b"\0") + b"ustar\x0000" + b"\0" * 248, "tar archive"),
+        (b"\x28\xb5\x2f\xfd" + b"x" * 40, "zstd archive"),
+        (struct.pack("<Q", 40) + b'{"model.embed_tokens.weight":{', "safetensors"),
+        (b"tjgg\3\0\0\0", "older than GGUF"),
+        (b'{"error": "Entry not found"}', "JSON"),
+        (b"\0" * 4096, "begins with zeros"),
+        (b"anything else", "download completed"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_what_it_is(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    with pytest.raises(GgufFormatError, match=f"is not a GGUF file: .*{said}"):
+        GgufFile(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["m.gguf.part1of2", "m.gguf.part2of2", "m.gguf-split-a", "m.gguf.001", "m.gguf.part-b", "m.gguf.aa"]
+)
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_part_of_a_file_is_called_so(tmp_path: Path, name: str, number: int) -> None:
+    whole = small_file().build()
+    path = tmp_path / name
+    path.write_bytes((whole[: len(whole) // 2], whole[len(whole) // 2 :])[number])
+    with pytest.raises(GgufFormatError, match=r"it is a part of m\.gguf, .*join the parts in order"):
+        GgufFile(path)
+
+
+@pytest.mark.parametrize("name", ["m.gguf.incomplete", "m.gguf.part", "m.gguf.crdownload", "m.gguf.aria2"])
+def test_an_unfinished_download_is_called_so(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(small_file().build()[:300])
+    with pytest.raises(GgufFormatError, match="unfinished download"):
+        GgufFile(path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs pipes as files")
+def test_a_pipe_or_device_is_refused_at_once(tmp_path: Path) -> None:
+    pipe = tmp_path / "m.gguf"
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/zero")):
+        with pytest.raises(GgufFormatError, match="is a pipe, a socket or a device"):
+            GgufFile(path)
+
+
+# --- Types ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (4, "withdrawn by llama.cpp"),
+        (31, "withdrawn by llama.cpp"),
+        (max(GgmlType) + 1, "newer than those of the gguf package"),
+        (96, "newer than those of the gguf package"),
+        (97, "a type of ik_llama.cpp"),
+        (144, "a type of ik_llama.cpp"),
+        (399, "a type of ik_llama.cpp"),
+        (0xDEADBEEF, "damaged"),
+    ],
+)
+def test_an_unknown_type_is_refused_with_number_and_a_way_out(tmp_path: Path, kind: int, said: str) -> None:
+    path = no_tensors_but(Tensor("t", (32,), kind)).write(tmp_path / "m.gguf")
+    with pytest.raises(UnsupportedTypeError, match=rf"tensor 't' has ggml type {kind}, .*{said}.*Q4_K_M"):
+        GgufFile(path)

@@ -126,28 +126,27 @@ def test_the_bar_is_off_where_those_of_transformers_are(v3: Example, capfd: pyte
 
 
 class Recorder:
-    """A checkpoint that notes what is read and given up, and a progress bar."""
+    """A checkpoint that notes what is read, and a progress bar."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.events: list[tuple[str, str]] = []
-        self.given_up: dict[str, int] = {}
+        self.bytes_read: Counter[str] = Counter()
+        self.held: list[weakref.ref[Any]] = []
         self.read = 0
 
-    def data(self, name: str) -> Any:
-        self.events.append(("read", name))
-        return self.checkpoint.data(name)
-
-    def drop_pages(self, name: str, end: int) -> None:
-        self.events.append(("drop", name))
-        self.given_up[name] = end
+    def data(self, name: str, start: int, end: int) -> Any:
+        assert not any(stored() is not None for stored in self.held[:-3]), "memory of earlier reads is held on to"
+        self.bytes_read[name] += end - start
+        stored = self.checkpoint.data(name, start, end)
+        self.held.append(weakref.ref(stored))
+        return stored
 
     def update(self, n: int) -> None:
         self.read += n
 
 
 @pytest.mark.parametrize("kt_rules", ["auto", KEEP_ALL, FINE])
-def test_every_tensor_is_read_once_given_up_afterwards_and_counted(
+def test_every_tensor_is_read_once_let_go_afterwards_and_counted(
     v3: Example, kt_rules: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorders: list[Recorder] = []
@@ -161,35 +160,29 @@ def test_every_tensor_is_read_once_given_up_afterwards_and_counted(
     load(v3, kt_rules)
     (recorder,) = recorders
     tensors = recorder.checkpoint.tensors
-    assert Counter(name for what, name in recorder.events if what == "read") == Counter(tensors.keys())
-    last = {name: what for what, name in recorder.events}
-    assert set(last.values()) == {"drop"}
-    assert recorder.given_up == {name: info.nbytes for name, info in tensors.items()}
+    assert recorder.bytes_read == {name: info.nbytes for name, info in tensors.items()}
+    assert not any(stored() is not None for stored in recorder.held)
     assert recorder.read == recorder.checkpoint.nbytes
 
 
-def test_the_pages_of_a_tensor_or_piece_are_given_up_when_the_next_is_asked_for() -> None:
+def test_a_piece_counts_as_used_when_the_next_is_asked_for() -> None:
     events: list[str] = []
 
     class Source:
-        def data(self, name: str) -> Any:
-            events.append(f"read {name}")
-            return np.arange(8, dtype=np.uint8)
-
-        def drop_pages(self, name: str, end: int) -> None:
-            events.append(f"drop {name} to {end}")
+        def data(self, name: str, start: int, end: int) -> Any:
+            events.append(f"read {name} {start} {end}")
+            return np.arange(start, end, dtype=np.uint8)
 
         def update(self, n: int) -> None:
-            pass
+            events.append(f"used {n}")
 
     reader = loading._Reader(Source(), Source())
     gate, up = (TensorInfo(name, GgmlType.F32, (2,), 0, 8, Path()) for name in ("gate", "up"))
     assert reader(gate).tolist() == [*range(8)]
     assert reader(up, 0, 5).tolist() == [*range(5)]
     assert reader(up, 5, 8).tolist() == [5, 6, 7]
-    reader.release()
-    in_turn = ["read gate", "drop gate to 8", "read up", "drop gate to 8", "drop up to 5", "read up"]
-    assert events == [*in_turn, "drop gate to 8", "drop up to 8"]
+    reader.finish()
+    assert events == ["used 0", "read gate 0 8", "used 8", "read up 0 5", "used 5", "read up 5 8", "used 3"]
 
 
 # --- Stock modules ---

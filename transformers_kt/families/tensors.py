@@ -116,8 +116,8 @@ def _advice(names: Collection[str], layers: int) -> str:
         )
     if any(".indexer." in name for name in names):
         return (
-            "The file has the indexer of DeepSeek-V3.2's sparse attention, which is not computed; take a file of V3.1, "
-            "or one that was converted without indexer."
+            "The file has the indexer of sparse attention, which is not computed; take a file that was converted "
+            "without it, or the model before it."
         )
     if any(name.endswith((".scale", ".input_scale")) for name in names):
         return (

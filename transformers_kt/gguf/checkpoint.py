@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from transformers_kt.errors import CheckpointError, CheckpointNotFoundError, KtError
+from transformers_kt.gguf.other_files import part_of
 from transformers_kt.gguf.reader import GgufFile, Metadata, TensorInfo
 from transformers_kt.text import listed
 
@@ -76,13 +77,12 @@ class Checkpoint:
                 "file with the weights"
             )
 
-    def data(self, name: str) -> npt.NDArray[np.uint8]:
-        """The stored bytes of tensor ``name``: uint8, (nbytes,), a read-only view of the mapped file."""
-        return self._owners[name].data(name)
+    def data(self, name: str, start: int = 0, end: int | None = None) -> npt.NDArray[np.uint8]:
+        """Bytes ``start`` to ``end`` of tensor ``name``, all by default: uint8, one-dimensional, read-only, a copy.
 
-    def drop_pages(self, name: str, end: int | None = None) -> None:
-        """Give back the memory that reading ``data(name)``, up to byte ``end``, took; the view stays valid."""
-        self._owners[name].drop_pages(name, end)
+        Raises `GgufFormatError` where the file changed since it was opened, or cannot be read.
+        """
+        return self._owners[name].data(name, start, end)
 
 
 def open_checkpoint(gguf_path: str | Path, **hub: Unpack[HubOptions]) -> Checkpoint:
@@ -147,7 +147,7 @@ def _with_siblings(path: Path) -> list[Path]:
     missing = [shard.name for shard in paths if not shard.exists()]
     if missing:
         raise CheckpointNotFoundError(
-            f"{path.parent}: of the {len(paths)} shards of {path.name}, {_listed(missing)} "
+            f"{path.parent}: {path.name} is one of {len(paths)} shards. {_listed(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} missing; put all of them into one folder"
         )
     return paths
@@ -157,7 +157,7 @@ def _one_model_in(folder: Path) -> list[Path]:
     models = _models(entry.name for entry in folder.iterdir() if entry.is_file())
     candidates = {shown: names for shown, names in models.items() if _may_be_model(folder / names[0])}
     if not candidates:
-        raise CheckpointNotFoundError(f"{folder} holds no GGUF model" + _what_is_there(folder))
+        raise CheckpointNotFoundError(f"{folder} holds no GGUF model" + _what_is_there(folder) + _parts_hint(folder))
     if len(candidates) > 1:
         raise CheckpointError(
             f"{folder} holds {len(candidates)} models: {_listed(candidates)}. Name the file of the one to load (of a "
@@ -264,10 +264,16 @@ def _check_shards(files: Sequence[GgufFile]) -> None:
         for key, value in {"split.no": number, **expected}.items():
             if type(stated.get(key)) is not int or stated[key] != value:
                 found = repr(stated[key]) if key in stated else "missing"
+                if len(files) == 1 and type(stated["split.count"]) is int and stated["split.count"] > 1:
+                    raise CheckpointError(
+                        f"{file.path}: split.count is {stated['split.count']}, but the name does not say which of the "
+                        "shards it is, so the others are not found. Give all of them their own names again: "
+                        f"NAME-{_stated_number(stated)}-of-{stated['split.count']:05}.gguf"
+                    )
                 raise CheckpointError(
-                    f"{file.path}: {key} is {found}, but this is file {number + 1} of {len(files)}, which hold "
-                    f"{tensor_count} tensors together, so {value} is expected. The shards are not of one model, or "
-                    "were renamed; get them again under their own names"
+                    f"{file.path}: {key} is {found}, {value} is expected: this is number {number + 1} of {len(files)} "
+                    f"files with {tensor_count} tensors in all. The shards are not of one model, or were renamed; get "
+                    "them again under their own names"
                 )
         for name in file.tensors:
             if name in seen:
@@ -275,6 +281,16 @@ def _check_shards(files: Sequence[GgufFile]) -> None:
                     f"tensor {name} is in both {seen[name]} and {file.path}; the shards are not of one model"
                 )
             seen[name] = file.path
+
+
+def _stated_number(stated: Metadata) -> str:
+    number = stated.get("split.no")
+    return f"{number + 1:05}" if type(number) is int else "00001"
+
+
+def _parts_hint(folder: Path) -> str:
+    found = sorted(entry.name for entry in folder.iterdir() if ".gguf" in entry.name and part_of(entry.name))
+    return f". About {found[0]}: {part_of(found[0])}" if found else ""
 
 
 def _what_is_there(folder: Path) -> str:

@@ -1,13 +1,17 @@
-"""One GGUF file over mmap: metadata, tensor table, and views of the tensor data.
+"""One GGUF file: metadata, tensor table, and the tensor data, all read by copying.
 
 The file is not trusted: every length, count and offset is compared with the size of the file before it is used, so a
-damaged or hostile file ends in `GgufFormatError`, never in a crash, and costs no more than reading its header.
-(A file that another process truncates while it is mapped still ends in SIGBUS; nothing in user space prevents that.)
+damaged or hostile file ends in `GgufFormatError`, never in a crash, and costs no more than reading its header: about
+three times its bytes. Nothing is mapped: a file that another process truncates under a mapping ends the process with
+SIGBUS, whereas a read that comes back short is an error like others.
 """
 
 from __future__ import annotations
 
-import mmap
+import os
+import stat
+import weakref
+from codecs import getincrementaldecoder
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -22,6 +26,8 @@ from gguf import GGML_QUANT_SIZES, GGUFValueType
 from gguf import GGMLQuantizationType as GgmlType
 
 from transformers_kt.errors import CheckpointNotFoundError, GgufFormatError, UnsupportedTypeError
+from transformers_kt.gguf.other_files import LOOKED_AT_BYTES, described, part_of
+from transformers_kt.gguf.quantizations import unknown_type
 
 __all__ = ["GgmlType", "GgufFile", "Metadata", "StringArray", "TensorInfo"]
 
@@ -36,6 +42,10 @@ _MAX_HEADER_BYTES = 128 << 20
 _MAX_TENSORS = 1 << 17
 _MAX_KEYS = 1 << 16
 _MAX_NAME_BYTES = 65535  # the format's own limit for keys
+# Python keeps a text with one emoji in 4 bytes a character. Texts longer than this are decoded when asked for.
+_KEPT_TEXT_BYTES = 256
+_FIRST_READ_BYTES = 1 << 16  # of the header; then as many again, until it ends
+_CHECKED_AT_ONCE = 1 << 20
 
 _U32 = Struct("<I")
 _U64 = Struct("<Q")
@@ -78,9 +88,8 @@ class StringArray(Sequence[str]):
     Raises `GgufFormatError` at that look if a string is not UTF-8.
     """
 
-    def __init__(self, path: Path, key: str, mapped: mmap.mmap, extent: slice, count: int) -> None:
-        self._path, self._key = path, key
-        self._mapped, self._extent, self._count = mapped, extent, count
+    def __init__(self, key: str, header: _Cursor, start: int, count: int) -> None:
+        self._key, self._header, self._start, self._count = key, header, start, count
         self._strings: list[str] | None = None
 
     def __len__(self) -> int:
@@ -101,10 +110,10 @@ class StringArray(Sequence[str]):
 
     def _decoded(self) -> list[str]:
         if self._strings is None:
-            raw = self._mapped[self._extent]
+            raw = self._header.raw
             read_length = _U64.unpack_from
             strings = []
-            position = 0
+            position = self._start
             try:
                 for _ in range(self._count):
                     begin = position + 8
@@ -112,11 +121,38 @@ class StringArray(Sequence[str]):
                     strings.append(raw[begin:position].decode())
             except UnicodeDecodeError as error:
                 raise GgufFormatError(
-                    f"{self._path}: string {len(strings)} of {_shown(self._key)} is not UTF-8 ({error}); "
+                    f"{self._header.path}: string {len(strings)} of {_shown(self._key)} is not UTF-8 ({error}); "
                     "the file is damaged, get it again"
                 ) from None
             self._strings = strings
         return self._strings
+
+
+@dataclass(frozen=True, slots=True)
+class _LongText:
+    """Where in the header a string lies that is decoded when asked for. It is UTF-8."""
+
+    start: int
+    end: int
+
+    def value(self, raw: bytes) -> str:
+        return raw[self.start : self.end].decode()
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """Where in the header an array of numbers or booleans lies."""
+
+    kind: int
+    start: int
+    count: int
+
+    def value(self, raw: bytes) -> npt.NDArray[Any]:
+        is_bool = self.kind == GGUFValueType.BOOL
+        dtype = np.dtype(np.uint8 if is_bool else _SCALARS[self.kind].format)
+        values: npt.NDArray[Any] = np.frombuffer(raw, dtype=dtype, count=self.count, offset=self.start)
+        # Bytes other than 0 and 1 are no numpy booleans, hence the comparison in place of a view.
+        return values != 0 if is_bool else values
 
 
 class Metadata(Mapping[str, Any]):
@@ -125,11 +161,12 @@ class Metadata(Mapping[str, Any]):
     Values are int, float, bool, str, `StringArray`, or a read-only one-dimensional numpy array.
     """
 
-    def __init__(self, values: dict[str, Any]) -> None:
-        self._values = values
+    def __init__(self, values: dict[str, Any], header: _Cursor) -> None:
+        self._values, self._header = values, header
 
     def __getitem__(self, key: str) -> Any:
-        return self._values[key]
+        value = self._values[key]
+        return value.value(self._header.raw) if isinstance(value, (_LongText, _Numbers)) else value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -139,7 +176,7 @@ class Metadata(Mapping[str, Any]):
 
 
 class GgufFile:
-    """A GGUF file of version 2 or 3, little-endian, mapped read-only; the mapping lives as long as any view of it.
+    """A GGUF file of version 2 or 3, little-endian. It stays open as long as this object lives.
 
     Raises `CheckpointNotFoundError` if there is no such file, `GgufFormatError` if it is not GGUF, truncated or
     contradicts itself, `UnsupportedTypeError` if a tensor has a type that ggml does not define.
@@ -147,10 +184,10 @@ class GgufFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._mapped = _map(self.path)
-        header = _Cursor(self._mapped, self.path)
+        self._file = _OpenFile(self.path)
+        header = _Cursor(self._file)
         tensor_count, key_count = _read_preamble(header)
-        self.metadata = Metadata(_read_metadata(header, key_count))
+        self.metadata = Metadata(_read_metadata(header, key_count), header)
         alignment = _alignment(self.metadata, self.path)
         entries = _read_tensor_table(header, tensor_count, alignment)
         self.tensors: dict[str, TensorInfo] = _place_tensors(entries, header, alignment)
@@ -160,38 +197,96 @@ class GgufFile:
         """Bytes of tensor data, without header and padding."""
         return sum(info.nbytes for info in self.tensors.values())
 
-    def data(self, name: str) -> npt.NDArray[np.uint8]:
-        """The stored bytes of tensor ``name``: uint8, (nbytes,), a read-only view of the mapping. Reads nothing yet."""
-        info = self.tensors[name]
-        return np.frombuffer(self._mapped, dtype=np.uint8, count=info.nbytes, offset=info.offset)
+    def data(self, name: str, start: int = 0, end: int | None = None) -> npt.NDArray[np.uint8]:
+        """Bytes ``start`` to ``end`` of tensor ``name``, all of them by default: uint8, one-dimensional, read-only.
 
-    def drop_pages(self, name: str, end: int | None = None) -> None:
-        """Stop holding in memory the whole pages of tensor ``name``, up to its byte ``end``.
-
-        They are read anew if looked at again.
+        A copy in memory of its own. Raises `GgufFormatError` where the file is shorter than it was, was written to
+        since it was opened, or cannot be read.
         """
         info = self.tensors[name]
-        start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (info.offset + (info.nbytes if end is None else end)) // mmap.PAGESIZE * mmap.PAGESIZE - start
-        if length > 0 and hasattr(self._mapped, "madvise"):  # Windows has none
-            self._mapped.madvise(mmap.MADV_DONTNEED, start, length)
+        stored = np.empty((info.nbytes if end is None else end) - start, np.uint8)
+        self._file.read_into(stored.data, info.offset + start, f"tensor {_shown(name)}")
+        stored.flags.writeable = False
+        return stored
+
+
+class _OpenFile:
+    """A regular file. One that is replaced under its name meanwhile is read on as it was."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            # A pipe without writer would keep open() waiting for ever.
+            kind = path.stat().st_mode
+            if stat.S_ISREG(kind):
+                self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise CheckpointNotFoundError(
+                f"{path} is not a file that can be read ({error.strerror}); a GGUF file is expected"
+            ) from None
+        if stat.S_ISDIR(kind):
+            raise CheckpointNotFoundError(f"{path} is not a file but a folder; a GGUF file is expected")
+        if not stat.S_ISREG(kind):
+            raise GgufFormatError(
+                f"{path} is a pipe, a socket or a device; a regular file is expected, for tensors are not read in the "
+                "order in which a stream has them. Save it to disk first"
+            )
+        weakref.finalize(self, os.close, self._descriptor)
+        self._opened = os.fstat(self._descriptor)
+        self.size = self._opened.st_size
+        if self.size == 0:
+            raise GgufFormatError(f"{path} is empty (0 bytes); a GGUF file is expected")
+
+    def read_into(self, target: memoryview, offset: int, subject: str) -> None:
+        """Fill ``target`` from byte ``offset`` on. ``subject`` says in errors what is read."""
+        done = 0
+        try:
+            while done < len(target):
+                count = os.preadv(self._descriptor, [target[done:]], offset + done)
+                if count == 0:
+                    raise GgufFormatError(
+                        f"{self.path}: {subject} ends after {done} of {len(target)} bytes: the file was shortened to "
+                        f"{os.fstat(self._descriptor).st_size} bytes while it was read. Load it when nothing writes it"
+                    )
+                done += count
+        except OSError as error:
+            raise GgufFormatError(
+                f"{self.path}: {subject} cannot be read ({error.strerror}) at bytes {offset + done} to "
+                f"{offset + len(target)}; the disk or the network may be at fault"
+            ) from error
+        found = os.fstat(self._descriptor)
+        if (found.st_size, found.st_mtime_ns) != (self._opened.st_size, self._opened.st_mtime_ns):
+            raise GgufFormatError(
+                f"{self.path} was written to while {subject} was read ({self.size} bytes before, {found.st_size} "
+                "after). Load it when nothing writes it"
+            )
 
 
 class _Cursor:
-    """A position in the header that refuses to leave it."""
+    """A position in the header that refuses to leave it. ``raw`` grows with what was looked at."""
 
-    __slots__ = ("_end", "mapped", "path", "position", "size", "subject")
+    __slots__ = ("_end", "_file", "path", "position", "raw", "size", "subject")
 
-    def __init__(self, mapped: mmap.mmap, path: Path) -> None:
-        self.mapped, self.path = mapped, path
-        self.size = len(mapped)
+    def __init__(self, file: _OpenFile) -> None:
+        self._file, self.path = file, file.path
+        self.size = file.size
         self._end = min(self.size, _MAX_HEADER_BYTES)
+        self.raw = b""
         self.position = 0
         self.subject = "the header"  # what is being read, for messages
+        self._read_up_to(min(self._end, _FIRST_READ_BYTES))
 
     @property
     def remaining(self) -> int:
         return self._end - self.position
+
+    def _read_up_to(self, position: int) -> None:
+        """Have ``raw`` reach ``position``, which is no later than the end."""
+        if position <= len(self.raw):
+            return
+        more = bytearray(min(self._end, max(position, 2 * len(self.raw))) - len(self.raw))
+        self._file.read_into(memoryview(more), len(self.raw), "the header")
+        self.raw += more
 
     def take(self, count: int) -> int:
         """Move ``count`` bytes on; the position before."""
@@ -199,10 +294,12 @@ class _Cursor:
         if count > self._end - start:
             self.refuse_end(f"needs {count} bytes at offset {start}")
         self.position = start + count
+        self._read_up_to(self.position)
         return start
 
     def unpack(self, layout: Struct) -> tuple[Any, ...]:
-        return layout.unpack_from(self.mapped, self.take(layout.size))
+        start = self.take(layout.size)
+        return layout.unpack_from(self.raw, start)
 
     def count(self, most: int, smallest_item: int) -> int:
         """A u64 count of items of at least ``smallest_item`` bytes each, refused where they cannot fit."""
@@ -213,28 +310,58 @@ class _Cursor:
             self.refuse_end(f"counts {count} items")
         return int(count)
 
-    def string(self, most_bytes: int = _MAX_HEADER_BYTES) -> str:
+    def name(self) -> str:
+        """A key or the name of a tensor."""
+        start, end = self._extent(_MAX_NAME_BYTES)
+        raw = self.raw[start:end]
+        if len(raw) > _KEPT_TEXT_BYTES and not raw.isascii():
+            self.refuse(f"holds a name of {len(raw)} bytes that is not ASCII")
+        return self._decoded(raw)
+
+    def text(self) -> str | _LongText:
+        start, end = self._extent(_MAX_HEADER_BYTES)
+        if end - start <= _KEPT_TEXT_BYTES:
+            return self._decoded(self.raw[start:end])
+        decoder = getincrementaldecoder("utf-8")()
+        try:
+            for piece in range(start, end, _CHECKED_AT_ONCE):
+                last = min(piece + _CHECKED_AT_ONCE, end)
+                decoder.decode(self.raw[piece:last], final=last == end)
+        except UnicodeDecodeError as error:
+            self.refuse(f"holds a string that is not UTF-8 ({error})")
+        return _LongText(start, end)
+
+    def _extent(self, most_bytes: int) -> tuple[int, int]:
         (length,) = self.unpack(_U64)
         if length > most_bytes and length <= self.remaining:
             self.refuse(f"holds a string of {length} bytes; at most {most_bytes} are accepted")
-        start = self.take(length)
+        return self.take(length), self.position
+
+    def _decoded(self, raw: bytes) -> str:
         try:
-            return self.mapped[start : self.position].decode()
+            return raw.decode()
         except UnicodeDecodeError as error:
             self.refuse(f"holds a string that is not UTF-8 ({error})")
 
     def skip_strings(self, count: int) -> None:
         # 257,000 strings stand between the start of a large file and its tensor table: this loop is what opening
         # one costs. It needs no check per string, for each one moves the position forward and the first read past
-        # the end raises.
-        mapped, position, read_length = self.mapped, self.position, _U64.unpack_from
-        try:
-            for _ in range(count):
-                position += 8 + read_length(mapped, position)[0]
-        except (struct_error, OverflowError):
-            position = self.size + 1
+        # what is there raises; then more is read, or the header has ended.
+        position, left, read_length = self.position, count, _U64.unpack_from
+        while left:
+            raw, done = self.raw, 0
+            try:
+                for done in range(left):  # noqa: B007
+                    position += 8 + read_length(raw, position)[0]
+                left = 0
+            except (struct_error, OverflowError):
+                left -= done
+                if position + 8 > self._end:
+                    self.refuse_end(f"holds {count} strings")
+                self._read_up_to(position + 8)
         if position > self._end:
             self.refuse_end(f"holds {count} strings")
+        self._read_up_to(position)
         self.position = position
 
     def refuse_end(self, found: str) -> NoReturn:
@@ -242,31 +369,18 @@ class _Cursor:
             self.refuse(f"{found}; headers of up to {_MAX_HEADER_BYTES} bytes are accepted")
         raise GgufFormatError(
             f"{self.path}: {self.subject} {found}, but the file ends after {self.size} bytes. It is truncated or "
-            "damaged; get it again"
+            f"damaged; {part_of(self.path.name) or 'get it again'}"
         )
 
     def refuse(self, found: str) -> NoReturn:
         raise GgufFormatError(f"{self.path}: {self.subject} {found}. The file is damaged; get it again")
 
 
-def _map(path: Path) -> mmap.mmap:
-    try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            if size == 0:
-                raise GgufFormatError(f"{path} is empty (0 bytes); a GGUF file is expected")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise CheckpointNotFoundError(f"{path} is not a file ({error.strerror}); a GGUF file is expected") from None
-
-
 def _read_preamble(header: _Cursor) -> tuple[int, int]:
     """(tensor count, key count)."""
-    magic = header.mapped[:4]
+    magic = header.raw[:4]
     if magic != _MAGIC:
-        hint = "check that the download completed"
-        if header.mapped[:24] == b"version https://git-lfs.":
-            hint = "it is a Git LFS pointer: run `git lfs pull`"
+        hint = part_of(header.path.name) or described(header.raw[:LOOKED_AT_BYTES])
         raise GgufFormatError(
             f"{header.path} is not a GGUF file: it starts with {magic!r}, {_MAGIC!r} is expected; {hint}"
         )
@@ -289,7 +403,7 @@ def _read_metadata(header: _Cursor, key_count: int) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     for number in range(key_count):
         header.subject = f"metadata key {number} of {key_count}"
-        key = header.string(_MAX_NAME_BYTES)
+        key = header.name()
         if key in metadata:
             header.refuse(f"is {_shown(key)}, which was there before")
         header.subject = f"the value of {_shown(key)}"
@@ -302,28 +416,24 @@ def _read_value(header: _Cursor, key: str, kind: int) -> Any:
     if (scalar := _SCALARS.get(kind)) is not None:
         return header.unpack(scalar)[0]
     if kind == GGUFValueType.STRING:
-        return header.string()
+        return header.text()
     if kind != GGUFValueType.ARRAY:
         header.refuse(f"has type {kind}; types 0 to {max(GGUFValueType)} are accepted")
     return _read_array(header, key)
 
 
-def _read_array(header: _Cursor, key: str) -> StringArray | npt.NDArray[Any]:
+def _read_array(header: _Cursor, key: str) -> StringArray | _Numbers:
     (kind,) = header.unpack(_U32)
     if kind == GGUFValueType.STRING:
         count = header.count(_MAX_HEADER_BYTES, smallest_item=8)
         start = header.position
         header.skip_strings(count)
-        return StringArray(header.path, key, header.mapped, slice(start, header.position), count)
+        return StringArray(key, header, start, count)
     if kind not in _SCALARS:
         header.refuse(f"is an array of type {kind}; arrays of numbers, booleans or strings are accepted")
     layout = _SCALARS[kind]
     count = header.count(_MAX_HEADER_BYTES, smallest_item=layout.size)
-    start = header.take(count * layout.size)
-    dtype = np.dtype(np.uint8 if kind == GGUFValueType.BOOL else layout.format)
-    values: npt.NDArray[Any] = np.frombuffer(header.mapped, dtype=dtype, count=count, offset=start)
-    # Bytes other than 0 and 1 are no numpy booleans, hence the comparison in place of a view.
-    return values != 0 if kind == GGUFValueType.BOOL else values
+    return _Numbers(kind, header.take(count * layout.size), count)
 
 
 def _alignment(metadata: Mapping[str, Any], path: Path) -> int:
@@ -338,7 +448,7 @@ def _read_tensor_table(header: _Cursor, tensor_count: int, alignment: int) -> di
     tensors: dict[str, TensorInfo] = {}
     for number in range(tensor_count):
         header.subject = f"entry {number} of {tensor_count} in the tensor table"
-        name = header.string(_MAX_NAME_BYTES)
+        name = header.name()
         if name in tensors:
             header.refuse(f"is {_shown(name)}, which was there before")
         header.subject = f"the entry of tensor {_shown(name)}"
@@ -351,9 +461,9 @@ def _read_tensor_table(header: _Cursor, tensor_count: int, alignment: int) -> di
             ggml_type = GgmlType(kind)
         except ValueError:
             raise UnsupportedTypeError(
-                f"{header.path}: tensor {_shown(name)} has ggml type {kind}, which is not one of "
-                f"{', '.join(known.name for known in GgmlType)}. Types of forks and types that ggml withdrew are not "
-                "read; take a file quantized to one of these"
+                f"{header.path}: tensor {_shown(name)} has ggml type {kind}, {unknown_type(kind, list(GgmlType))}. "
+                "Take a file of another quantization, such as Q4_K_M or Q8_0; the types that are known are "
+                + ", ".join(known.name for known in GgmlType)
             ) from None
         nbytes = _stored_bytes(header, ggml_type, shape)
         if offset % alignment:
@@ -397,7 +507,8 @@ def _place_tensors(entries: dict[str, TensorInfo], header: _Cursor, alignment: i
         if info.offset + info.nbytes > header.size:
             raise GgufFormatError(
                 f"{info.path}: tensor {_shown(info.name)} takes bytes {info.offset} to {info.offset + info.nbytes}, "
-                f"but the file ends after {header.size}. It is truncated or damaged; get it again"
+                f"but the file ends after {header.size}. It is truncated or damaged; "
+                + (part_of(info.path.name) or "get it again")
             )
     return tensors
 

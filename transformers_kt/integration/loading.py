@@ -35,8 +35,7 @@ _DEQUANTIZED_AT_ONCE = 1 << 22  # elements: 16 MB of float32, so that the copy i
 class TensorSource(Protocol):
     """What loading needs of a checkpoint."""
 
-    def data(self, name: str) -> npt.NDArray[np.uint8]: ...
-    def drop_pages(self, name: str, end: int | None = None) -> None: ...
+    def data(self, name: str, start: int = 0, end: int | None = None) -> npt.NDArray[np.uint8]: ...
 
 
 class ProgressBar(Protocol):
@@ -130,7 +129,7 @@ def fill(
                 nbytes = _operation_at(model, entry.module).load(assignment.tensors, reader)
             else:
                 nbytes = _load_stock(model.get_submodule(entry.module), family, assignment.tensors, reader)
-            reader.release()
+            reader.finish()
             types = tuple(sorted({info.ggml_type.name for info in assignment.tensors.values()}))
             rows.append(ReportRow(entry.module, entry.op, entry.device, types, nbytes))
         _require_complete(model)
@@ -141,27 +140,21 @@ def fill(
 
 
 class _Reader:
-    """Hands out stored tensors or pieces of them; each call releases the pages of those before.
-
-    A view that is still in use stays valid: its pages are read again. A module that takes three tensors and then packs
-    them together loses nothing, since pages are read at the first access.
-    """
+    """Hands out stored tensors or pieces of them, and tells the progress bar when they have been used."""
 
     def __init__(self, source: TensorSource, progress: ProgressBar) -> None:
         self._source, self._progress = source, progress
-        self._handed_out: dict[str, int] = {}  # names of tensors; up to which byte
         self._unreported = 0
 
     def __call__(self, info: TensorInfo, start: int = 0, end: int | None = None) -> npt.NDArray[np.uint8]:
-        self.release()
+        self.finish()
         end = info.nbytes if end is None else end
-        self._handed_out[info.name] = end
+        stored = self._source.data(info.name, start, end)
         self._unreported = end - start
-        return self._source.data(info.name)[start:end]
+        return stored
 
-    def release(self) -> None:
-        for name, end in self._handed_out.items():
-            self._source.drop_pages(name, end)
+    def finish(self) -> None:
+        """Report what was handed out last as used."""
         self._progress.update(self._unreported)
         self._unreported = 0
 

@@ -14,6 +14,7 @@ from transformers_kt.errors import UnsupportedModelError, UnsupportedTypeError
 from transformers_kt.families.base import Limit
 from transformers_kt.families.registry import families, mla_of, stock_classes
 from transformers_kt.families.tree import TORCH_CLASSES, ModuleNode
+from transformers_kt.gguf.quantizations import published_with
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 
 KERNEL_TYPES: dict[int, str] = {number: name for name, number, _elements, _nbytes in _C.weight_types()}
@@ -97,7 +98,8 @@ def _require_kernel(tensor: TensorInfo) -> None:
         return
     raise UnsupportedTypeError(
         f"{tensor.path}: tensor {tensor.name} has type {tensor.ggml_type.name}, for which there is no kernel; "
-        f"types with kernels: {', '.join(KERNEL_TYPES.values())}. Use a file quantized to one of these"
+        f"types with kernels: {', '.join(KERNEL_TYPES.values())}. Files that hold no others are called "
+        f"{', '.join(published_with(KERNEL_TYPES.values()))}; whether another loads, plan() tells from its header"
     )
 
 

@@ -107,8 +107,8 @@ def _is_gguf_alone(name: Any) -> bool:
     if not isinstance(name, str | os.PathLike):
         return False
     path = Path(name)
-    if path.suffix == ".gguf":
-        return path.is_file()
+    if ".gguf" in path.name and not path.is_dir():  # also a part of a file or a pipe, which opening it refuses
+        return path.exists()
     return path.is_dir() and not (path / "config.json").exists() and next(path.glob("*.gguf"), None) is not None
 
 
