@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,6 +63,83 @@ def test_a_group_further_up_may_be_the_tightest(tmp_path: Path) -> None:
         },
     )
     assert free_memory(root).nbytes == 3 * GB
+
+
+def test_the_limit_past_which_a_version_2_group_is_slowed_down_counts(tmp_path: Path) -> None:
+    root = tree(
+        tmp_path,
+        {
+            "proc/self/cgroup": "0::/app",
+            "sys/fs/cgroup/app/memory.max": 10 * GB,
+            "sys/fs/cgroup/app/memory.high": 6 * GB,
+            "sys/fs/cgroup/app/memory.current": 2 * GB,
+            "sys/fs/cgroup/app/memory.stat": "active_file 0",
+        },
+    )
+    limit = free_memory(root)
+    assert limit.nbytes == 4 * GB
+    assert "memory.high" in limit.source
+
+
+LIMITS = """Limit                     Soft Limit           Hard Limit           Units
+Max data size             {data}            unlimited            bytes
+Max locked memory         {locked}              8388608              bytes
+Max address space         {space}           unlimited            bytes
+"""
+STATUS = "Name:\tpython\nVmSize:\t {space} kB\nVmLck:\t {locked} kB\nVmData:\t {data} kB\n"
+
+
+@pytest.mark.parametrize(
+    ("limits", "taken", "source"),
+    [
+        ({"space": 20 * GB}, {"space": 10**7}, "ulimit -v"),
+        ({"data": 20 * GB}, {"data": 10**7}, "ulimit -d"),
+        ({"locked": 20 * GB}, {"locked": 10**7}, "ulimit -l"),
+        ({"locked": 8 << 20}, {}, "free memory"),
+        ({}, {"space": 10**7}, "free memory"),
+    ],
+    ids=["address_space", "data", "locked", "nothing_is_locked", "unlimited"],
+)
+def test_limits_of_the_process_count(
+    tmp_path: Path, limits: dict[str, int], taken: dict[str, int], source: str
+) -> None:
+    kinds = ("data", "locked", "space")
+    root = tree(
+        tmp_path,
+        {
+            "proc/self/limits": LIMITS.format(**{kind: limits.get(kind, "unlimited") for kind in kinds}),
+            "proc/self/status": STATUS.format(**{kind: taken.get(kind, 0) for kind in kinds}),
+        },
+    )
+    found = free_memory(root)
+    assert source in found.source
+    if source != "free memory":
+        # Loading maps more than it touches: less than what is left, and not by much.
+        left = 20 * GB - 1024 * 10**7
+        assert 0.85 * left < found.nbytes < 0.9 * left
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets limits of a process")
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_a_process_with_too_little_room_is_refused_before_anything_is_taken(limit: str) -> None:
+    code = f"""
+import re, resource, sys
+import torch, transformers_kt
+from transformers import AutoModelForCausalLM
+from transformers_kt.assets import bundled_model
+load = lambda: AutoModelForCausalLM.from_pretrained(None, gguf_path=bundled_model())
+load()
+status = open("/proc/self/status").read()
+taken = int(re.search(r"{"VmSize" if limit == "RLIMIT_AS" else "VmData"}:\\s+(\\d+)", status)[1]) * 1024
+resource.setrlimit(resource.{limit}, (taken + (6 << 20), -1))
+try:
+    load()
+except transformers_kt.errors.OutOfMemoryError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert "Nothing was loaded" in done.stdout
+    assert "ulimit" in done.stdout
 
 
 @pytest.mark.parametrize("group", ["docker/abc", ""])
