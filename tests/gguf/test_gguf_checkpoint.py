@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import huggingface_hub
 import numpy as np
 import pytest
@@ -157,6 +158,67 @@ def test_a_folder_of_parts_says_how_to_join_them(tmp_path: Path, gguf_alone: boo
     (tmp_path / "m.gguf.part2of2").write_bytes(b"x")
     with pytest.raises(KtError, match=r"part of m\.gguf, .*cat m\.gguf\?\* > m\.gguf"):
         open_checkpoint(tmp_path / "m.gguf.part1of2" if gguf_alone else tmp_path)
+
+
+def with_stacks(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> tuple[Path, Path]:
+    """A model whose values are all different, and the same after ``change`` to its tensors by name."""
+    paths = []
+    for name, changed in (("plain", False), ("changed", True)):
+        arrays: dict[str, Any] = {}
+        for number, (tensor, shape) in enumerate(tiny_tensors(TINY_V3).items()):
+            arrays[tensor] = np.random.default_rng(number).standard_normal(shape).astype(np.float32)
+        if changed:
+            change(arrays)
+        writer = gguf.GGUFWriter(tmp_path / f"{name}.gguf", "deepseek2")
+        for tensor, values in arrays.items():
+            writer.add_tensor(tensor, values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        paths.append(tmp_path / f"{name}.gguf")
+    return paths[0], paths[1]
+
+
+def fused(arrays: dict[str, Any]) -> None:
+    for layer in (1, 2):
+        gate, up = (arrays.pop(f"blk.{layer}.ffn_{half}_exps.weight") for half in ("gate", "up"))
+        arrays[f"blk.{layer}.ffn_gate_up_exps.weight"] = np.concatenate((gate, up), axis=1)
+
+
+def single(arrays: dict[str, Any]) -> None:
+    for part in ("gate", "up", "down"):
+        stack = arrays.pop(f"blk.1.ffn_{part}_exps.weight")
+        # Not in their order, as a writer may have them.
+        for number in (*range(4, len(stack)), *range(4)):
+            arrays[f"blk.1.ffn_{part}.{number}.weight"] = stack[number]
+
+
+@pytest.mark.parametrize("change", [fused, single])
+def test_experts_are_stacks_however_the_file_has_them(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    plain, changed = map(open_checkpoint, with_stacks(tmp_path, change))
+    assert {name: info.shape for name, info in changed.tensors.items()} == {
+        name: info.shape for name, info in plain.tensors.items()
+    }
+    for name, info in plain.tensors.items():
+        np.testing.assert_array_equal(changed.data(name), plain.data(name))
+        some = (info.nbytes // 3, info.nbytes - 5)
+        np.testing.assert_array_equal(changed.data(name, *some), plain.data(name)[slice(*some)])
+        assert not changed.data(name).flags.writeable
+    assert changed.nbytes == plain.nbytes
+
+
+def test_experts_that_make_no_stack_stay_as_they_are(tmp_path: Path) -> None:
+    def with_a_gap(arrays: dict[str, Any]) -> None:
+        single(arrays)
+        del arrays["blk.1.ffn_up.3.weight"]
+        arrays["blk.1.ffn_gate.3.weight"] = arrays["blk.1.ffn_gate.3.weight"].astype(np.float16)
+
+    tensors = open_checkpoint(with_stacks(tmp_path, with_a_gap)[1]).tensors
+    assert "blk.1.ffn_down_exps.weight" in tensors
+    assert "blk.1.ffn_up.4.weight" in tensors
+    assert "blk.1.ffn_gate.4.weight" in tensors
+    assert not {"blk.1.ffn_up_exps.weight", "blk.1.ffn_gate_exps.weight"} & set(tensors)
 
 
 def test_a_vocabulary_without_weights_is_told_to_be_one(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +19,20 @@ import pytest
 import torch
 import transformers
 from gguf import GGMLQuantizationType as GgmlType
+from random_files import RANDOM_FILES
 from tiny_examples import Example, make_example, make_stock, make_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 import transformers_kt._C as _C
-from transformers_kt.errors import KtError, OutOfMemoryError, UnsupportedModelError, UnsupportedTypeError
+from transformers_kt.errors import (
+    GgufFormatError,
+    KtError,
+    OutOfMemoryError,
+    UnsupportedModelError,
+    UnsupportedTypeError,
+)
 from transformers_kt.families.deepseek import DEEPSEEK
 from transformers_kt.families.deepseek.export import export_gguf
 from transformers_kt.gguf.checkpoint import Checkpoint
@@ -37,6 +46,15 @@ from transformers_kt.rules import PlanEntry
 
 KEEP_ALL = [{"match": {"name": ""}, "replace": {"op": "torch"}}]
 FINE = [{"match": {"class": "torch.nn.Linear"}, "replace": {"op": "linear_cpu"}}]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A V3-like model whose rows of keys are 32 wide, so that blocks fit."""
+    stock = RANDOM_FILES["small-v3-F32"].stock()
+    path = tmp_path / "small.gguf"
+    RANDOM_FILES["small-v3-F32"].write(stock, make_tokenizer(), path)
+    return path
 
 
 def load(example: Example, kt_rules: Any = "auto", **options: Any) -> Any:
@@ -179,10 +197,106 @@ def test_a_piece_counts_as_used_when_the_next_is_asked_for() -> None:
     reader = loading._Reader(Source(), Source())
     gate, up = (TensorInfo(name, GgmlType.F32, (2,), 0, 8, Path()) for name in ("gate", "up"))
     assert reader(gate).tolist() == [*range(8)]
-    assert reader(up, 0, 5).tolist() == [*range(5)]
-    assert reader(up, 5, 8).tolist() == [5, 6, 7]
+    assert reader(up, 0, 4).tolist() == [*range(4)]
+    assert reader(up, 4, 8).tolist() == [*range(4, 8)]
     reader.finish()
-    assert events == ["used 0", "read gate 0 8", "used 8", "read up 0 5", "used 5", "read up 5 8", "used 3"]
+    assert events == ["used 0", "read gate 0 8", "used 8", "read up 0 4", "used 4", "read up 4 8", "used 4"]
+
+
+# --- Damage, and what writers do ---
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of the GGUF whose tensors, name to (stored rows, type), went through ``change``."""
+    reader = gguf.GGUFReader(path)
+    tensors = {tensor.name: (np.array(tensor.data), tensor.tensor_type) for tensor in reader.tensors}
+    change(tensors)
+    copy = path.with_name(f"changed-{path.name}")
+    writer = gguf.GGUFWriter(copy, "deepseek2")
+    for name, entry in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            of_items = entry.types[-1] if entry.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, entry.contents(), entry.types[0], of_items)
+    for name, (stored, ggml_type) in tensors.items():
+        writer.add_tensor(name, stored, raw_dtype=ggml_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return copy
+
+
+DAMAGE = {
+    "nan_in_an_expert": ("blk.1.ffn_down_exps.weight", float("nan"), "block 0 of tensor blk.1.ffn_down_exps.weight"),
+    "infinity_in_a_norm": ("blk.0.attn_norm.weight", float("inf"), "block 0 of tensor blk.0.attn_norm.weight"),
+    "nan_in_the_embedding": ("token_embd.weight", float("nan"), "block 0 of tensor token_embd.weight"),
+    "nan_in_the_router": ("blk.2.ffn_gate_inp.weight", float("nan"), "block 0 of tensor blk.2.ffn_gate_inp.weight"),
+    "a_norm_of_zeros": ("output_norm.weight", None, "tensor output_norm.weight is nothing but zeros"),
+    "a_stack_of_zeros": (
+        "blk.1.ffn_up_exps.weight",
+        None,
+        "tensor blk.1.ffn_up_exps.weight is nothing but zeros",
+    ),
+}
+
+
+@pytest.mark.parametrize("kt_rules", ["auto", KEEP_ALL, FINE], ids=["auto", "torch", "fine"])
+@pytest.mark.parametrize("which", DAMAGE)
+def test_damaged_data_is_refused_before_the_model_is_handed_out(
+    v3: Example, tmp_path: Path, which: str, kt_rules: Any
+) -> None:
+    name, value, said = DAMAGE[which]
+
+    def damage(tensors: dict[str, Any]) -> None:
+        stored = tensors[name][0]
+        if value is None:
+            stored[:] = 0
+        else:
+            stored.reshape(-1)[0] = value
+
+    shutil.copy(v3.gguf, tmp_path)
+    path = rewritten(tmp_path / v3.gguf.name, damage)
+    with pytest.raises(GgufFormatError, match=said.replace(".", r"\.")):
+        AutoModelForCausalLM.from_pretrained(None, gguf_path=path, kt_rules=kt_rules)
+
+
+@pytest.mark.parametrize(
+    "ggml_type", [GgmlType.Q4_1, GgmlType.Q5_1, GgmlType.Q5_0, GgmlType.Q8_0], ids=lambda t: t.name
+)
+@pytest.mark.parametrize("kt_rules", ["auto", FINE], ids=["auto", "fine"])
+def test_keys_of_any_type_compute_what_stock_modules_compute(small: Path, ggml_type: GgmlType, kt_rules: Any) -> None:
+    def convert(tensors: dict[str, Any]) -> None:
+        for name, (stored, stored_type) in tensors.items():
+            if name.endswith("attn_k_b.weight"):
+                values = gguf.dequantize(stored, stored_type)
+                tensors[name] = (gguf.quantize(values, ggml_type), ggml_type)
+
+    path = rewritten(small, convert)
+    ids = torch.arange(3, 40)[None]
+    logits, expected = (
+        AutoModelForCausalLM.from_pretrained(None, gguf_path=path, kt_rules=rules)(ids).logits.detach()
+        for rules in (kt_rules, KEEP_ALL)
+    )
+    # Packed keys meet queries of int8, one scale for 32 values: 0.009 of the largest logit. Those of float16: 0.0003.
+    assert (logits - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("ggml_type", [GgmlType.I8, GgmlType.I16, GgmlType.I32, GgmlType.Q8_1, GgmlType.Q8_K])
+@pytest.mark.parametrize("name", ["blk.0.attn_norm.weight", "blk.1.ffn_gate_inp.weight", "token_embd.weight"])
+def test_types_that_cannot_be_dequantized_are_refused_before_memory_is_taken(
+    v3: Example, monkeypatch: pytest.MonkeyPatch, ggml_type: GgmlType, name: str
+) -> None:
+    made = Checkpoint.__init__
+
+    def with_type(self: Checkpoint, *args: Any) -> None:
+        made(self, *args)
+        self.tensors[name] = dataclasses.replace(self.tensors[name], ggml_type=ggml_type)
+
+    monkeypatch.setattr(Checkpoint, "__init__", with_type)
+    monkeypatch.setattr(loading, "fill", lambda *args: pytest.fail("filling began"))
+    for rules in ("auto", FINE, KEEP_ALL):
+        with pytest.raises(UnsupportedTypeError, match=rf"tensor {name} .*has type {ggml_type.name}"):
+            load(v3, rules)
 
 
 # --- Stock modules ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from glob import escape
@@ -20,6 +21,10 @@ from transformers_kt.text import listed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+# Other layouts of experts than a stack each of gate, up and down.
+_FUSED_EXPERTS = re.compile(r"blk\.\d+\.ffn_gate_up_exps\.weight")
+_SINGLE_EXPERT = re.compile(r"(?P<layer>blk\.\d+\.ffn_(gate|up|down))\.(?P<expert>\d{1,5})\.weight")
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf")
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+):(?P<wanted>.+)")
@@ -42,8 +47,18 @@ class HubOptions(TypedDict, total=False):
     local_files_only: bool
 
 
+class _Part(NamedTuple):
+    """Bytes of a tensor of a file, from ``start`` of that tensor on."""
+
+    file: GgufFile
+    name: str
+    start: int = 0
+
+
 class Checkpoint:
     """The tensors and metadata of one model, over all its shards, in file order.
+
+    Experts are shown as one stack for each of gate, up and down, however the files have them.
 
     Raises `CheckpointError` if ``files`` do not belong together.
     """
@@ -53,8 +68,13 @@ class Checkpoint:
         _check_shards(self.files)
         # Writers put the metadata into the first shard; the others only say which shard they are.
         self.metadata: Metadata = self.files[0].metadata
-        self._owners = {name: file for file in self.files for name in file.tensors}
-        self.tensors: dict[str, TensorInfo] = {name: file.tensors[name] for name, file in self._owners.items()}
+        self._parts: dict[str, tuple[_Part, ...]] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in self.files:
+            self.tensors |= file.tensors
+            self._parts |= {name: (_Part(file, name),) for name in file.tensors}
+        self._split_fused_experts()
+        self._stack_single_experts()
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.path}: {len(self.files)} files, {len(self.tensors)} tensors, {self.nbytes} bytes>"
@@ -82,7 +102,61 @@ class Checkpoint:
 
         Raises `GgufFormatError` where the file changed since it was opened, or cannot be read.
         """
-        return self._owners[name].data(name, start, end)
+        end = self.tensors[name].nbytes if end is None else end
+        parts = self._parts[name]
+        if len(parts) == 1:
+            return parts[0].file.data(parts[0].name, start, end)
+        # All parts are of one size.
+        each = self.tensors[name].nbytes // len(parts)
+        pieces = []
+        while start < end:
+            part, skipped = parts[start // each], start % each
+            stop = min(each, skipped + end - start)
+            pieces.append(part.file.data(part.name, part.start + skipped, part.start + stop))
+            start += stop - skipped
+        stored = np.concatenate(pieces)
+        stored.flags.writeable = False
+        return stored
+
+    def _split_fused_experts(self) -> None:
+        """Show ``ffn_gate_up_exps`` (experts, 2 * intermediate, hidden) as the two stacks it is made of."""
+        for name in [name for name in self.tensors if _FUSED_EXPERTS.fullmatch(name)]:
+            fused = self.tensors[name]
+            halves = [name.replace("gate_up", half) for half in ("gate", "up")]
+            if len(fused.shape) != 3 or fused.shape[1] % 2 or any(half in self.tensors for half in halves):
+                continue
+            (whole,) = self._parts.pop(name)
+            experts, rows, cols = fused.shape
+            nbytes = fused.nbytes // 2
+            each = nbytes // experts
+            for number, half in enumerate(halves):
+                starts = range(number * each, fused.nbytes, 2 * each)
+                self._parts[half] = tuple(_Part(whole.file, name, start) for start in starts)
+                shape, is_last = (experts, rows // 2, cols), fused.is_last and number > 0
+                self.tensors[half] = replace(fused, name=half, shape=shape, nbytes=nbytes, is_last=is_last)
+            del self.tensors[name]
+
+    def _stack_single_experts(self) -> None:
+        """Show a matrix per expert, as files of 2023 have them, as the stack that today's converter makes of them.
+
+        Experts of different types or shapes, or with one missing, stay as they are.
+        """
+        stacks: dict[str, dict[int, str]] = {}
+        for name in self.tensors:
+            if match := _SINGLE_EXPERT.fullmatch(name):
+                stacks.setdefault(f"{match['layer']}_exps.weight", {})[int(match["expert"])] = name
+        for stack, names in stacks.items():
+            infos = [self.tensors[names[number]] for number in sorted(names)]
+            first = infos[0]
+            if stack in self.tensors or sorted(names) != [*range(len(names))] or len(first.shape) != 2:
+                continue
+            if any((info.ggml_type, info.shape) != (first.ggml_type, first.shape) for info in infos):
+                continue
+            self._parts[stack] = tuple(part for info in infos for part in self._parts.pop(info.name))
+            shape, nbytes = (len(infos), *first.shape), len(infos) * first.nbytes
+            self.tensors[stack] = replace(first, name=stack, shape=shape, nbytes=nbytes, is_last=False)
+            for info in infos:
+                del self.tensors[info.name]
 
 
 def open_checkpoint(gguf_path: str | Path, **hub: Unpack[HubOptions]) -> Checkpoint:

@@ -13,7 +13,7 @@ import stat
 import weakref
 from codecs import getincrementaldecoder
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from struct import Struct
@@ -71,7 +71,8 @@ class TensorInfo:
     """Where a tensor lies and how it is stored.
 
     ``shape`` is row-major, as torch has it: (rows, cols), or (experts, rows, cols) for a stack. ``offset`` counts from
-    the start of the file ``path``; ``nbytes`` were checked to lie within it.
+    the start of the file ``path``; ``nbytes`` were checked to lie within it. ``is_last`` says that no other tensor of
+    the file lies after it.
     """
 
     name: str
@@ -80,6 +81,7 @@ class TensorInfo:
     offset: int
     nbytes: int
     path: Path
+    is_last: bool = False
 
 
 class StringArray(Sequence[str]):
@@ -491,8 +493,9 @@ def _stored_bytes(header: _Cursor, ggml_type: GgmlType, shape: tuple[int, ...]) 
 def _place_tensors(entries: dict[str, TensorInfo], header: _Cursor, alignment: int) -> dict[str, TensorInfo]:
     """The entries with offsets from the start of the file, after checking that each lies in it and none on another."""
     data_start = -(-header.position // alignment) * alignment
+    last = max((info.offset for info in entries.values()), default=0)
     tensors = {
-        name: TensorInfo(name, info.ggml_type, info.shape, data_start + info.offset, info.nbytes, info.path)
+        name: replace(info, offset=data_start + info.offset, is_last=info.offset == last)
         for name, info in entries.items()
     }
     before: TensorInfo | None = None

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from transformers_kt.families.registry import family_of
+from transformers_kt.gguf.damage import DamageCheck
 from transformers_kt.planning.assignments import Assignment
 from transformers_kt.planning.tables import grouped, new_table, rendered
 from transformers_kt.text import format_bytes, listed
@@ -140,16 +141,21 @@ def fill(
 
 
 class _Reader:
-    """Hands out stored tensors or pieces of them, and tells the progress bar when they have been used."""
+    """Hands out stored tensors or pieces of them, looks them over for damage, and tells the progress bar when they have
+    been used."""
 
     def __init__(self, source: TensorSource, progress: ProgressBar) -> None:
         self._source, self._progress = source, progress
         self._unreported = 0
+        self._checks: dict[str, DamageCheck] = {}
 
     def __call__(self, info: TensorInfo, start: int = 0, end: int | None = None) -> npt.NDArray[np.uint8]:
         self.finish()
         end = info.nbytes if end is None else end
         stored = self._source.data(info.name, start, end)
+        if start == 0:
+            self._checks[info.name] = DamageCheck(info)
+        self._checks[info.name].look_at(stored, start)
         self._unreported = end - start
         return stored
 

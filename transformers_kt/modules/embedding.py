@@ -54,8 +54,10 @@ class KtEmbedding(KtModule):
     def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
         tensor = tensors["weight"]
         stored = np.empty(tensor.nbytes, np.uint8)
-        for start in range(0, tensor.nbytes, PIECE_BYTES):
-            end = min(start + PIECE_BYTES, tensor.nbytes)
+        row_bytes = tensor.nbytes // self.num_embeddings
+        piece = max(1, PIECE_BYTES // row_bytes) * row_bytes
+        for start in range(0, tensor.nbytes, piece):
+            end = min(start + piece, tensor.nbytes)
             stored[start:end] = data(tensor, start, end)
         self._table = Handle(_EmbeddingTable(tensor.ggml_type, stored.reshape(self.num_embeddings, -1)))
         return tensor.nbytes

@@ -27,7 +27,7 @@ from transformers_kt.modules.base import (
 from transformers_kt.modules.fused.cache_argument import require_cache_argument
 from transformers_kt.modules.fused.latent_cache import grow_in_place
 from transformers_kt.modules.rotary import as_rope_table
-from transformers_kt.planning.operations import OPERATIONS, is_wide
+from transformers_kt.planning.operations import KERNEL_TYPES, OPERATIONS, is_wide
 
 _NORMS = ("q_a_layernorm.weight", "kv_a_layernorm.weight")
 _MATRICES = ("q_proj.weight", "q_a_proj.weight", "q_b_proj.weight", "kv_a_proj_with_mqa.weight", "o_proj.weight")
@@ -87,7 +87,7 @@ class KtMlaAttention(KtModule):
     def _pack_kv_b(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> tuple[Any, Any]:
         """Key half per head (kv_lora_rank, qk_nope_head_dim), value half per head (v_head_dim, kv_lora_rank)."""
         if "kv_b_proj.k_b" in tensors:
-            return pack_matrices(tensors["kv_b_proj.k_b"], data), pack_matrices(tensors["kv_b_proj.v_b"], data)
+            return self._pack_keys(tensors["kv_b_proj.k_b"], data), pack_matrices(tensors["kv_b_proj.v_b"], data)
         tensor = tensors["kv_b_proj.weight"]
         heads, nope, value, latent = (self._dims[key] for key in ("heads", "nope_dim", "value_dim", "latent_dim"))
         blocks = data(tensor)
@@ -100,6 +100,11 @@ class KtMlaAttention(KtModule):
         for head in range(heads):
             v_b.pack(head, rows[head, nope:].reshape(-1))
         return k_b, v_b
+
+    def _pack_keys(self, tensor: TensorInfo, data: TensorData) -> Any:
+        if int(tensor.ggml_type) in KERNEL_TYPES:
+            return pack_matrices(tensor, data)
+        return pack_floats(float_values(tensor, data(tensor)), GgmlType.F16)
 
     def forward(
         self,

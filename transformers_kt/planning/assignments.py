@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import gguf
 import numpy as np
 
 from transformers_kt.errors import RuleError, UnsupportedModelError, UnsupportedTypeError
+from transformers_kt.planning.operations import require_dequantizable
 from transformers_kt.rules import make_plan
 from transformers_kt.text import longest_prefix
 
@@ -150,12 +150,4 @@ def memory_needed(assignments: Iterable[Assignment], operations: Operations, con
 
 def _check_dequantizable(assignment: Assignment) -> None:
     for role, info in assignment.tensors.items():
-        _, block_bytes = gguf.GGML_QUANT_SIZES[info.ggml_type]
-        try:
-            gguf.dequantize(np.zeros((1, block_bytes), dtype=np.uint8), info.ggml_type)
-        except NotImplementedError:
-            raise UnsupportedTypeError(
-                f"{info.path}: tensor {info.name} ({role} of {assignment.entry.module}) has type "
-                f"{info.ggml_type.name}, which the gguf package cannot dequantize; give the module to an operation "
-                "that takes the type, or take another quantization"
-            ) from None
+        require_dequantizable(info, f"{role} of {assignment.entry.module}")

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import gguf
+import numpy as np
+
 import transformers_kt._C as _C
 from transformers_kt.errors import UnsupportedModelError, UnsupportedTypeError
 from transformers_kt.families.base import Limit
@@ -78,10 +81,13 @@ class Operation:
             )
 
     def check_types(self, tensors: Tensors) -> None:
-        """Raise `UnsupportedTypeError` where a matrix that needs a kernel has a type without."""
+        """Raise `UnsupportedTypeError` where a matrix that needs a kernel has a type without, or another tensor one
+        that cannot be dequantized."""
         for role, tensor in tensors.items():
             if len(tensor.shape) > 1 and role not in self.of_any_type:
                 _require_kernel(tensor)
+            elif int(tensor.ggml_type) not in KERNEL_TYPES:
+                require_dequantizable(tensor, role)
 
     def memory_needed(self, tensors: Tensors, config: Any) -> int:
         """Bytes that loading ``tensors`` will take."""
@@ -91,6 +97,18 @@ class Operation:
 def is_wide(tensor: TensorInfo) -> bool:
     """Whether the tensor may hold what float16 does not."""
     return tensor.ggml_type in (GgmlType.F32, GgmlType.BF16)
+
+
+def require_dequantizable(tensor: TensorInfo, what: str) -> None:
+    """Raise `UnsupportedTypeError` where the `gguf` package lists the type of ``tensor`` but does not dequantize it."""
+    _, block_bytes = gguf.GGML_QUANT_SIZES[tensor.ggml_type]
+    try:
+        gguf.dequantize(np.zeros((1, block_bytes), dtype=np.uint8), tensor.ggml_type)
+    except NotImplementedError:
+        raise UnsupportedTypeError(
+            f"{tensor.path}: tensor {tensor.name} ({what}) has type {tensor.ggml_type.name}, which the gguf package "
+            "cannot dequantize; give the module to an operation that takes the type, or take another quantization"
+        ) from None
 
 
 def _require_kernel(tensor: TensorInfo) -> None:
@@ -128,12 +146,14 @@ def _dynamic_rope(node: ModuleNode, config: Any) -> str | None:
 
 
 def _float_keys(tensors: Tensors, config: Any) -> int:
-    """The key half of kv_b becomes float in place of its blocks: absorbing needs it across their direction."""
-    tensor = tensors.get("kv_b_proj.weight")
-    if tensor is None:
-        return 0
+    """The key half of kv_b becomes float in place of its blocks: absorbing needs it across their direction. Where it
+    stands alone, that is only for types without a kernel."""
     mla = mla_of(config)
     values = mla.heads * mla.nope * mla.latent
+    if (keys := tensors.get("kv_b_proj.k_b")) is not None:
+        return 0 if int(keys.ggml_type) in KERNEL_TYPES else 2 * values - keys.nbytes
+    if (tensor := tensors.get("kv_b_proj.weight")) is None:
+        return 0
     return (4 if is_wide(tensor) else 2) * values - tensor.nbytes * mla.nope // (mla.nope + mla.value)
 
 
@@ -152,6 +172,8 @@ OPERATIONS: Mapping[str, Operation] = {
             _weights("q_proj", "q_a_proj", "q_b_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
             | _weights("kv_b_proj", "o_proj")
             | {"kv_b_proj.k_b", "kv_b_proj.v_b"},
+            # llama.cpp makes it Q5_1 or IQ4_NL where its rows, 128 or 192 wide, fit no K-quant: in every Q5_K_M.
+            of_any_type=frozenset({"kv_b_proj.k_b"}),
             more_bytes=_float_keys,
         ),
         Operation(
@@ -164,7 +186,13 @@ OPERATIONS: Mapping[str, Operation] = {
         ),
         Operation("mlp_cpu", _weights(*_MLP), limits=(_other_activation,)),
         Operation("experts_cpu", frozenset(_EXPERT_PARTS), limits=(_other_activation,)),
-        Operation("linear_cpu", frozenset({"weight", "k_b", "v_b"}), (TORCH_CLASSES["Linear"],), limits=(_bias,)),
+        Operation(
+            "linear_cpu",
+            frozenset({"weight", "k_b", "v_b"}),
+            (TORCH_CLASSES["Linear"],),
+            of_any_type=frozenset({"k_b", "v_b"}),
+            limits=(_bias,),
+        ),
         Operation(
             "embedding_cpu", frozenset({"weight"}), (TORCH_CLASSES["Embedding"],), of_any_type=frozenset({"weight"})
         ),
