@@ -38,7 +38,7 @@ CALLERS_OF_KERNELS = {"__init__", "planning", "backends", "modules", "integratio
 CPP_LAYERS = (("formats",), ("machine",), ("kernels",), ("layers",), ("bindings",))
 CPP_FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp"))
 # Compiled with flags of their own, so no function of theirs may run elsewhere.
-_NO_ISA = ("dispatch", "look_ahead", "scalar")
+_NO_ISA = ("dispatch", "prefetch", "scalar")
 ISA_FILES = sorted(path for path in CSRC.glob("kernels/*.cpp") if path.stem not in _NO_ISA)
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 _Floats = npt.NDArray[np.float32]
 
 PANEL_ROWS: int
-LOOK_AHEADS: tuple[str, ...]
+PREFETCHES: tuple[str, ...]
 
 # ---- The machine -----------------------------------------------------------------------------------------------------
 
@@ -37,9 +37,7 @@ def nodes_of_threads(n: int) -> list[int]: ...
 def weight_types() -> list[tuple[str, int, int, int]]:
     """(name, ggml number, elements of a block, bytes of a block) of every type with kernels."""
 
-def look_ahead() -> str: ...
-def set_look_ahead(name: str) -> None: ...
-def choose_look_ahead(matrices: Sequence[PackedMatrix]) -> dict[str, float]: ...
+def tune_prefetch(matrices: Sequence[PackedMatrix]) -> dict[str, float]: ...
 
 # ---- Matrices and operations -----------------------------------------------------------------------------------------
 
@@ -53,6 +51,9 @@ class PackedMatrix:
 
     def pack_floats(self, source: _Floats) -> None:
         """``source`` float32 (count, rows, cols), converted to F32 or F16."""
+
+    prefetch: str
+    """One of PREFETCHES; setting "" goes back to what suits the CPU and the kernels."""
 
     @property
     def type_name(self) -> str: ...
@@ -115,6 +116,10 @@ class MoeBlock:
         scale: float,
     ) -> None: ...
     @property
+    def matrices(self) -> list[PackedMatrix]:
+        """router, then those of the routed experts and of the shared expert"""
+
+    @property
     def routed(self) -> Experts: ...
     def forward(self, x: _Floats, out: _Floats, logits: _Floats) -> None:
         """``x`` and ``out`` float32 (tokens, hidden); ``logits`` float32 (tokens, experts) are written too."""
@@ -146,6 +151,8 @@ class MlaAttention(Attention):
         v_b: PackedMatrix,
         o: PackedMatrix,
     ) -> None: ...
+    @property
+    def matrices(self) -> list[PackedMatrix]: ...
     def project_keys(self, x: _Floats, rope_table: _Floats, latents: _Floats, ropes: _Floats) -> None:
         """``x`` (tokens, hidden), ``rope_table`` (tokens, rope_dim) -> ``latents`` (tokens, latent_dim), ``ropes``
         (tokens, rope_dim)."""

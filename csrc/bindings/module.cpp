@@ -15,7 +15,7 @@
 #include "formats/panel_layout.h"
 #include "formats/row_decoder.h"
 #include "kernels/dispatch.h"
-#include "kernels/look_ahead.h"
+#include "kernels/prefetch.h"
 #include "layers/attention.h"
 #include "layers/decoder_layer.h"
 #include "layers/decoder_stack.h"
@@ -424,31 +424,31 @@ py::list weight_types() {
   return types;
 }
 
-py::tuple look_ahead_names() {
+py::tuple prefetch_names() {
   py::list names;
-  for (const LookAhead how : kLookAheads) names.append(name_of(how));
+  for (const Prefetch strategy : kPrefetches) names.append(name_of(strategy));
   return py::tuple(names);
 }
 
-void set_look_ahead_op(const std::string& name) {
-  if (name.empty()) return set_look_ahead(std::nullopt);
-  for (const LookAhead how : kLookAheads) {
-    if (name == name_of(how)) return set_look_ahead(how);
+void set_prefetch_op(PackedMatrix& matrix, const std::string& name) {
+  if (name.empty()) return matrix.set_prefetch(std::nullopt);
+  for (const Prefetch strategy : kPrefetches) {
+    if (name == name_of(strategy)) return matrix.set_prefetch(strategy);
   }
-  throw std::invalid_argument("no way of looking ahead is called " + name);
+  throw std::invalid_argument("no prefetch strategy is called " + name + "; there are hardware, per line and bursts");
 }
 
-py::dict choose_look_ahead_op(const std::vector<std::shared_ptr<PackedMatrix>>& matrices) {
+py::dict tune_prefetch_op(const std::vector<std::shared_ptr<PackedMatrix>>& matrices) {
   for (size_t i = 0; i < matrices.size(); ++i) {
     if (matrices[i] == nullptr) throw std::invalid_argument("matrix " + std::to_string(i) + " is None");
   }
-  std::vector<LookAheadSpeed> found;
+  std::vector<PrefetchSpeed> found;
   {
     const py::gil_scoped_release release;
-    found = choose_look_ahead(matrices);
+    found = tune_prefetch(matrices);
   }
   py::dict speeds;
-  for (const LookAheadSpeed& each : found) speeds[name_of(each.how)] = each.speed;
+  for (const PrefetchSpeed& each : found) speeds[name_of(each.strategy)] = each.speed;
   return speeds;
 }
 
@@ -471,12 +471,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.attr("PANEL_ROWS") = kPanelRows;
   m.def("weight_types", &weight_types, "(name, ggml number, block elements, block bytes) of every type with kernels");
-  m.attr("LOOK_AHEADS") = look_ahead_names();
-  m.def(
-      "look_ahead", [] { return name_of(look_ahead(kernels().look_ahead)); },
-      "how products of few tokens see to it that weights are under way before they are needed");
-  m.def("set_look_ahead", &set_look_ahead_op, py::arg("name"),
-        "for tests and measurements; '' goes back to what suits the CPU's maker and the kernels");
+  m.attr("PREFETCHES") = prefetch_names();
+
   py::class_<PackedMatrix, std::shared_ptr<PackedMatrix>>(m, "PackedMatrix")
       .def(py::init(&make_matrix), py::arg("ggml_type"), py::arg("count"), py::arg("rows"), py::arg("cols"))
       .def("pack", &pack, py::arg("index"), py::arg("source").noconvert(), py::arg("row") = 0)
@@ -486,6 +482,9 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("rows", &PackedMatrix::rows)
       .def_property_readonly("cols", &PackedMatrix::cols)
       .def_property_readonly("nbytes", &PackedMatrix::nbytes)
+      .def_property(
+          "prefetch", [](const PackedMatrix& w) { return name_of(w.prefetch()); }, &set_prefetch_op,
+          "one of PREFETCHES; setting '' goes back to what suits the CPU and the kernels")
       .def_property_readonly("panels_of_nodes", [](const PackedMatrix& w) {
         std::vector<std::pair<int64_t, int64_t>> ranges;
         for (int node = 0; node < w.nodes(); ++node) {
@@ -494,9 +493,9 @@ PYBIND11_MODULE(_C, m) {
         return ranges;
       });
 
-  m.def(
-      "choose_look_ahead", &choose_look_ahead_op, py::arg("matrices"),
-      "tries the LOOK_AHEADS and keeps the fastest: name -> times as fast as the one before; {} where it did not try");
+  m.def("tune_prefetch", &tune_prefetch_op, py::arg("matrices"),
+        "times the PREFETCHES and sets the fastest on the matrices: name -> speed, the one before being 1; {} where it "
+        "did not try");
   m.def("linear", &linear_op, py::arg("w"), py::arg("x").noconvert(), py::arg("out").noconvert());
   m.def("rms_norm", &rms_norm_op, py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("eps"),
         py::arg("out").noconvert());
@@ -518,6 +517,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&make_moe), py::arg("router"), py::arg("bias").noconvert(), py::arg("routed"), py::arg("shared"),
            py::kw_only(), py::arg("sigmoid").noconvert(), py::arg("groups"), py::arg("top_groups"), py::arg("top_k"),
            py::arg("normalize").noconvert(), py::arg("scale"))
+      .def_property_readonly("matrices", &MoeBlock::matrices, "router, routed experts, shared experts")
       .def_property_readonly("routed", &MoeBlock::routed)
       .def("forward", &moe_op, py::arg("x").noconvert(), py::arg("out").noconvert(), py::arg("logits").noconvert());
 
@@ -527,6 +527,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("rope_dim"), py::arg("latent_dim"), py::arg("value_dim"), py::arg("softmax_scale"),
            py::arg("norm_eps"), py::arg("q_a"), py::arg("q_a_norm").noconvert(), py::arg("q"), py::arg("kv_a"),
            py::arg("kv_a_norm").noconvert(), py::arg("k_b"), py::arg("v_b"), py::arg("o"))
+      .def_property_readonly("matrices", &MlaAttention::matrices)
       .def("project_keys", &project_keys_op, py::arg("x").noconvert(), py::arg("rope_table").noconvert(),
            py::arg("latents").noconvert(), py::arg("ropes").noconvert())
       .def("attend", &attend_op, py::arg("x").noconvert(), py::arg("rope_table").noconvert(),

@@ -15,7 +15,6 @@ struct Avx2Primitives {
   static constexpr int kTileTokensK = 4;
   static constexpr int kTilePanels = 1;
   static constexpr bool kTouchesNextLine = false;
-  static constexpr LookAhead kLookAhead = LookAhead::kInPlace;
   // 12 chains of fma, where 8 would just hide the latency: one core of Zen 3, 512 keys, 32.4 and 29.8 ms for 128 tokens.
   static constexpr int kScoreKeys = 6;
   static constexpr int kShuffledKeys = 0;  // a broadcast serves two registers

@@ -7,7 +7,6 @@ struct Avx512Primitives {
   static constexpr int kTileTokensK = 6;
   static constexpr int kTilePanels = 2;
   static constexpr bool kTouchesNextLine = true;
-  static constexpr LookAhead kLookAhead = LookAhead::kHardware;
   static constexpr int kScoreKeys = 8;
   static constexpr int kShuffledKeys = 2;  // one core of Zen 5, keys in L2: 220 GFLOPS with it, 210 without
   static constexpr int kScoreGroups = 2;

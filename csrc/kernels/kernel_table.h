@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "formats/block_formats.h"
-#include "kernels/look_ahead.h"
+#include "kernels/prefetch.h"
 
 namespace tkt {
 
@@ -24,7 +24,8 @@ struct DotArgs {
   int64_t blocks;                     // per row
   const uint8_t* const* activations;  // [tokens] rows in the type's ActivationFormat
   int tokens;
-  float* out;  // [tokens][32]: panel 0 in 0..15, panel 1 in 16..31
+  float* out;         // [tokens][32]: panel 0 in 0..15, panel 1 in 16..31
+  Prefetch prefetch;  // for small batches
 };
 
 // Dot products of all rows of neighbouring panels with one activation row.
@@ -35,6 +36,7 @@ struct GemvArgs {
   int64_t blocks;              // per row
   const uint8_t* activations;  // in the type's ActivationFormat
   float* out;                  // [panel_count * 16]
+  Prefetch prefetch;
 };
 
 // One split of MLA attention for groups of up to 16 query heads of one token, lane = head. Groups may be of different tokens
@@ -62,7 +64,6 @@ constexpr int64_t attention_state_floats(int64_t latent_dim) { return 16 * (2 + 
 struct KernelTable {
   const char* name;            // "scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni"
   uint32_t required_features;  // CpuFeature bits
-  LookAhead look_ahead;        // what suits it, where nothing else is known
 
   // Integer products are exact; a_j is the activation block of 32 that sub-block j meets, d_j its scale.
   // K-quants, per block: S = 0; for each j: S = fma(float(P_j), d_j, S), where P_j is sc[j] * dot(q_j, a_j), for Q6_K the

@@ -22,37 +22,37 @@ TKT_INLINE const uint8_t* block_scales(const uint8_t* panel, int64_t block) {
 
 // In bursts: lines first to end - 1 of those that lie kBurstBytes behind `words`. 8 and 16 KB are alike.
 constexpr int64_t kBurstBytes = 8192;
-TKT_INLINE void ask_in_burst(const uint8_t* words, int first, int end, LookAhead how) {
-  if (how != LookAhead::kBursts) return;
+TKT_INLINE void prefetch_burst(const uint8_t* words, int first, int end, Prefetch prefetch) {
+  if (prefetch != Prefetch::kBursts) return;
   TKT_UNROLL for (int line = first; line < end; ++line) V::prefetch_to_l2(words + line * 64 + kBurstBytes);
 }
 
-// In place: one line at each line, among the instructions that compute it, so that a core that looks 256 instructions ahead,
+// Per line: one prefetch with each line, among the instructions that compute it, so that a core that looks 256 instructions ahead,
 // 10 lines, has more misses under way. Two cores of Zen 3, one token, GB/s against without: Q4_K 1.14, Q5_K 1.17, Q6_K 1.16, Q8_0
 // 1.12, Q5_0 and Q4_0 1.19; 1 and 2 KB are about as good. Several lines in one place, which is also what gcc makes of prefetches
 // that it may move, are slower than none there: they wait for the few buffers that misses have. Tiles of more than
-// Words::kInPlaceTokens tokens do not ask: Q4_K loses 4% with 4 tokens. Floats, with few instructions to a line, lose 2 to 6% with one.
-constexpr int64_t kInPlaceBytes = 1536;
-TKT_INLINE void ask_in_place(const uint8_t* line, LookAhead how) {
-  if (how == LookAhead::kInPlace) V::prefetch_here(line + kInPlaceBytes);
+// Words::kPerLineTokens tokens do not prefetch: Q4_K loses 4% with 4 tokens. Floats, with few instructions to a line, lose 2 to 6% with one.
+constexpr int64_t kPerLineBytes = 1536;
+TKT_INLINE void prefetch_line(const uint8_t* line, Prefetch prefetch) {
+  if (prefetch == Prefetch::kPerLine) V::prefetch_here(line + kPerLineBytes);
 }
 
 // Left to the hardware: on AVX-512 one token reads a little of the line that comes next. Why that helps is not known, only that it
 // does, where asking in bursts hurts. Share of the read bandwidth of one core of Zen 4 with bursts, without both, with this:
 // Q4_K 0.73, 0.85, 0.98, Q5_K 0.55, 0.78, 0.98, Q6_K 0.7, 0.95, 0.95; two lines ahead is as good, four are not. Behind the last
 // line of all lies kReadPast (memory.h).
-TKT_INLINE void touch(const uint8_t* p, LookAhead how) {
-  if (V::kTouchesNextLine && how == LookAhead::kHardware) (void)*reinterpret_cast<const volatile uint32_t*>(p);
+TKT_INLINE void touch(const uint8_t* p, Prefetch prefetch) {
+  if (V::kTouchesNextLine && prefetch == Prefetch::kHardware) (void)*reinterpret_cast<const volatile uint32_t*>(p);
 }
 
 // The activations of the 256 columns after these, all lines at once: rows that do not stay in L1 while panels stream through it
 // come from L2, and there they wait behind the weights that memory has yet to give. One token, one core of Zen 4, 7,168 columns,
 // share of the read bandwidth: Q4_K 0.79 and 0.95, Q5_K 0.71 and 0.95, Q6_K 0.80 and 0.98; two tokens, two cores, Q6_K 0.66 and
-// 0.84. They must be asked for some 30 lines of weights ahead, no more and no less: after 70 they are gone again. Three and four
+// 0.84. They must be prefetched some 30 lines of weights ahead, no more and no less: after 70 they are gone again. Three and four
 // tokens of 2,048 columns lose up to 7%, of 7,168 they gain 5 to 16. Floats, whose rows are four times as long, gain nothing.
 constexpr int64_t kLongRow = 4096;
 template <int T>
-TKT_INLINE void ask_for_next_activations(const ActivationQ8* these, int64_t cols) {
+TKT_INLINE void prefetch_next_activations(const ActivationQ8* these, int64_t cols) {
   if (T > 2 && cols < kLongRow) return;
   constexpr int kLines = (8 * sizeof(ActivationQ8) + 63) / 64;
   const uint8_t* next = reinterpret_cast<const uint8_t*>(these + 8);
@@ -119,7 +119,7 @@ struct Q4_0Words {
   static constexpr int kWords = 4;
   static constexpr int kNarrowGroups = 8;  // 8 * 2 * 15 * 127 = 30,480
   static constexpr int kOffsetLog2 = 3;
-  static constexpr int kInPlaceTokens = 2;
+  static constexpr int kPerLineTokens = 2;
   static constexpr int kUnpackTokensOf16Registers = 12;
   static constexpr int group_at(int position) { return position / 2 + position % 2 * 4; }
   template <int position>
@@ -135,7 +135,7 @@ struct Q5_0Words {
   static constexpr int kWords = 5;
   static constexpr int kNarrowGroups = 4;  // 4 * 2 * 31 * 127 = 31,496
   static constexpr int kOffsetLog2 = 4;
-  static constexpr int kInPlaceTokens = 2;
+  static constexpr int kPerLineTokens = 2;
   static constexpr int kUnpackTokensOf16Registers = 7;
   static constexpr int group_at(int position) { return position / 2 + position % 2 * 4; }
   template <int position>
@@ -151,7 +151,7 @@ struct Q8_0Words {
   static constexpr int kWords = 8;
   static constexpr int kNarrowGroups = 0;  // 2 * 255 * 127 = 64,770, but signed 2 * 128 * 127 = 32,512
   static constexpr int kOffsetLog2 = V::kAddsIn16Bits ? -1 : 7;
-  static constexpr int kInPlaceTokens = 6;
+  static constexpr int kPerLineTokens = 6;
   static constexpr int group_at(int position) { return position; }
   template <int position>
   static V::I weights(const uint8_t* words) {
@@ -162,7 +162,7 @@ struct Q8_0Words {
 
 template <class Words, int T, int R, int position>
 TKT_INLINE void add_groups_32(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uint8_t* const (&words)[R],
-                              const int8_t* const (&q)[T], LookAhead how) {
+                              const int8_t* const (&q)[T], Prefetch prefetch) {
   V::I w[R];
   // Tiles after the first take the panels from L2. Two cores of Zen 4, 16 and 60 tokens: Q5_0 528 and 593 GOPS without
   // this, 589 and 648 with; Q8_0, which has more lines to a product, 5% less.
@@ -170,8 +170,8 @@ TKT_INLINE void add_groups_32(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uin
   TKT_UNROLL for (int r = 0; r < R; ++r) V::prefetch(words[r] + position * 64 + 1024);
   }
   TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = Words::template weights<position>(words[r]);
-  if constexpr (T <= Words::kInPlaceTokens && position < Words::kWords) {
-    TKT_UNROLL for (int r = 0; r < R; ++r) ask_in_place(words[r] + position * 64, how);
+  if constexpr (T <= Words::kPerLineTokens && position < Words::kWords) {
+    TKT_UNROLL for (int r = 0; r < R; ++r) prefetch_line(words[r] + position * 64, prefetch);
   }
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     const V::I a = V::broadcast_i(q[t] + 4 * Words::group_at(position));
@@ -179,11 +179,11 @@ TKT_INLINE void add_groups_32(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uin
       accumulate<Words::kNarrowGroups, position, 8>(dot[t][r], narrow[t][r], w[r], a);
     }
   }
-  if constexpr (position < 7) add_groups_32<Words, T, R, position + 1>(dot, narrow, words, q, how);
+  if constexpr (position < 7) add_groups_32<Words, T, R, position + 1>(dot, narrow, words, q, prefetch);
 }
 
 template <class Words, int T, int R>
-TKT_INLINE void dot_tile_32(const DotArgs& args, int token, LookAhead how) {
+TKT_INLINE void dot_tile_32(const DotArgs& args, int token, Prefetch prefetch) {
   V::F acc[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     TKT_UNROLL for (int r = 0; r < R; ++r) acc[t][r] = V::zero_f();
@@ -194,7 +194,7 @@ TKT_INLINE void dot_tile_32(const DotArgs& args, int token, LookAhead how) {
   }
   for (int64_t b = 0; b < args.blocks; ++b) {
     if (b % 8 == 0) {
-      TKT_UNROLL for (int t = 0; t < T; ++t) ask_for_next_activations<T>(act[t] + b, args.blocks * 32);
+      TKT_UNROLL for (int t = 0; t < T; ++t) prefetch_next_activations<T>(act[t] + b, args.blocks * 32);
     }
     V::I dot[T][R];
     TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -207,13 +207,13 @@ TKT_INLINE void dot_tile_32(const DotArgs& args, int token, LookAhead how) {
     const uint8_t* words[R];
     TKT_UNROLL for (int r = 0; r < R; ++r) {
       words[r] = block_words<Words>(args.panels[r], args.blocks, b);
-      ask_in_burst(block_scales<Words>(args.panels[r], b), 0, 1, how);
-      ask_in_burst(words[r], 0, Words::kWords, how);
+      prefetch_burst(block_scales<Words>(args.panels[r], b), 0, 1, prefetch);
+      prefetch_burst(words[r], 0, Words::kWords, prefetch);
     }
     const int8_t* q[T];
     TKT_UNROLL for (int t = 0; t < T; ++t) q[t] = act[t][b].q;
     V::I narrow[T][R];
-    add_groups_32<Words, T, R, 0>(dot, narrow, words, q, how);
+    add_groups_32<Words, T, R, 0>(dot, narrow, words, q, prefetch);
     TKT_UNROLL for (int r = 0; r < R; ++r) {
       const V::F d = V::load_f16(block_scales<Words>(args.panels[r], b));
       TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -284,7 +284,7 @@ struct Q4_KWords {
   static constexpr int kSetWords = 1;
   static constexpr int kSetGroups = 1;
   static constexpr int kOffsetLog2 = -1;  // quants are unsigned
-  static constexpr int kInPlaceTokens = 2;
+  static constexpr int kPerLineTokens = 2;
   static constexpr int kUnpackTokensOf16Registers = 5;
   using Scales = SixBitScales;
   static constexpr int block_of(int chunk, int nibble) { return 2 * chunk + nibble; }
@@ -304,7 +304,7 @@ struct Q5_KWords {
   static constexpr int kSetWords = 5;
   static constexpr int kSetGroups = 4;
   static constexpr int kOffsetLog2 = -1;  // quants are unsigned
-  static constexpr int kInPlaceTokens = 2;
+  static constexpr int kPerLineTokens = 2;
   static constexpr int kUnpackTokensOf16Registers = 5;
   using Scales = SixBitScales;
   static constexpr int block_of(int chunk, int nibble) { return 2 * chunk + nibble; }
@@ -324,7 +324,7 @@ struct Q6_KWords {
   static constexpr int kSetWords = 3;
   static constexpr int kSetGroups = 2;
   static constexpr int kOffsetLog2 = 5;
-  static constexpr int kInPlaceTokens = 2;
+  static constexpr int kPerLineTokens = 2;
   static constexpr int kUnpackTokensOf16Registers = 3;
   struct Scales {
     static constexpr bool kHasMinima = false;
@@ -383,33 +383,33 @@ constexpr int first_new_word(int group) {
   return (group * Words::kSetWords + Words::kSetGroups - 1) / Words::kSetGroups;
 }
 
-// In place: for each word that group `group` of a set is the first to need.
+// Per line: for each word that group `group` of a set is the first to need.
 template <class Words, int group>
-TKT_INLINE void ask_with_group(const uint8_t* set, LookAhead how) {
+TKT_INLINE void prefetch_with_group(const uint8_t* set, Prefetch prefetch) {
   constexpr int kFirst = first_new_word<Words>(group);
   constexpr int kEnd = first_new_word<Words>(group + 1);
-  TKT_UNROLL for (int word = kFirst; word < kEnd; ++word) ask_in_place(set + word * 64, how);
+  TKT_UNROLL for (int word = kFirst; word < kEnd; ++word) prefetch_line(set + word * 64, prefetch);
 }
 
-// The same where blocks are taken one after the other, so that high nibbles find their words asked for.
+// The same where blocks are taken one after the other, so that the words of high nibbles are already prefetched.
 template <class Words, int block, int group>
-TKT_INLINE void ask_with_low_nibbles(const uint8_t* words, LookAhead how) {
+TKT_INLINE void prefetch_with_low_nibbles(const uint8_t* words, Prefetch prefetch) {
   constexpr int kChunk = chunk_of<Words>(block);
   if constexpr (Words::block_of(kChunk, 0) == block) {
-    ask_with_group<Words, group % Words::kSetGroups>(set_of<Words>(words, kChunk, group), how);
+    prefetch_with_group<Words, group % Words::kSetGroups>(set_of<Words>(words, kChunk, group), prefetch);
   }
 }
 
 // Groups of 4 columns of sub-block j.
 template <class Words, int T, int R, int j, int group>
 TKT_INLINE void add_groups_k(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uint8_t* const (&words)[R],
-                             const ActivationQ8* const (&act)[T], LookAhead how) {
+                             const ActivationQ8* const (&act)[T], Prefetch prefetch) {
   constexpr int kGroups = Words::kSubColumns / 4;
   constexpr int kColumn = j * Words::kSubColumns + 4 * group;
   V::I w[R];
   TKT_UNROLL for (int r = 0; r < R; ++r) {
     w[r] = weights_of<Words, kColumn / 32, kColumn % 32 / 4>(words[r]);
-    if constexpr (T <= Words::kInPlaceTokens) ask_with_low_nibbles<Words, kColumn / 32, kColumn % 32 / 4>(words[r], how);
+    if constexpr (T <= Words::kPerLineTokens) prefetch_with_low_nibbles<Words, kColumn / 32, kColumn % 32 / 4>(words[r], prefetch);
   }
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     const V::I a = V::broadcast_i(act[t][kColumn / 32].q + kColumn % 32);
@@ -417,7 +417,7 @@ TKT_INLINE void add_groups_k(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uint
       accumulate<Words::kNarrowGroups, group, kGroups>(dot[t][r], narrow[t][r], w[r], a);
     }
   }
-  if constexpr (group + 1 < kGroups) add_groups_k<Words, T, R, j, group + 1>(dot, narrow, words, act, how);
+  if constexpr (group + 1 < kGroups) add_groups_k<Words, T, R, j, group + 1>(dot, narrow, words, act, prefetch);
 }
 
 // sums += scale of j * dot of j, up to the end of an activation block. Bounds: a sub-block of 32 gives at most
@@ -426,7 +426,7 @@ TKT_INLINE void add_groups_k(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uint
 // Q6_K 274 and 328.
 template <class Words, int T, int R, int j>
 TKT_INLINE void add_sub_blocks(V::F (&sums)[T][R], const typename Words::Scales (&scales)[R],
-                               const uint8_t* const (&words)[R], const ActivationQ8* const (&act)[T], LookAhead how) {
+                               const uint8_t* const (&words)[R], const ActivationQ8* const (&act)[T], Prefetch prefetch) {
   constexpr int kColumn = j * Words::kSubColumns;
   V::I dot[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -438,7 +438,7 @@ TKT_INLINE void add_sub_blocks(V::F (&sums)[T][R], const typename Words::Scales 
     TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = start;
   }
   V::I narrow[T][R];
-  add_groups_k<Words, T, R, j, 0>(dot, narrow, words, act, how);
+  add_groups_k<Words, T, R, j, 0>(dot, narrow, words, act, prefetch);
   TKT_UNROLL for (int r = 0; r < R; ++r) {
     const V::F scale = V::to_float(scales[r].template scale<j>());
     TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -447,23 +447,23 @@ TKT_INLINE void add_sub_blocks(V::F (&sums)[T][R], const typename Words::Scales 
     }
   }
   if constexpr ((kColumn + Words::kSubColumns) % 32 != 0) {
-    add_sub_blocks<Words, T, R, j + 1>(sums, scales, words, act, how);
+    add_sub_blocks<Words, T, R, j + 1>(sums, scales, words, act, prefetch);
   }
 }
 
 template <class Words, int T, int R, int block>
 TKT_INLINE void add_blocks(V::F (&scaled)[T][R], const typename Words::Scales (&scales)[R],
-                           const uint8_t* const (&words)[R], const ActivationQ8* const (&act)[T], LookAhead how) {
+                           const uint8_t* const (&words)[R], const ActivationQ8* const (&act)[T], Prefetch prefetch) {
   TKT_UNROLL for (int r = 0; r < R; ++r) {
-    ask_in_burst(words[r], block * Words::kWords / 8, (block + 1) * Words::kWords / 8, how);
+    prefetch_burst(words[r], block * Words::kWords / 8, (block + 1) * Words::kWords / 8, prefetch);
   }
   V::F sums[T][R];
-  add_sub_blocks<Words, T, R, block * 32 / Words::kSubColumns>(sums, scales, words, act, how);
+  add_sub_blocks<Words, T, R, block * 32 / Words::kSubColumns>(sums, scales, words, act, prefetch);
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     const V::F d = V::set_f(act[t][block].d);
     TKT_UNROLL for (int r = 0; r < R; ++r) scaled[t][r] = V::fma(sums[t][r], d, scaled[t][r]);
   }
-  if constexpr (block < 7) add_blocks<Words, T, R, block + 1>(scaled, scales, words, act, how);
+  if constexpr (block < 7) add_blocks<Words, T, R, block + 1>(scaled, scales, words, act, prefetch);
 }
 
 template <class Scales, int T, int j>
@@ -474,7 +474,7 @@ TKT_INLINE void add_minima(V::F (&minima)[T], const Scales& scales, const Activa
 }
 
 template <class Words, int T, int R>
-TKT_INLINE void dot_tile_k(const DotArgs& args, int token, LookAhead how) {
+TKT_INLINE void dot_tile_k(const DotArgs& args, int token, Prefetch prefetch) {
   using Scales = typename Words::Scales;
   V::F acc[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -490,13 +490,13 @@ TKT_INLINE void dot_tile_k(const DotArgs& args, int token, LookAhead how) {
     const ActivationQ8* act[T];
     TKT_UNROLL for (int t = 0; t < T; ++t) {
       act[t] = reinterpret_cast<const ActivationQ8*>(args.activations[token + t]) + b * 8;
-      ask_for_next_activations<T>(act[t], args.blocks * 256);
+      prefetch_next_activations<T>(act[t], args.blocks * 256);
     }
     V::F scaled[T][R];
     TKT_UNROLL for (int t = 0; t < T; ++t) {
       TKT_UNROLL for (int r = 0; r < R; ++r) scaled[t][r] = V::zero_f();
     }
-    add_blocks<Words, T, R, 0>(scaled, scales, words, act, how);
+    add_blocks<Words, T, R, 0>(scaled, scales, words, act, prefetch);
     TKT_UNROLL for (int r = 0; r < R; ++r) {
       TKT_UNROLL for (int t = 0; t < T; ++t) acc[t][r] = V::fma(scales[r].d, scaled[t][r], acc[t][r]);
       // A pass of its own: beside the products, the sums of minima would cost registers that the products need.
@@ -518,27 +518,27 @@ TKT_INLINE void dot_tile_k(const DotArgs& args, int token, LookAhead how) {
 // Groups of a chunk, from `group` to the end of a sub-block; dot[nibble].
 template <class Words, int chunk, int group>
 TKT_INLINE void add_words(V::I (&dot)[2], V::I (&narrow)[2], const V::I (&factors)[2], const uint8_t* words,
-                          const ActivationQ8* act, LookAhead how) {
+                          const ActivationQ8* act, Prefetch prefetch) {
   constexpr int kGroups = Words::kSubColumns / 4;
   constexpr int kOfSet = group % Words::kSetGroups;
   const uint8_t* set = set_of<Words>(words, chunk, group);
   const V::I low = Words::template weights<2 * kOfSet>(set);
   const V::I high = Words::template weights<2 * kOfSet + 1>(set);
-  ask_with_group<Words, kOfSet>(set, how);
-  touch(set + first_new_word<Words>(kOfSet + 1) * 64, how);
+  prefetch_with_group<Words, kOfSet>(set, prefetch);
+  touch(set + first_new_word<Words>(kOfSet + 1) * 64, prefetch);
   accumulate<Words::kNarrowGroups, group % kGroups, kGroups>(
       dot[0], narrow[0], low, V::broadcast_i(act[Words::block_of(chunk, 0)].q + 4 * group), factors[0]);
   accumulate<Words::kNarrowGroups, group % kGroups, kGroups>(
       dot[1], narrow[1], high, V::broadcast_i(act[Words::block_of(chunk, 1)].q + 4 * group), factors[1]);
   if constexpr ((group + 1) % kGroups != 0) {
-    add_words<Words, chunk, group + 1>(dot, narrow, factors, words, act, how);
+    add_words<Words, chunk, group + 1>(dot, narrow, factors, words, act, prefetch);
   }
 }
 
 // sums[block % 4] = scale * dot of the blocks of a chunk, as add_sub_blocks; from sub-block `half` of two, or of one.
 template <class Words, int chunk, int half, class Isa = V>
 TKT_INLINE void add_chunk(V::I (&sums)[4], const typename Words::Scales& scales, const uint8_t* words,
-                          const ActivationQ8* act, LookAhead how) {
+                          const ActivationQ8* act, Prefetch prefetch) {
   constexpr int kHalves = 32 / Words::kSubColumns;
   constexpr int kBlocks[2] = {Words::block_of(chunk, 0), Words::block_of(chunk, 1)};
   constexpr int kSubBlocks[2] = {kBlocks[0] * kHalves + half, kBlocks[1] * kHalves + half};
@@ -559,8 +559,8 @@ TKT_INLINE void add_chunk(V::I (&sums)[4], const typename Words::Scales& scales,
     }
   }
   V::I narrow[2];
-  if constexpr (half == 0) ask_in_burst(words, chunk * Words::kWords / 4, (chunk + 1) * Words::kWords / 4, how);
-  add_words<Words, chunk, half * Words::kSubColumns / 4>(dot, narrow, factors, words, act, how);
+  if constexpr (half == 0) prefetch_burst(words, chunk * Words::kWords / 4, (chunk + 1) * Words::kWords / 4, prefetch);
+  add_words<Words, chunk, half * Words::kSubColumns / 4>(dot, narrow, factors, words, act, prefetch);
   if constexpr (V::kFoldsScales) {
     // Nothing else ends these sums: Q6_K in cache, one core of Zen 3, 26 GB/s without this, 29 with it.
     TKT_UNROLL for (int n = 0; n < 2; ++n) dot[n] = Isa::chained(dot[n]);
@@ -572,16 +572,16 @@ TKT_INLINE void add_chunk(V::I (&sums)[4], const typename Words::Scales& scales,
     }
   }
   TKT_UNROLL for (int n = 0; n < 2; ++n) sums[kBlocks[n] % 4] = dot[n];
-  if constexpr (half + 1 < kHalves) add_chunk<Words, chunk, half + 1>(sums, scales, words, act, how);
+  if constexpr (half + 1 < kHalves) add_chunk<Words, chunk, half + 1>(sums, scales, words, act, prefetch);
 }
 
 // scaled += d * sum of the four blocks that two chunks have together.
 template <class Words, int chunk>
 TKT_INLINE void add_chunks(V::F& scaled, const typename Words::Scales& scales, const uint8_t* words,
-                           const ActivationQ8* act, LookAhead how) {
+                           const ActivationQ8* act, Prefetch prefetch) {
   V::I sums[4];
-  add_chunk<Words, chunk, 0>(sums, scales, words, act, how);
-  add_chunk<Words, chunk + 1, 0>(sums, scales, words, act, how);
+  add_chunk<Words, chunk, 0>(sums, scales, words, act, prefetch);
+  add_chunk<Words, chunk + 1, 0>(sums, scales, words, act, prefetch);
   TKT_UNROLL for (int j = 0; j < 4; ++j) {
     scaled = V::fma(V::to_float(sums[j]), V::set_f(act[2 * chunk + j].d), scaled);
   }
@@ -589,20 +589,20 @@ TKT_INLINE void add_chunks(V::F& scaled, const typename Words::Scales& scales, c
 
 template <class Words>
 TKT_INLINE void dot_one_panel_k(const uint8_t* panel, int64_t blocks, const uint8_t* activations, float* out,
-                                LookAhead how) {
+                                Prefetch prefetch) {
   using Scales = typename Words::Scales;
   const ActivationQ8* act[1] = {reinterpret_cast<const ActivationQ8*>(activations)};
   V::F acc = V::zero_f();
   for (int64_t b = 0; b < blocks; ++b, act[0] += 8) {
     const uint8_t* words = block_words<Words>(panel, blocks, b);
-    if constexpr (Words::kLeadingScales) ask_in_burst(block_scales<Words>(panel, b), 0, 1, how);
-    ask_for_next_activations<1>(act[0], blocks * 256);
+    if constexpr (Words::kLeadingScales) prefetch_burst(block_scales<Words>(panel, b), 0, 1, prefetch);
+    prefetch_next_activations<1>(act[0], blocks * 256);
     Scales scales;
     scales.read(words, block_scales<Words>(panel, b));
-    TKT_UNROLL for (int word = 0; word < 4; ++word) ask_in_place(words + word * 64, how);
+    TKT_UNROLL for (int word = 0; word < 4; ++word) prefetch_line(words + word * 64, prefetch);
     V::F scaled = V::zero_f();
-    add_chunks<Words, 0>(scaled, scales, words, act[0], how);
-    add_chunks<Words, 2>(scaled, scales, words, act[0], how);
+    add_chunks<Words, 0>(scaled, scales, words, act[0], prefetch);
+    add_chunks<Words, 2>(scaled, scales, words, act[0], prefetch);
     acc = V::fma(scales.d, scaled, acc);
     if constexpr (Scales::kHasMinima) {
       V::F minima[1] = {V::zero_f()};
@@ -619,26 +619,26 @@ struct F32Words {
   static constexpr int kColumns = 1;
   static constexpr bool kUnpacks = false;
   static constexpr int kBytes = 64;
-  static constexpr int kInPlaceTokens = 0;
+  static constexpr int kPerLineTokens = 0;
   static V::F weights(const uint8_t* p) { return V::load(reinterpret_cast<const float*>(p)); }
 };
 struct F16Words {
   static constexpr int kColumns = 1;
   static constexpr bool kUnpacks = false;
   static constexpr int kBytes = 32;
-  static constexpr int kInPlaceTokens = 0;
+  static constexpr int kPerLineTokens = 0;
   static V::F weights(const uint8_t* p) { return V::load_f16(p); }
 };
 struct BF16Words {
   static constexpr int kColumns = 1;
   static constexpr bool kUnpacks = false;
   static constexpr int kBytes = 32;
-  static constexpr int kInPlaceTokens = 0;
+  static constexpr int kPerLineTokens = 0;
   static V::F weights(const uint8_t* p) { return V::load_bf16(p); }
 };
 
 template <class Words, int T, int R>
-TKT_INLINE void dot_tile_float(const DotArgs& args, int token, LookAhead how) {
+TKT_INLINE void dot_tile_float(const DotArgs& args, int token, Prefetch prefetch) {
   V::F acc[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     TKT_UNROLL for (int r = 0; r < R; ++r) acc[t][r] = V::zero_f();
@@ -647,7 +647,7 @@ TKT_INLINE void dot_tile_float(const DotArgs& args, int token, LookAhead how) {
   TKT_UNROLL for (int t = 0; t < T; ++t) act[t] = reinterpret_cast<const float*>(args.activations[token + t]);
   for (int64_t column = 0; column < args.blocks; ++column) {
     if (column * Words::kBytes % 64 == 0) {
-      TKT_UNROLL for (int r = 0; r < R; ++r) ask_in_burst(args.panels[r] + column * Words::kBytes, 0, 1, how);
+      TKT_UNROLL for (int r = 0; r < R; ++r) prefetch_burst(args.panels[r] + column * Words::kBytes, 0, 1, prefetch);
     }
     V::F w[R];
     TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = Words::weights(args.panels[r] + column * Words::kBytes);
@@ -664,16 +664,17 @@ TKT_INLINE void dot_tile_float(const DotArgs& args, int token, LookAhead how) {
 // ---- Any type --------------------------------------------------------------------------------------------------------
 
 template <class Words, int T, int R>
-TKT_INLINE void dot_tile(const DotArgs& args, int token, LookAhead how) {
+TKT_INLINE void dot_tile(const DotArgs& args, int token, Prefetch prefetch) {
   if constexpr (Words::kColumns == 256) {
-    dot_tile_k<Words, T, R>(args, token, how);
+    dot_tile_k<Words, T, R>(args, token, prefetch);
   } else if constexpr (Words::kColumns == 32) {
-    dot_tile_32<Words, T, R>(args, token, how);
+    dot_tile_32<Words, T, R>(args, token, prefetch);
   } else {
-    dot_tile_float<Words, T, R>(args, token, how);
+    dot_tile_float<Words, T, R>(args, token, prefetch);
   }
 }
 
 static inline DotArgs one_panel(const DotArgs& args, int panel) {
-  return {{args.panels[panel], nullptr}, 1, args.blocks, args.activations, args.tokens, args.out + panel * 16};
+  return {{args.panels[panel], nullptr}, 1, args.blocks, args.activations, args.tokens, args.out + panel * 16,
+          args.prefetch};
 }

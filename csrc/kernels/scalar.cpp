@@ -204,7 +204,6 @@ void merge_split(const float* split, int latent_dim, int first, int count, float
 extern const KernelTable kTable = {
     "scalar",
     0,
-    LookAhead::kHardware,
     {dot<WeightType::kF32>, dot<WeightType::kF16>, dot<WeightType::kBF16>, dot<WeightType::kQ4_0>,
      dot<WeightType::kQ5_0>, dot<WeightType::kQ8_0>, dot<WeightType::kQ4_K>, dot<WeightType::kQ5_K>,
      dot<WeightType::kQ6_K>},

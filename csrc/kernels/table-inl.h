@@ -4,7 +4,6 @@
 extern const KernelTable kTable = {
     TKT_ISA_NAME,
     TKT_ISA_FEATURES,
-    V::kLookAhead,
     {dot<F32Words>, dot<F16Words>, dot<BF16Words>, dot<Q4_0Words>, dot<Q5_0Words>, dot<Q8_0Words>, dot<Q4_KWords>,
      dot<Q5_KWords>, dot<Q6_KWords>},
     {gemv<F32Words>, gemv<F16Words>, gemv<BF16Words>, gemv<Q4_0Words>, gemv<Q5_0Words>, gemv<Q8_0Words>,

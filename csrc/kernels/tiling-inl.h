@@ -5,20 +5,20 @@
 
 // One token is bound by memory, and memory likes one stream: quantized panels are read one after the other (Q4_K on one core of
 // Zen 5: 30 GB/s instead of 23). Floats are read two at a time, because a single chain of fma reaches 26 GB/s of F16.
-template <class Words, LookAhead how>
-static inline void gemv_looking_ahead(const GemvArgs& args) {
+template <class Words, Prefetch prefetch>
+static inline void gemv_prefetching(const GemvArgs& args) {
   constexpr int kAtOnce = Words::kColumns == 1 ? 2 : 1;
   for (int64_t p = 0; p < args.panel_count; p += kAtOnce) {
     const uint8_t* panel = args.panels + p * args.panel_bytes;
     float* out = args.out + p * 16;
     if constexpr (Words::kColumns == 256) {
-      dot_one_panel_k<Words>(panel, args.blocks, args.activations, out, how);
+      dot_one_panel_k<Words>(panel, args.blocks, args.activations, out, prefetch);
     } else {
-      const DotArgs tile{{panel, panel + args.panel_bytes}, kAtOnce, args.blocks, &args.activations, 1, out};
+      const DotArgs tile{{panel, panel + args.panel_bytes}, kAtOnce, args.blocks, &args.activations, 1, out, prefetch};
       if (p + kAtOnce <= args.panel_count) {
-        dot_tile<Words, 1, kAtOnce>(tile, 0, how);
+        dot_tile<Words, 1, kAtOnce>(tile, 0, prefetch);
       } else {
-        dot_tile<Words, 1, 1>(tile, 0, how);
+        dot_tile<Words, 1, 1>(tile, 0, prefetch);
       }
     }
   }
@@ -26,41 +26,40 @@ static inline void gemv_looking_ahead(const GemvArgs& args) {
 
 template <class Words>
 static void gemv(const GemvArgs& args) {
-  switch (look_ahead(V::kLookAhead)) {
-    case LookAhead::kHardware:
-      return gemv_looking_ahead<Words, LookAhead::kHardware>(args);
-    case LookAhead::kInPlace:
-      return gemv_looking_ahead<Words, LookAhead::kInPlace>(args);
-    case LookAhead::kBursts:
-      return gemv_looking_ahead<Words, LookAhead::kBursts>(args);
+  switch (args.prefetch) {
+    case Prefetch::kHardware:
+      return gemv_prefetching<Words, Prefetch::kHardware>(args);
+    case Prefetch::kPerLine:
+      return gemv_prefetching<Words, Prefetch::kPerLine>(args);
+    case Prefetch::kBursts:
+      return gemv_prefetching<Words, Prefetch::kBursts>(args);
   }
 }
 
 // ---- Few tokens: in as few tiles as there can be, which share the tokens evenly (7 = 3 + 4, so that none has just one and
-// unpacks weights for it alone). Only the first has lines asked for ahead: the others find the panels in L2. ---------------
+// unpacks weights for it alone). Only the first prefetches: the others find the panels in L2. -------------------------------
 
-// The smallest tile that holds `tokens`. In place it needs `how` to be a constant, for a branch at each line would cost what it
-// gives.
+// The smallest tile that holds `tokens`. Per line `prefetch` must be a constant: a branch at each line costs what it gives.
 template <class Words, int R, int T>
-TKT_INLINE void dot_few_tile(const DotArgs& args, int token, int tokens, LookAhead how) {
+TKT_INLINE void dot_few_tile(const DotArgs& args, int token, int tokens, Prefetch prefetch) {
   if constexpr (T > 2) {
-    if (tokens < T) return dot_few_tile<Words, R, T - 1>(args, token, tokens, how);
+    if (tokens < T) return dot_few_tile<Words, R, T - 1>(args, token, tokens, prefetch);
   }
-  if (T <= Words::kInPlaceTokens && how == LookAhead::kInPlace) {
-    dot_tile<Words, T, R>(args, token, LookAhead::kInPlace);
+  if (T <= Words::kPerLineTokens && prefetch == Prefetch::kPerLine) {
+    dot_tile<Words, T, R>(args, token, Prefetch::kPerLine);
   } else {
-    dot_tile<Words, T, R>(args, token, how == LookAhead::kBursts ? LookAhead::kBursts : LookAhead::kHardware);
+    dot_tile<Words, T, R>(args, token, prefetch == Prefetch::kBursts ? Prefetch::kBursts : Prefetch::kHardware);
   }
 }
 
 template <class Words, int R>
-static inline void dot_few(const DotArgs& args, LookAhead how) {
+static inline void dot_few(const DotArgs& args, Prefetch prefetch) {
   constexpr int kTokens = Words::kColumns == 256 ? 4 : V::kTileTokens;
   const int tiles = (args.tokens + kTokens - 1) / kTokens;
   int token = 0;
   for (int i = 1; i <= tiles; ++i) {
     const int end = args.tokens * i / tiles;
-    dot_few_tile<Words, R, kTokens>(args, token, end - token, i == 1 ? how : LookAhead::kHardware);
+    dot_few_tile<Words, R, kTokens>(args, token, end - token, i == 1 ? prefetch : Prefetch::kHardware);
     token = end;
   }
 }
@@ -72,17 +71,17 @@ static void dot(const DotArgs& args) {
   if (args.tokens == 1) {
     for (int p = 0; p < args.panel_count; ++p) {
       constexpr int64_t kNoNextPanel = 0;
-      gemv<Words>({args.panels[p], 1, kNoNextPanel, args.blocks, args.activations[0], args.out + p * 16});
+      gemv<Words>(
+          {args.panels[p], 1, kNoNextPanel, args.blocks, args.activations[0], args.out + p * 16, args.prefetch});
     }
     return;
   }
   if constexpr (Words::kUnpacks) {
     if (args.tokens >= unpack_tokens<Words>()) return dot_many<Words>(args);
   }
-  const LookAhead how = look_ahead(V::kLookAhead);
   if (args.panel_count == 2 && V::kTilePanels == 2) {
-    dot_few<Words, V::kTilePanels>(args, how);
+    dot_few<Words, V::kTilePanels>(args, args.prefetch);
   } else {
-    for (int p = 0; p < args.panel_count; ++p) dot_few<Words, 1>(one_panel(args, p), how);
+    for (int p = 0; p < args.panel_count; ++p) dot_few<Words, 1>(one_panel(args, p), args.prefetch);
   }
 }

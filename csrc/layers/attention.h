@@ -26,6 +26,8 @@ class Attention {
  public:
   explicit Attention(const AttentionShape& shape) : shape_(shape) {}
   virtual ~Attention() = default;
+
+  virtual std::vector<std::shared_ptr<PackedMatrix>> matrices() const = 0;
   Attention(const Attention&) = delete;
   Attention& operator=(const Attention&) = delete;
 

@@ -150,13 +150,14 @@ void dot_pair(const KernelTable& table, const PackedMatrix& a, const PackedMatri
               const uint8_t* const* rows_a, const uint8_t* const* rows_b, int tokens, float* tile) {
   if (a.info().type == b.info().type) {
     table.dot[static_cast<int>(a.info().type)](
-        {{a.panel(index, panel), b.panel(index, panel)}, 2, a.blocks(), rows_a, tokens, tile});
+        {{a.panel(index, panel), b.panel(index, panel)}, 2, a.blocks(), rows_a, tokens, tile, a.prefetch()});
     return;
   }
   // Mixed types ("UD" files): two single panels; the second lands in columns 16..31 of the tile.
-  table.dot[static_cast<int>(a.info().type)]({{a.panel(index, panel), nullptr}, 1, a.blocks(), rows_a, tokens, tile});
+  table.dot[static_cast<int>(a.info().type)](
+      {{a.panel(index, panel), nullptr}, 1, a.blocks(), rows_a, tokens, tile, a.prefetch()});
   table.dot[static_cast<int>(b.info().type)](
-      {{b.panel(index, panel), nullptr}, 1, b.blocks(), rows_b, tokens, tile + kPanelRows});
+      {{b.panel(index, panel), nullptr}, 1, b.blocks(), rows_b, tokens, tile + kPanelRows, b.prefetch()});
 }
 
 void gate_and_up(const KernelTable& table, const InputFormats& inputs, const Piece& piece, int64_t stride,
@@ -191,6 +192,7 @@ void add_down(const KernelTable& table, const ExpertRun& run, const Activations&
   args.panel_count = static_cast<int>(std::min<int64_t>(2, w.panels() - pair * 2));
   for (int p = 0; p < args.panel_count; ++p) args.panels[p] = w.panel(run.index, pair * 2 + p);
   args.blocks = w.blocks();
+  args.prefetch = w.prefetch();
   args.out = tile;
   for (int64_t i = 0; i < tiles_of(run); ++i) {
     const Tile tokens = tile_of(run, i);
@@ -420,6 +422,15 @@ MoeBlock::MoeBlock(std::shared_ptr<PackedMatrix> router, std::vector<float> bias
                                 std::to_string(shared_->hidden()));
   }
   check_router(config_, experts);
+}
+
+std::vector<std::shared_ptr<PackedMatrix>> MoeBlock::matrices() const {
+  std::vector<std::shared_ptr<PackedMatrix>> all{router_};
+  for (const std::shared_ptr<ExpertWeights>& experts : {routed_, shared_}) {
+    if (experts == nullptr) continue;
+    for (const std::shared_ptr<PackedMatrix>& w : experts->matrices()) all.push_back(w);
+  }
+  return all;
 }
 
 void MoeBlock::forward(const float* x, int64_t tokens, float* out, float* logits) const {

@@ -47,6 +47,7 @@ class MoeBlock {
   MoeBlock(std::shared_ptr<PackedMatrix> router, std::vector<float> bias, const RouterConfig& config,
            std::shared_ptr<ExpertWeights> routed, std::shared_ptr<ExpertWeights> shared);
 
+  std::vector<std::shared_ptr<PackedMatrix>> matrices() const;
   int64_t hidden() const { return routed_->hidden(); }
   int64_t experts() const { return routed_->count(); }
   const std::shared_ptr<ExpertWeights>& routed() const { return routed_; }

@@ -35,9 +35,10 @@ struct NodePanels {
 // Neighbouring panels of a matrix times its one token, the last rows apart where they are no whole panel.
 void multiply_one_token(const KernelTable& table, const LinearTask& task, int64_t matrix, PanelRange panels) {
   const PackedMatrix& w = *task.w;
+  const Prefetch prefetch = w.prefetch();
   const auto gemv = [&](int64_t first, int64_t count, float* out) {
-    table.gemv[static_cast<int>(w.info().type)](
-        {w.panel(task.index + matrix, first), count, w.panel_bytes(), w.blocks(), task.activations[matrix], out});
+    table.gemv[static_cast<int>(w.info().type)]({w.panel(task.index + matrix, first), count, w.panel_bytes(),
+                                                 w.blocks(), task.activations[matrix], out, prefetch});
   };
   float* out = task.out + matrix * task.matrix_stride;
   const int64_t whole_end = std::min(panels.end, w.rows() / kPanelRows);
@@ -63,6 +64,7 @@ void multiply_tile(const KernelTable& table, const LinearTask& task, int64_t mat
   args.activations = task.activations + matrix * task.tokens + first_token;
   args.tokens = static_cast<int>(std::min(kTaskTokens, task.tokens - first_token));
   args.out = tile;
+  args.prefetch = task.w->prefetch();
   table.dot[static_cast<int>(task.w->info().type)](args);
 
   const int64_t rows = std::min<int64_t>(panels.count() * kPanelRows, task.w->rows() - first_row);

@@ -84,6 +84,13 @@ MlaAttention::MlaAttention(const AttentionConfig& config, AttentionWeights weigh
   check_norm(weights_.kv_a_norm, "kv_a_layernorm", c.latent_dim);
 }
 
+std::vector<std::shared_ptr<PackedMatrix>> MlaAttention::matrices() const {
+  const AttentionWeights& w = weights_;
+  std::vector<std::shared_ptr<PackedMatrix>> all{w.q, w.kv_a, w.k_b, w.v_b, w.o};
+  if (w.q_a != nullptr) all.push_back(w.q_a);
+  return all;
+}
+
 void MlaAttention::project_keys(const LayerInput& in, const CacheRows& rows) const {
   const ScratchBuffer compressed(static_cast<size_t>(in.rows() * weights_.kv_a->rows()) * sizeof(float));
   linear(*weights_.kv_a, 0, in.x, in.rows(), compressed.floats());

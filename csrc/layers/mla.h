@@ -40,6 +40,7 @@ class MlaAttention : public Attention {
   // Throws std::invalid_argument where a size is not positive or the shapes contradict the config.
   MlaAttention(const AttentionConfig& config, AttentionWeights weights);
 
+  std::vector<std::shared_ptr<PackedMatrix>> matrices() const override;
   void project_keys(const LayerInput& in, const CacheRows& rows) const override;
   void attend(const LayerInput& in, const Cache& cache, const Visibility& visibility, float* out) const override;
   // Few tokens are projected to keys and queries in one loop.

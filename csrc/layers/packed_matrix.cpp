@@ -9,6 +9,7 @@
 #include "formats/f16.h"
 #include "formats/pack_panel.h"
 #include "formats/panel_layout.h"
+#include "kernels/dispatch.h"
 #include "machine/thread_pool.h"
 
 namespace tkt {
@@ -67,6 +68,15 @@ PackedMatrix::PackedMatrix(WeightType type, int64_t count, int64_t rows, int64_t
     parts_.push_back({{first, end}, std::move(memory)});
     first = end;
   }
+}
+
+Prefetch PackedMatrix::prefetch() const {
+  const int set = prefetch_.load(std::memory_order_relaxed);
+  return set == kNotSet ? default_prefetch(kernels().required_features) : static_cast<Prefetch>(set);
+}
+
+void PackedMatrix::set_prefetch(std::optional<Prefetch> strategy) {
+  prefetch_.store(strategy ? static_cast<int>(*strategy) : kNotSet, std::memory_order_relaxed);
 }
 
 void PackedMatrix::for_each_panel(int64_t count, PanelRange panels,

@@ -1,13 +1,16 @@
 // Quantized matrices in panels of 16 rows (layout: block_formats.h).
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "formats/block_formats.h"
+#include "kernels/prefetch.h"
 #include "machine/memory.h"
 
 namespace tkt {
@@ -52,6 +55,10 @@ class PackedMatrix {
     return part->memory->data() + (index * part->panels.count() + panel - part->panels.first) * panel_bytes();
   }
 
+  // How products with this matrix prefetch: as set, else what suits the CPU and the kernels in use.
+  Prefetch prefetch() const;
+  void set_prefetch(std::optional<Prefetch> strategy);
+
   // Nodes of the topology() in which the matrix was made, by position. Panels 2n and 2n + 1 are on the same one; a node may
   // have none.
   int nodes() const { return static_cast<int>(parts_.size()); }
@@ -63,6 +70,8 @@ class PackedMatrix {
   }
 
  private:
+  static constexpr int kNotSet = -1;
+
   struct Part {
     PanelRange panels;
     std::unique_ptr<WeightMemory> memory;  // null where there are no panels
@@ -78,6 +87,7 @@ class PackedMatrix {
   int64_t row_bytes_;
   int64_t panels_;
   std::vector<Part> parts_;
+  std::atomic<int> prefetch_{kNotSet};
 };
 
 // "4 x 64 x 32" for count x rows x cols; "nothing" for null.

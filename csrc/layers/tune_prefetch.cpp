@@ -27,13 +27,13 @@ constexpr int kDoubtedRounds = kRounds / 4;
 
 // Matrices of a PackedMatrix that are multiplied by the same row.
 struct Piece {
-  const PackedMatrix* w;
+  PackedMatrix* w;
   int64_t first;
   int64_t count;
   int64_t bytes;
 };
 
-// The type of which there is most: what another one takes is no measure of what looking ahead changes.
+// The type of which there is most: the time of another one says nothing about what prefetching changes.
 WeightType most_common_type(const std::vector<std::shared_ptr<PackedMatrix>>& matrices) {
   int64_t bytes[kWeightTypes] = {};
   for (const std::shared_ptr<PackedMatrix>& w : matrices) bytes[static_cast<int>(w->info().type)] += w->nbytes();
@@ -76,14 +76,14 @@ class Sampler {
   }
 
   // Seconds per byte of the pieces that come next.
-  double sample(LookAhead how) {
-    set_look_ahead(how);
+  double sample(Prefetch strategy) {
     double seconds = 0;
     int64_t bytes = 0;
     while (seconds < kSampleSeconds) {
       const Piece& piece = pieces_[next_++ % pieces_.size()];
       const Activations row(piece.w->info().activation, x_.data(), 1, piece.w->cols(), piece.w->cols());
       const std::vector<const uint8_t*> rows(static_cast<size_t>(piece.count), row.row(0));
+      piece.w->set_prefetch(strategy);
       const auto start = std::chrono::steady_clock::now();
       run_linears({{piece.w, piece.first, piece.count, rows.data(), 1, out_.data(), piece.w->rows(), piece.w->rows()}});
       seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -101,31 +101,31 @@ class Sampler {
 
 }  // namespace
 
-std::vector<LookAheadSpeed> choose_look_ahead(const std::vector<std::shared_ptr<PackedMatrix>>& matrices) {
-  if (&kernels() == &scalar::kTable) return {};  // all ways are the same to it, and a try would take minutes
+std::vector<PrefetchSpeed> tune_prefetch(const std::vector<std::shared_ptr<PackedMatrix>>& matrices) {
+  if (&kernels() == &scalar::kTable) return {};  // it does not prefetch, and timing it would take minutes
   const std::vector<Piece> pieces = pieces_of(matrices);
   int64_t bytes = 0;
   for (const Piece& piece : pieces) bytes += piece.bytes;
   if (bytes < kLeastBytes) return {};
 
-  const LookAhead before = look_ahead(kernels().look_ahead);
+  const Prefetch before = matrices.front()->prefetch();
   Sampler sampler(pieces);
   for (int i = 0; i < kWarmUps; ++i) sampler.sample(before);
-  std::vector<LookAheadSpeed> found;
-  LookAheadSpeed best{before, 1.0};
-  std::vector<std::vector<double>> speeds(std::size(kLookAheads));
+  std::vector<PrefetchSpeed> found;
+  PrefetchSpeed best{before, 1.0};
+  std::vector<std::vector<double>> speeds(std::size(kPrefetches));
   for (int round = 0; round < kRounds; ++round) {
     const double base = sampler.sample(before);
     for (size_t i = 0; i < speeds.size(); ++i) {
-      speeds[i].push_back(kLookAheads[i] == before ? 1.0 : base / sampler.sample(kLookAheads[i]));
+      speeds[i].push_back(kPrefetches[i] == before ? 1.0 : base / sampler.sample(kPrefetches[i]));
     }
   }
   for (size_t i = 0; i < speeds.size(); ++i) {
     std::sort(speeds[i].begin(), speeds[i].end());
-    found.push_back({kLookAheads[i], speeds[i][kRounds / 2]});
+    found.push_back({kPrefetches[i], speeds[i][kRounds / 2]});
     if (speeds[i][kDoubtedRounds] >= kLeastGain && found.back().speed > best.speed) best = found.back();
   }
-  set_look_ahead(best.how);
+  for (const std::shared_ptr<PackedMatrix>& w : matrices) w->set_prefetch(best.strategy);
   return found;
 }
 

@@ -67,14 +67,14 @@ uint32_t cpu_features() {
   return features & ~hidden.load();
 }
 
-bool is_intel() {
+CpuVendor cpu_vendor() {
 #if defined(__x86_64__)
   unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid(0, &a, &b, &c, &d) != 0 && b == signature_INTEL_ebx && c == signature_INTEL_ecx &&
-         d == signature_INTEL_edx;
-#else
-  return false;
+  if (__get_cpuid(0, &a, &b, &c, &d) == 0) return CpuVendor::kOther;
+  if (b == signature_INTEL_ebx && c == signature_INTEL_ecx && d == signature_INTEL_edx) return CpuVendor::kIntel;
+  if (b == signature_AMD_ebx && c == signature_AMD_ecx && d == signature_AMD_edx) return CpuVendor::kAmd;
 #endif
+  return CpuVendor::kOther;
 }
 
 void hide_cpu_features(uint32_t features) { hidden.store(features); }

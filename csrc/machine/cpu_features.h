@@ -21,8 +21,10 @@ enum CpuFeature : uint32_t {
 // Features both the CPU (cpuid) and the operating system (XCR0: registers saved on a context switch) support.
 uint32_t cpu_features();
 
-// Whether the CPU says that Intel made it.
-bool is_intel();
+enum class CpuVendor { kIntel, kAmd, kOther };
+
+// Who made this CPU, as it says itself.
+CpuVendor cpu_vendor();
 
 // For tests: cpu_features() goes without these bits, as on a CPU that lacks them. 0 ends it.
 void hide_cpu_features(uint32_t features);

@@ -20,7 +20,6 @@ SCALE_OFFSETS = {"Q4_0": [0], "Q5_0": [0], "Q8_0": [0], "Q4_K": [0, 2], "Q5_K": 
 def _automatic_isa_afterwards() -> Iterator[None]:
     yield
     _C.select_isa("")
-    _C.set_look_ahead("")
 
 
 def gguf_type(name: str) -> gguf.GGMLQuantizationType:
@@ -90,49 +89,67 @@ def test_products_equal_the_scalar_reference_bit_for_bit(isa: str, name: str, to
     assert_equal_to_scalar(isa, name, tokens, cols=768)
 
 
-@pytest.mark.parametrize("look_ahead", _C.LOOK_AHEADS)
+@pytest.mark.parametrize("prefetch", _C.PREFETCHES)
 @pytest.mark.parametrize("isa", VECTOR_ISAS)
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 9])
-def test_looking_ahead_changes_no_bit(look_ahead: str, isa: str, name: str, tokens: int) -> None:
-    _C.set_look_ahead(look_ahead)
-    assert_equal_to_scalar(isa, name, tokens, cols=512)
-    assert _C.look_ahead() == look_ahead
+def test_prefetching_changes_no_bit(prefetch: str, isa: str, name: str, tokens: int) -> None:
+    assert_equal_to_scalar(isa, name, tokens, cols=512, prefetch=prefetch)
 
 
-def test_the_fastest_way_of_looking_ahead_is_kept() -> None:
+def test_the_fastest_prefetch_strategy_is_set_on_the_matrices_timed() -> None:
     """Matrices that nobody packed read as zeros, and take no memory."""
     number, _elements, _nbytes = TYPES["Q4_K"]
     matrices = [_C.PackedMatrix(number, 64, 1408, 2048) for _ in range(6)]
-    for before in _C.LOOK_AHEADS:
-        _C.set_look_ahead(before)
-        speeds = _C.choose_look_ahead(matrices)
-        assert list(speeds) == list(_C.LOOK_AHEADS)
+    other = _C.PackedMatrix(number, 1, 16, 256)
+    standard = other.prefetch
+    for before in _C.PREFETCHES:
+        for matrix in matrices:
+            matrix.prefetch = before
+        speeds = _C.tune_prefetch(matrices)
+        assert list(speeds) == list(_C.PREFETCHES)
         assert speeds[before] == 1.0
         assert min(speeds.values()) > 0
-        chosen = _C.look_ahead()
+        (chosen,) = {matrix.prefetch for matrix in matrices}
         # Another one has to be faster in most rounds; then it is the fastest of those in the middle one.
         assert chosen == before or speeds[chosen] >= 1.03
+        assert other.prefetch == standard
 
 
-def test_what_caches_may_hold_is_no_measure_of_looking_ahead() -> None:
+def test_matrices_that_caches_may_hold_are_not_timed() -> None:
     number, _elements, _nbytes = TYPES["Q4_K"]
-    _C.set_look_ahead("bursts")
-    assert _C.choose_look_ahead([_C.PackedMatrix(number, 64, 1408, 2048)]) == {}
-    assert _C.choose_look_ahead([]) == {}
-    assert _C.look_ahead() == "bursts"
+    matrix = _C.PackedMatrix(number, 64, 1408, 2048)
+    matrix.prefetch = "bursts"
+    assert _C.tune_prefetch([matrix]) == {}
+    assert _C.tune_prefetch([]) == {}
+    assert matrix.prefetch == "bursts"
 
 
-def test_scalar_kernels_which_do_not_look_ahead_try_nothing() -> None:
+def test_scalar_kernels_which_do_not_prefetch_are_not_timed() -> None:
     """It would take minutes."""
     number, _elements, _nbytes = TYPES["Q4_K"]
     _C.select_isa("scalar")
-    assert _C.choose_look_ahead([_C.PackedMatrix(number, 64, 1408, 2048) for _ in range(6)]) == {}
+    assert _C.tune_prefetch([_C.PackedMatrix(number, 64, 1408, 2048) for _ in range(6)]) == {}
 
 
-def test_an_unknown_way_of_looking_ahead_is_refused() -> None:
-    with pytest.raises(ValueError, match="no way of looking ahead is called sideways"):
-        _C.set_look_ahead("sideways")
+def test_an_unknown_prefetch_strategy_is_refused_with_the_known_ones() -> None:
+    matrix = _C.PackedMatrix(TYPES["Q4_K"][0], 1, 16, 256)
+    with pytest.raises(ValueError, match="no prefetch strategy is called sideways; there are hardware, per line and"):
+        matrix.prefetch = "sideways"
+
+
+def test_the_default_prefetch_strategy_depends_on_vendor_and_register_width_and_comes_back() -> None:
+    matrix = _C.PackedMatrix(TYPES["Q4_K"][0], 1, 16, 256)
+    vendors = ({"avx2": "bursts", "avx512": "bursts"}, {"avx2": "per line", "avx512": "hardware"})
+    found = {}
+    for isa in ("avx2", "avx512"):
+        if isa in VECTOR_ISAS:
+            _C.select_isa(isa)
+            matrix.prefetch = "hardware"
+            assert matrix.prefetch == "hardware"
+            matrix.prefetch = ""
+            found[isa] = matrix.prefetch
+    assert any(found.items() <= vendor.items() for vendor in vendors)
 
 
 @pytest.mark.parametrize("isa", VECTOR_ISAS)
@@ -144,7 +161,7 @@ def test_a_last_block_without_a_second_is_read_where_it_lies(isa: str, name: str
     assert_equal_to_scalar(isa, name, tokens, cols=blocks * TYPES[name][1])
 
 
-def assert_equal_to_scalar(isa: str, name: str, tokens: int, cols: int) -> None:
+def assert_equal_to_scalar(isa: str, name: str, tokens: int, cols: int, prefetch: str = "") -> None:
     data = random_blocks(name, 16 * 3 + 5, cols)
     x = np.random.default_rng(tokens).standard_normal((tokens, cols)).astype(np.float32)
     x[0, :256] = 0  # a block of zeros has no scale
@@ -153,6 +170,7 @@ def assert_equal_to_scalar(isa: str, name: str, tokens: int, cols: int) -> None:
     expected = multiply(matrix, x)
     _C.select_isa(isa)
     assert _C.isa() == isa
+    matrix.prefetch = prefetch
     got = multiply(matrix, x)
     assert np.isfinite(expected).all()
     np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))

@@ -121,7 +121,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.all_tied_weights_keys = {}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        from transformers_kt.integration.tune_prefetch import choose_look_ahead
+        from transformers_kt.integration.tune_prefetch import tune_prefetch
         from transformers_kt.modules.fused.base_model import fuse_base_models
         from transformers_kt.modules.fused.decoder_layer import fuse_decoder_layers
 
@@ -135,7 +135,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
             rows = loading.fill(model, decision.assignments, job.modules, request.checkpoint, bar)
         fuse_decoder_layers(model)
         fuse_base_models(model)
-        model.kt_report = KtReport(request.title, decision.plan.source, rows, decision.notes, choose_look_ahead(model))
+        model.kt_report = KtReport(request.title, decision.plan.source, rows, decision.notes, tune_prefetch(model))
         guard = InputGuard(model.config, self._lost_outputs)
         model.base_model.register_forward_pre_hook(guard, with_kwargs=True)
         if request.placement.device_map is not None or torch.accelerator.is_available():

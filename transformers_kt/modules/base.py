@@ -46,6 +46,13 @@ class KtModule(nn.Module):
         """Packs the weights; returns the bytes of memory they take."""
         raise NotImplementedError
 
+    @property
+    def matrices(self) -> list[_C.PackedMatrix]:
+        """The loaded matrices, shared with copies of this module."""
+        packed = [value.packed for value in vars(self).values() if isinstance(value, Handle)]
+        of_each = ([each] if isinstance(each, _C.PackedMatrix) else getattr(each, "matrices", []) for each in packed)
+        return [matrix for matrices in of_each for matrix in matrices]
+
 
 def require_supported_cpu() -> None:
     """Raises UnsupportedCpuError, naming the missing flag, where this CPU cannot run the kernels chosen for it."""
