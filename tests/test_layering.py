@@ -37,9 +37,11 @@ CALLERS_OF_KERNELS = {"__init__", "planning", "backends", "modules", "integratio
 # Lowest first: a room includes only headers of rooms above it in this list, and its own.
 CPP_LAYERS = (("formats",), ("machine",), ("kernels",), ("layers",), ("bindings",))
 CPP_FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp"))
-# Compiled with flags of their own, so no function of theirs may run elsewhere.
+# Compiled with flags of their own, so no function of theirs may run elsewhere. CMake makes more of them from TEMPLATE:
+# one for each ISA and kind of weights.
 _NO_ISA = ("dispatch", "prefetch", "scalar")
 ISA_FILES = sorted(path for path in CSRC.glob("kernels/*.cpp") if path.stem not in _NO_ISA)
+TEMPLATE = CSRC / "kernels" / "products.cpp.in"
 
 
 def _rank(layers: tuple[tuple[str, ...], ...], name: str) -> int:
@@ -144,7 +146,7 @@ def test_parts_of_kernels_are_included_by_kernels_alone() -> None:
     for path in CPP_FILES:
         for header in _own_includes(path):
             if header.stem.endswith("-inl"):
-                assert path.suffix == ".cpp", f"{path} includes {header.name}"
+                assert path.suffix == ".cpp" or path.stem.endswith("-inl"), f"{path} includes {header.name}"
 
 
 def test_python_is_known_to_the_bindings_alone_and_torch_to_no_one() -> None:
@@ -173,7 +175,7 @@ print(open("/proc/self/maps").read())
 def test_files_of_an_instruction_set_use_no_function_of_the_standard_library() -> None:
     """An inline function compiled there may be the copy that the linker gives to all others."""
     assert ISA_FILES
-    for path in (*ISA_FILES, *CSRC.glob("kernels/*-inl.h")):
+    for path in (*ISA_FILES, TEMPLATE, *CSRC.glob("kernels/*-inl.h")):
         system = {include for include in _includes(path) if include[0] == "<"}
         assert system <= {"<immintrin.h>", "<arm_neon.h>"}, f"{path} includes {system}"
         code = re.sub(r"//.*", "", path.read_text())
@@ -187,6 +189,16 @@ def test_machine_flags_belong_to_the_files_of_instruction_sets() -> None:
             assert re.match(r"\s*(set\(AVX(2|512)_FLAGS|add_isa\(\w+) ", line), line
     for path in ISA_FILES:
         assert f"add_isa({path.stem} " in text
+    # That function gives its flags to the files that it makes and lists, and to no others.
+    made = re.search(r"function\(add_isa ISA\)\n(.*?)endfunction", text, flags=re.DOTALL)
+    assert made is not None
+    assert re.findall(r"csrc/kernels/\S+", made[1]) == [
+        "csrc/kernels/${ISA}.cpp)",
+        "csrc/kernels/${ISA}_${KIND}.cpp)",
+        "csrc/kernels/products.cpp.in",
+    ]
+    assert text.count("COMPILE_OPTIONS") == 2  # and to a file of the wheel
+    assert "set_source_files_properties(${FILES} PROPERTIES COMPILE_OPTIONS" in made[1]
 
 
 def test_the_compiler_may_not_change_a_rounding() -> None:
@@ -249,8 +261,15 @@ def test_tables_for_cpus_without_avx512_hold_no_instruction_of_it(binaries: list
         assert byte_products > 100
 
 
-def test_a_file_of_an_instruction_set_exports_one_table(binaries: list[Path]) -> None:
+def test_an_instruction_set_exports_its_table_and_the_products_of_each_type(binaries: list[Path]) -> None:
     symbols = "\n".join(_objdump("-t", binary) for binary in binaries)
+    types = range(len(_C.weight_types()))
+    products = {f"Products<(tkt::WeightType){n}>::{kind}" for n in types for kind in ("dot", "gemv")}
     for path in ISA_FILES:
         found = set(re.findall(rf"[\s(](tkt::{path.stem}::\S.*)$", symbols, flags=re.MULTILINE))
-        assert {name for name in found if "(anonymous namespace)" not in name} == {f"tkt::{path.stem}::kTable"}
+        exported = {
+            name.partition("(tkt::DotArgs")[0].partition("(tkt::GemvArgs")[0]
+            for name in found
+            if "(anonymous namespace)" not in name
+        }
+        assert exported == {f"tkt::{path.stem}::{name}" for name in (*products, "kTable")}

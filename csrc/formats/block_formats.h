@@ -113,8 +113,15 @@ inline int64_t activation_row_bytes(ActivationFormat format, int64_t cols) {
 
 constexpr int kPanelRows = 16;
 
-enum class WeightType : int { kF32, kF16, kBF16, kQ4_0, kQ5_0, kQ8_0, kQ4_K, kQ5_K, kQ6_K };
-constexpr int kWeightTypes = 9;
+// Every type with kernels, once: what has an entry a type is made from this list, so that entry i belongs to type i.
+#define TKT_WEIGHT_TYPES(X) X(F32) X(F16) X(BF16) X(Q4_0) X(Q5_0) X(Q8_0) X(Q4_K) X(Q5_K) X(Q6_K)
+
+#define TKT_ENUMERATOR(name) k##name,
+enum class WeightType : int { TKT_WEIGHT_TYPES(TKT_ENUMERATOR) };
+#undef TKT_ENUMERATOR
+#define TKT_ONE(name) +1
+constexpr int kWeightTypes = TKT_WEIGHT_TYPES(TKT_ONE);
+#undef TKT_ONE
 
 struct WeightTypeInfo {
   WeightType type;

@@ -1,34 +1,9 @@
-#include <immintrin.h>
-
-#include "kernels/exp_constants.h"
-#include "kernels/kernel_table.h"
-#include "kernels/macros-inl.h"
-#include "machine/cpu_features.h"
-
-#define TKT_ISA_NAME "avx_vnni"
-#define TKT_ISA_FEATURES (kAvx2 | kFma | kF16c | kAvxvnni)
+#include "kernels/avx_vnni-inl.h"
 
 namespace tkt::avx_vnni {
 namespace {
-
-#include "kernels/avx2_primitives-inl.h"
-
-struct V : Avx2Primitives {
-  static constexpr bool kAddsIn16Bits = false;
-  static constexpr bool kFoldsScales = false;
-  static constexpr bool kUnpacks32Wide = false;
-  // acc + sum over 4 bytes of unsigned weight * signed activation, exact in 32 bits.
-  TKT_INLINE I dot4(I acc, I w, I a) {
-    return {_mm256_dpbusd_avx_epi32(acc.low, w.low, a.low), _mm256_dpbusd_avx_epi32(acc.high, w.high, a.high)};
-  }
-};
-
-#include "kernels/panel_dot-inl.h"
-#include "kernels/panel_dot_unpacked-inl.h"
-#include "kernels/tiling-inl.h"
 #include "kernels/vector_ops-inl.h"
-
-}  // namespace
+}
 
 #include "kernels/table-inl.h"
 

@@ -112,54 +112,6 @@ TKT_INLINE V::I five_bits(const uint8_t* set) {
 
 // Groups of 4 columns are taken in an order in which words are first needed one after the other: group_at(position).
 
-struct Q4_0Words {
-  static constexpr int kColumns = 32;
-  static constexpr bool kUnpacks = V::kUnpacks32Wide;
-  static constexpr bool kLeadingScales = true;
-  static constexpr int kWords = 4;
-  static constexpr int kNarrowGroups = 8;  // 8 * 2 * 15 * 127 = 30,480
-  static constexpr int kOffsetLog2 = 3;
-  static constexpr int kPerLineTokens = 2;
-  static constexpr int kUnpackTokensOf16Registers = 12;
-  static constexpr int group_at(int position) { return position / 2 + position % 2 * 4; }
-  template <int position>
-  static V::I weights(const uint8_t* words) {
-    return four_bits<position % 2>(words + position / 2 * 64);
-  }
-};
-
-struct Q5_0Words {
-  static constexpr int kColumns = 32;
-  static constexpr bool kUnpacks = V::kUnpacks32Wide;
-  static constexpr bool kLeadingScales = true;
-  static constexpr int kWords = 5;
-  static constexpr int kNarrowGroups = 4;  // 4 * 2 * 31 * 127 = 31,496
-  static constexpr int kOffsetLog2 = 4;
-  static constexpr int kPerLineTokens = 2;
-  static constexpr int kUnpackTokensOf16Registers = 7;
-  static constexpr int group_at(int position) { return position / 2 + position % 2 * 4; }
-  template <int position>
-  static V::I weights(const uint8_t* words) {
-    return five_bits<position>(words);
-  }
-};
-
-struct Q8_0Words {
-  static constexpr int kColumns = 32;
-  static constexpr bool kUnpacks = false;
-  static constexpr bool kLeadingScales = true;
-  static constexpr int kWords = 8;
-  static constexpr int kNarrowGroups = 0;  // 2 * 255 * 127 = 64,770, but signed 2 * 128 * 127 = 32,512
-  static constexpr int kOffsetLog2 = V::kAddsIn16Bits ? -1 : 7;
-  static constexpr int kPerLineTokens = 6;
-  static constexpr int group_at(int position) { return position; }
-  template <int position>
-  static V::I weights(const uint8_t* words) {
-    const V::I w = word_at(words, position);
-    return V::kAddsIn16Bits ? w : V::xor_i(w, V::set_i(static_cast<int32_t>(0x80808080u)));
-  }
-};
-
 template <class Words, int T, int R, int position>
 TKT_INLINE void add_groups_32(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uint8_t* const (&words)[R],
                               const int8_t* const (&q)[T], Prefetch prefetch) {
@@ -228,153 +180,12 @@ TKT_INLINE void dot_tile_32(const DotArgs& args, int token, Prefetch prefetch) {
 
 // ---- K-quants ------------------------------------------------------------------------------------------------------
 
-// Q4_K and Q5_K unpack their 6-bit scales alike; words 0 (d, dmin) and 1..3 (scales) lead their blocks.
-struct SixBitScales {
-  static constexpr bool kHasMinima = true;
-  V::I scale_bytes[2];  // sc[0..3], sc[4..7]: one byte each in a 32-bit lane
-  V::I min_bytes[2];
-  V::F d;
-  V::F dmin;
-
-  void read(const uint8_t* words, const uint8_t*) {
-    const V::I head = V::load_i(words);
-    d = V::low_f16(head);
-    dmin = V::high_f16(head);
-    const V::I w0 = V::load_i(words + 64);
-    const V::I w1 = V::load_i(words + 128);
-    const V::I w2 = V::load_i(words + 192);
-    const V::I low6 = V::set_i(0x3f3f3f3f);
-    const V::I low4 = V::set_i(0x0f0f0f0f);
-    const V::I low2 = V::set_i(0x03030303);
-    scale_bytes[0] = V::and_i(w0, low6);
-    min_bytes[0] = V::and_i(w1, low6);
-    scale_bytes[1] = V::or_i(V::and_i(w2, low4),
-                             V::template shift_left<4>(V::and_i(V::template shift_right<6>(w0), low2)));
-    min_bytes[1] = V::or_i(V::and_i(V::template shift_right<4>(w2), low4),
-                           V::template shift_left<4>(V::and_i(V::template shift_right<6>(w1), low2)));
-  }
-  template <int j>
-  static V::I byte_of(const V::I (&bytes)[2]) {
-    return V::and_i(V::template shift_right<8 * (j % 4)>(bytes[j / 4]), V::set_i(0xff));
-  }
-  template <int j>
-  V::I scale() const {
-    return byte_of<j>(scale_bytes);
-  }
-  template <int j>
-  V::F min() const {
-    return V::to_float(byte_of<j>(min_bytes));
-  }
-  // Where V::kFoldsScales: the scale twice, as 16 bits.
-  template <int j, class Isa = V>
-  V::I scale_pair() const {
-    return Isa::template byte_pair<j % 4, j % 4>(scale_bytes[j / 4]);
-  }
-};
-
 // A chunk is two blocks of 32 columns, of which a set (block_formats.h) holds the same kSetGroups groups of 4 columns.
-
-struct Q4_KWords {
-  static constexpr int kColumns = 256;
-  static constexpr bool kUnpacks = true;
-  static constexpr int kWords = 36;
-  static constexpr bool kLeadingScales = false;
-  static constexpr int kNarrowGroups = 8;
-  static constexpr int kSubColumns = 32;
-  static constexpr int kSetWords = 1;
-  static constexpr int kSetGroups = 1;
-  static constexpr int kOffsetLog2 = -1;  // quants are unsigned
-  static constexpr int kPerLineTokens = 2;
-  static constexpr int kUnpackTokensOf16Registers = 5;
-  using Scales = SixBitScales;
-  static constexpr int block_of(int chunk, int nibble) { return 2 * chunk + nibble; }
-  template <int vector>
-  static V::I weights(const uint8_t* set) {
-    return four_bits<vector>(set);
-  }
-};
-
-struct Q5_KWords {
-  static constexpr int kColumns = 256;
-  static constexpr bool kUnpacks = true;
-  static constexpr int kWords = 44;
-  static constexpr bool kLeadingScales = false;
-  static constexpr int kNarrowGroups = 4;
-  static constexpr int kSubColumns = 32;
-  static constexpr int kSetWords = 5;
-  static constexpr int kSetGroups = 4;
-  static constexpr int kOffsetLog2 = -1;  // quants are unsigned
-  static constexpr int kPerLineTokens = 2;
-  static constexpr int kUnpackTokensOf16Registers = 5;
-  using Scales = SixBitScales;
-  static constexpr int block_of(int chunk, int nibble) { return 2 * chunk + nibble; }
-  template <int vector>
-  static V::I weights(const uint8_t* set) {
-    return five_bits<vector>(set);
-  }
-};
-
-struct Q6_KWords {
-  static constexpr int kColumns = 256;
-  static constexpr bool kUnpacks = true;
-  static constexpr int kWords = 52;
-  static constexpr bool kLeadingScales = true;
-  static constexpr int kNarrowGroups = 2;  // 2 * 2 * 63 * 127 = 32,004
-  static constexpr int kSubColumns = 16;
-  static constexpr int kSetWords = 3;
-  static constexpr int kSetGroups = 2;
-  static constexpr int kOffsetLog2 = 5;
-  static constexpr int kPerLineTokens = 2;
-  static constexpr int kUnpackTokensOf16Registers = 3;
-  struct Scales {
-    static constexpr bool kHasMinima = false;
-    V::I bytes[4];  // 16 signed scales
-    V::F d;
-    void read(const uint8_t* words, const uint8_t* leading) {
-      d = V::load_f16(leading);
-      TKT_UNROLL for (int i = 0; i < 4; ++i) bytes[i] = V::load_i(words + i * 64);
-    }
-    template <int j>
-    V::I scale() const {
-      return V::template shift_right_signed<24>(V::template shift_left<24 - 8 * (j % 4)>(bytes[j / 4]));
-    }
-    template <int j, class Isa = V>
-    V::I scale_pair() const {
-      return Isa::template signed_byte_pair<j % 4, j % 4, 0>(bytes[j / 4]);
-    }
-    // The scales of a block of 32 columns times the offset.
-    template <int block, class Isa = V>
-    V::I offset_pair() const {
-      return Isa::template signed_byte_pair<block % 2 * 2, block % 2 * 2 + 1, kOffsetLog2>(bytes[block / 2]);
-    }
-  };
-  static constexpr int block_of(int chunk, int nibble) { return chunk / 2 * 4 + chunk % 2 + 2 * nibble; }
-  template <int vector>
-  static V::I weights(const uint8_t* set) {
-    return six_bits<vector>(set);
-  }
-};
-
-template <class Words>
-constexpr int chunk_of(int block) {
-  for (int chunk = 0; chunk < 4; ++chunk) {
-    if (Words::block_of(chunk, 0) == block || Words::block_of(chunk, 1) == block) return chunk;
-  }
-  return -1;
-}
 
 // The set of a chunk that has group `group` of 4 columns; sets follow the scales.
 template <class Words>
 TKT_INLINE const uint8_t* set_of(const uint8_t* words, int chunk, int group) {
   return words + (4 + (chunk * 8 + group) / Words::kSetGroups * Words::kSetWords) * 64;
-}
-
-// Group `group` of 4 columns of block `block`.
-template <class Words, int block, int group>
-TKT_INLINE V::I weights_of(const uint8_t* words) {
-  constexpr int kChunk = chunk_of<Words>(block);
-  constexpr int kNibble = Words::block_of(kChunk, 1) == block ? 1 : 0;
-  return Words::template weights<2 * (group % Words::kSetGroups) + kNibble>(set_of<Words>(words, kChunk, group));
 }
 
 // The words of a set that its groups before `group` have no need of.
@@ -391,101 +202,121 @@ TKT_INLINE void prefetch_with_group(const uint8_t* set, Prefetch prefetch) {
   TKT_UNROLL for (int word = kFirst; word < kEnd; ++word) prefetch_line(set + word * 64, prefetch);
 }
 
-// The same where blocks are taken one after the other, so that the words of high nibbles are already prefetched.
-template <class Words, int block, int group>
-TKT_INLINE void prefetch_with_low_nibbles(const uint8_t* words, Prefetch prefetch) {
-  constexpr int kChunk = chunk_of<Words>(block);
-  if constexpr (Words::block_of(kChunk, 0) == block) {
-    prefetch_with_group<Words, group % Words::kSetGroups>(set_of<Words>(words, kChunk, group), prefetch);
-  }
-}
-
-// Groups of 4 columns of sub-block j.
-template <class Words, int T, int R, int j, int group>
-TKT_INLINE void add_groups_k(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uint8_t* const (&words)[R],
+// Groups of 4 columns of one of the two blocks of a chunk, from `group` to the end of a sub-block. The words of high nibbles
+// are already prefetched.
+template <class Words, int T, int R, int nibble, int group>
+TKT_INLINE void add_groups_k(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uint8_t* const (&chunk)[R],
                              const ActivationQ8* const (&act)[T], Prefetch prefetch) {
   constexpr int kGroups = Words::kSubColumns / 4;
-  constexpr int kColumn = j * Words::kSubColumns + 4 * group;
+  constexpr int kOfSet = group % Words::kSetGroups;
   V::I w[R];
   TKT_UNROLL for (int r = 0; r < R; ++r) {
-    w[r] = weights_of<Words, kColumn / 32, kColumn % 32 / 4>(words[r]);
-    if constexpr (T <= Words::kPerLineTokens) prefetch_with_low_nibbles<Words, kColumn / 32, kColumn % 32 / 4>(words[r], prefetch);
+    const uint8_t* set = set_of<Words>(chunk[r], 0, group);
+    w[r] = Words::template weights<2 * kOfSet + nibble>(set);
+    if constexpr (T <= Words::kPerLineTokens && nibble == 0) prefetch_with_group<Words, kOfSet>(set, prefetch);
   }
   TKT_UNROLL for (int t = 0; t < T; ++t) {
-    const V::I a = V::broadcast_i(act[t][kColumn / 32].q + kColumn % 32);
+    const V::I a = V::broadcast_i(act[t]->q + 4 * group);
     TKT_UNROLL for (int r = 0; r < R; ++r) {
-      accumulate<Words::kNarrowGroups, group, kGroups>(dot[t][r], narrow[t][r], w[r], a);
+      accumulate<Words::kNarrowGroups, group % kGroups, kGroups>(dot[t][r], narrow[t][r], w[r], a);
     }
   }
-  if constexpr (group + 1 < kGroups) add_groups_k<Words, T, R, j, group + 1>(dot, narrow, words, act, prefetch);
+  if constexpr ((group + 1) % kGroups != 0) {
+    add_groups_k<Words, T, R, nibble, group + 1>(dot, narrow, chunk, act, prefetch);
+  }
 }
 
-// sums += scale of j * dot of j, up to the end of an activation block. Bounds: a sub-block of 32 gives at most
-// 32 * 31 * 127 * 63 < 2^23; two of 16 in Q6_K give 2 * 16 * 32 * 127 * 128 < 2^24. Floats hold such sums exactly, and
+// sums += scale * dot of the sub-blocks of an activation block, from `half` of two, or of one. Bounds: a sub-block of 32 gives
+// at most 32 * 31 * 127 * 63 < 2^23; two of 16 in Q6_K give 2 * 16 * 32 * 127 * 128 < 2^24. Floats hold such sums exactly, and
 // multiply in one operation where integers take Intel two: 64 tokens, one core of Emerald Rapids, Q4_K 336 and 371 GOPS,
 // Q6_K 274 and 328.
-template <class Words, int T, int R, int j>
-TKT_INLINE void add_sub_blocks(V::F (&sums)[T][R], const typename Words::Scales (&scales)[R],
-                               const uint8_t* const (&words)[R], const ActivationQ8* const (&act)[T], Prefetch prefetch) {
-  constexpr int kColumn = j * Words::kSubColumns;
+template <class Words, int T, int R, int nibble, int half>
+TKT_INLINE void add_sub_blocks(V::F (&sums)[T][R], const float (*scales)[R][16], const uint8_t* const (&chunk)[R],
+                               const ActivationQ8* const (&act)[T], Prefetch prefetch) {
   V::I dot[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     V::I start = V::set_i(0);
     if constexpr (Words::kOffsetLog2 >= 0) {
-      start = V::template shift_left<Words::kOffsetLog2>(
-          V::broadcast_i(&act[t][kColumn / 32].neg_sum16[kColumn % 32 / 16]));
+      start = V::template shift_left<Words::kOffsetLog2>(V::broadcast_i(&act[t]->neg_sum16[half]));
     }
     TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = start;
   }
   V::I narrow[T][R];
-  add_groups_k<Words, T, R, j, 0>(dot, narrow, words, act, prefetch);
+  add_groups_k<Words, T, R, nibble, half * Words::kSubColumns / 4>(dot, narrow, chunk, act, prefetch);
   TKT_UNROLL for (int r = 0; r < R; ++r) {
-    const V::F scale = V::to_float(scales[r].template scale<j>());
+    const V::F scale = V::load(scales[half][r]);
     TKT_UNROLL for (int t = 0; t < T; ++t) {
-      const V::F of_j = V::to_float(dot[t][r]);
-      sums[t][r] = kColumn % 32 == 0 ? V::mul(of_j, scale) : V::fma(of_j, scale, sums[t][r]);
+      const V::F of_half = V::to_float(dot[t][r]);
+      sums[t][r] = half == 0 ? V::mul(of_half, scale) : V::fma(of_half, scale, sums[t][r]);
     }
   }
-  if constexpr ((kColumn + Words::kSubColumns) % 32 != 0) {
-    add_sub_blocks<Words, T, R, j + 1>(sums, scales, words, act, prefetch);
+  if constexpr ((half + 1) * Words::kSubColumns < 32) {
+    add_sub_blocks<Words, T, R, nibble, half + 1>(sums, scales, chunk, act, prefetch);
   }
 }
 
-template <class Words, int T, int R, int block>
-TKT_INLINE void add_blocks(V::F (&scaled)[T][R], const typename Words::Scales (&scales)[R],
-                           const uint8_t* const (&words)[R], const ActivationQ8* const (&act)[T], Prefetch prefetch) {
-  TKT_UNROLL for (int r = 0; r < R; ++r) {
-    prefetch_burst(words[r], block * Words::kWords / 8, (block + 1) * Words::kWords / 8, prefetch);
-  }
-  V::F sums[T][R];
-  add_sub_blocks<Words, T, R, block * 32 / Words::kSubColumns>(sums, scales, words, act, prefetch);
-  TKT_UNROLL for (int t = 0; t < T; ++t) {
-    const V::F d = V::set_f(act[t][block].d);
-    TKT_UNROLL for (int r = 0; r < R; ++r) scaled[t][r] = V::fma(sums[t][r], d, scaled[t][r]);
-  }
-  if constexpr (block < 7) add_blocks<Words, T, R, block + 1>(scaled, scales, words, act, prefetch);
+// What a tile keeps of a block in memory, so that loops run over chunks where unrolled code would fill the cache of
+// instructions: Q6_K with 4 tokens 45 KB, and most of what a compiler has to do.
+template <class Words, int R>
+struct BlockScales {
+  static constexpr int kHalves = 32 / Words::kSubColumns;
+  alignas(64) float scales[8 * kHalves][R][16];
+  alignas(64) float minima[8][R][16];
+  alignas(64) float d[R][16];
+  alignas(64) float dmin[R][16];
+};
+
+template <class Words, int R, int j>
+TKT_INLINE void store_scales(BlockScales<Words, R>& to, int r, const typename Words::Scales& scales) {
+  V::store(to.scales[j][r], V::to_float(scales.template scale<j>()));
+  if constexpr (Words::Scales::kHasMinima) V::store(to.minima[j][r], scales.template min<j>());
+  if constexpr (j + 1 < 256 / Words::kSubColumns) store_scales<Words, R, j + 1>(to, r, scales);
 }
 
-template <class Scales, int T, int j>
-TKT_INLINE void add_minima(V::F (&minima)[T], const Scales& scales, const ActivationQ8* const (&act)[T]) {
-  const V::F min = scales.template min<j>();
-  TKT_UNROLL for (int t = 0; t < T; ++t) minima[t] = V::fma(min, V::set_f(act[t][j].d_sum), minima[t]);
-  if constexpr (j < 7) add_minima<Scales, T, j + 1>(minima, scales, act);
+// Not inlined: tiles of all sizes share it.
+template <class Words, int R>
+TKT_NOINLINE void read_scales(BlockScales<Words, R>& to, int r, const uint8_t* words, const uint8_t* leading) {
+  typename Words::Scales scales;
+  scales.read(words, leading);
+  V::store(to.d[r], scales.d);
+  if constexpr (Words::Scales::kHasMinima) V::store(to.dmin[r], scales.dmin);
+  store_scales<Words, R, 0>(to, r, scales);
+}
+
+// Blocks of 32 columns from `block` on: low or high nibbles of kRun chunks from `chunk` on.
+template <class Words, int T, int R, int nibble>
+TKT_INLINE void add_run(V::F (&scaled)[T][R], const BlockScales<Words, R>& scales, const uint8_t* const (&words)[R],
+                        const ActivationQ8* const (&act)[T], int chunk, int block, Prefetch prefetch) {
+  constexpr int kChunkBytes = 8 / Words::kSetGroups * Words::kSetWords * 64;
+  for (const int end = block + Words::kRun; block < end; ++block, ++chunk) {
+    const uint8_t* of_chunk[R];
+    TKT_UNROLL for (int r = 0; r < R; ++r) {
+      prefetch_burst(words[r], block * Words::kWords / 8, (block + 1) * Words::kWords / 8, prefetch);
+      of_chunk[r] = words[r] + chunk * kChunkBytes;
+    }
+    const ActivationQ8* of_block[T];
+    TKT_UNROLL for (int t = 0; t < T; ++t) of_block[t] = act[t] + block;
+    V::F sums[T][R];
+    add_sub_blocks<Words, T, R, nibble, 0>(sums, scales.scales + block * scales.kHalves, of_chunk, of_block, prefetch);
+    TKT_UNROLL for (int t = 0; t < T; ++t) {
+      const V::F d = V::set_f(of_block[t]->d);
+      TKT_UNROLL for (int r = 0; r < R; ++r) scaled[t][r] = V::fma(sums[t][r], d, scaled[t][r]);
+    }
+  }
 }
 
 template <class Words, int T, int R>
 TKT_INLINE void dot_tile_k(const DotArgs& args, int token, Prefetch prefetch) {
-  using Scales = typename Words::Scales;
   V::F acc[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     TKT_UNROLL for (int r = 0; r < R; ++r) acc[t][r] = V::zero_f();
   }
+  BlockScales<Words, R> scales;
   for (int64_t b = 0; b < args.blocks; ++b) {
     const uint8_t* words[R];
-    Scales scales[R];
     TKT_UNROLL for (int r = 0; r < R; ++r) {
       words[r] = block_words<Words>(args.panels[r], args.blocks, b);
-      scales[r].read(words[r], block_scales<Words>(args.panels[r], b));
+      read_scales<Words, R>(scales, r, words[r], block_scales<Words>(args.panels[r], b));
     }
     const ActivationQ8* act[T];
     TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -496,15 +327,25 @@ TKT_INLINE void dot_tile_k(const DotArgs& args, int token, Prefetch prefetch) {
     TKT_UNROLL for (int t = 0; t < T; ++t) {
       TKT_UNROLL for (int r = 0; r < R; ++r) scaled[t][r] = V::zero_f();
     }
-    add_blocks<Words, T, R, 0>(scaled, scales, words, act, prefetch);
+    for (int chunk = 0; chunk < 4; chunk += Words::kRun) {
+      add_run<Words, T, R, 0>(scaled, scales, words, act, chunk, 2 * chunk, prefetch);
+      add_run<Words, T, R, 1>(scaled, scales, words, act, chunk, 2 * chunk + Words::kRun, prefetch);
+    }
     TKT_UNROLL for (int r = 0; r < R; ++r) {
-      TKT_UNROLL for (int t = 0; t < T; ++t) acc[t][r] = V::fma(scales[r].d, scaled[t][r], acc[t][r]);
-      // A pass of its own: beside the products, the sums of minima would cost registers that the products need.
-      if constexpr (Scales::kHasMinima) {
+      const V::F d = V::load(scales.d[r]);
+      TKT_UNROLL for (int t = 0; t < T; ++t) acc[t][r] = V::fma(d, scaled[t][r], acc[t][r]);
+    }
+    // A pass of its own: beside the products, the sums of minima would cost registers that the products need.
+    if constexpr (Words::Scales::kHasMinima) {
+      TKT_UNROLL for (int r = 0; r < R; ++r) {
         V::F minima[T];
         TKT_UNROLL for (int t = 0; t < T; ++t) minima[t] = V::zero_f();
-        add_minima<Scales, T, 0>(minima, scales[r], act);
-        TKT_UNROLL for (int t = 0; t < T; ++t) acc[t][r] = V::fnma(scales[r].dmin, minima[t], acc[t][r]);
+        for (int j = 0; j < 8; ++j) {
+          const V::F min = V::load(scales.minima[j][r]);
+          TKT_UNROLL for (int t = 0; t < T; ++t) minima[t] = V::fma(min, V::set_f(act[t][j].d_sum), minima[t]);
+        }
+        const V::F dmin = V::load(scales.dmin[r]);
+        TKT_UNROLL for (int t = 0; t < T; ++t) acc[t][r] = V::fnma(dmin, minima[t], acc[t][r]);
       }
     }
   }
@@ -514,6 +355,12 @@ TKT_INLINE void dot_tile_k(const DotArgs& args, int token, Prefetch prefetch) {
 }
 
 // ---- K-quants times one token: one panel, whose words are each loaded once, in ascending order. ---------------------
+
+template <class Scales, int j>
+TKT_INLINE void add_minima(V::F& minima, const Scales& scales, const ActivationQ8* act) {
+  minima = V::fma(scales.template min<j>(), V::set_f(act[j].d_sum), minima);
+  if constexpr (j < 7) add_minima<Scales, j + 1>(minima, scales, act);
+}
 
 // Groups of a chunk, from `group` to the end of a sub-block; dot[nibble].
 template <class Words, int chunk, int group>
@@ -591,51 +438,29 @@ template <class Words>
 TKT_INLINE void dot_one_panel_k(const uint8_t* panel, int64_t blocks, const uint8_t* activations, float* out,
                                 Prefetch prefetch) {
   using Scales = typename Words::Scales;
-  const ActivationQ8* act[1] = {reinterpret_cast<const ActivationQ8*>(activations)};
+  const ActivationQ8* act = reinterpret_cast<const ActivationQ8*>(activations);
   V::F acc = V::zero_f();
-  for (int64_t b = 0; b < blocks; ++b, act[0] += 8) {
+  for (int64_t b = 0; b < blocks; ++b, act += 8) {
     const uint8_t* words = block_words<Words>(panel, blocks, b);
     if constexpr (Words::kLeadingScales) prefetch_burst(block_scales<Words>(panel, b), 0, 1, prefetch);
-    prefetch_next_activations<1>(act[0], blocks * 256);
+    prefetch_next_activations<1>(act, blocks * 256);
     Scales scales;
     scales.read(words, block_scales<Words>(panel, b));
     TKT_UNROLL for (int word = 0; word < 4; ++word) prefetch_line(words + word * 64, prefetch);
     V::F scaled = V::zero_f();
-    add_chunks<Words, 0>(scaled, scales, words, act[0], prefetch);
-    add_chunks<Words, 2>(scaled, scales, words, act[0], prefetch);
+    add_chunks<Words, 0>(scaled, scales, words, act, prefetch);
+    add_chunks<Words, 2>(scaled, scales, words, act, prefetch);
     acc = V::fma(scales.d, scaled, acc);
     if constexpr (Scales::kHasMinima) {
-      V::F minima[1] = {V::zero_f()};
-      add_minima<Scales, 1, 0>(minima, scales, act);
-      acc = V::fnma(scales.dmin, minima[0], acc);
+      V::F minima = V::zero_f();
+      add_minima<Scales, 0>(minima, scales, act);
+      acc = V::fnma(scales.dmin, minima, acc);
     }
   }
   V::store(out, acc);
 }
 
 // ---- Float types: one fma per column. ------------------------------------------------------------------------------
-
-struct F32Words {
-  static constexpr int kColumns = 1;
-  static constexpr bool kUnpacks = false;
-  static constexpr int kBytes = 64;
-  static constexpr int kPerLineTokens = 0;
-  static V::F weights(const uint8_t* p) { return V::load(reinterpret_cast<const float*>(p)); }
-};
-struct F16Words {
-  static constexpr int kColumns = 1;
-  static constexpr bool kUnpacks = false;
-  static constexpr int kBytes = 32;
-  static constexpr int kPerLineTokens = 0;
-  static V::F weights(const uint8_t* p) { return V::load_f16(p); }
-};
-struct BF16Words {
-  static constexpr int kColumns = 1;
-  static constexpr bool kUnpacks = false;
-  static constexpr int kBytes = 32;
-  static constexpr int kPerLineTokens = 0;
-  static V::F weights(const uint8_t* p) { return V::load_bf16(p); }
-};
 
 template <class Words, int T, int R>
 TKT_INLINE void dot_tile_float(const DotArgs& args, int token, Prefetch prefetch) {

@@ -58,44 +58,50 @@ TKT_INLINE V::I pair_of(V::I low, V::I high) {
   return V::or_i(V::and_i(low, V::set_i(0xffff)), V::template shift_left<16>(high));
 }
 
-template <class Words, int R, int j, int group>
-TKT_INLINE void unpack_groups(UnpackedBlock<R>& unpacked, int r, const uint8_t* words,
-                              const typename Words::Scales& scales) {
-  constexpr int kColumn = j * Words::kSubColumns + 4 * group;
+// Groups of 4 columns of both blocks of a chunk, to where a block's first group of this panel stands.
+template <class Words, int R, int group>
+TKT_INLINE void unpack_groups(uint8_t* low, uint8_t* high, const uint8_t* chunk) {
+  const uint8_t* set = set_of<Words>(chunk, 0, group);
+  V::store_i(low + group * R * 64, Words::template weights<2 * (group % Words::kSetGroups)>(set));
+  V::store_i(high + group * R * 64, Words::template weights<2 * (group % Words::kSetGroups) + 1>(set));
+  if constexpr (group < 7) unpack_groups<Words, R, group + 1>(low, high, chunk);
+}
+
+template <class Words, int R, int j>
+TKT_INLINE void unpack_scales(UnpackedBlock<R>& unpacked, int r, const typename Words::Scales& scales) {
+  constexpr int kColumn = j * Words::kSubColumns;
   constexpr int kBlock = kColumn / 32;
-  V::store_i(unpacked.weights[kBlock][kColumn % 32 / 4][r], weights_of<Words, kBlock, kColumn % 32 / 4>(words));
-  if constexpr (group == 0) {
-    const V::I scale = scales.template scale<j>();
-    uint8_t* place = unpacked.scales[kBlock][kColumn % 32 / 16][r];
-    if constexpr (V::kFoldsScales) {
-      V::store_i(place, pair_of(scale, scale));
-      if constexpr (Words::kOffsetLog2 >= 0 && kColumn % 32 == 0) {
-        constexpr int kOffsetLog2 = Words::kOffsetLog2;
-        V::store_i(unpacked.offset_scales[kBlock][r],
-                   pair_of(V::template shift_left<kOffsetLog2>(scale),
-                           V::template shift_left<kOffsetLog2>(scales.template scale<j + 1>())));
-      }
-    } else {
-      store_float(place, V::to_float(scale));
+  const V::I scale = scales.template scale<j>();
+  uint8_t* place = unpacked.scales[kBlock][kColumn % 32 / 16][r];
+  if constexpr (V::kFoldsScales) {
+    V::store_i(place, pair_of(scale, scale));
+    if constexpr (Words::kOffsetLog2 >= 0 && kColumn % 32 == 0) {
+      constexpr int kOffsetLog2 = Words::kOffsetLog2;
+      V::store_i(unpacked.offset_scales[kBlock][r],
+                 pair_of(V::template shift_left<kOffsetLog2>(scale),
+                         V::template shift_left<kOffsetLog2>(scales.template scale<j + 1>())));
     }
-    if constexpr (Words::Scales::kHasMinima) V::store(unpacked.minima[j][r], scales.template min<j>());
+  } else {
+    store_float(place, V::to_float(scale));
   }
-  if constexpr (group + 1 < Words::kSubColumns / 4) {
-    unpack_groups<Words, R, j, group + 1>(unpacked, r, words, scales);
-  } else if constexpr (kColumn + 4 < 256) {
-    unpack_groups<Words, R, j + 1, 0>(unpacked, r, words, scales);
-  }
+  if constexpr (Words::Scales::kHasMinima) V::store(unpacked.minima[j][r], scales.template min<j>());
+  if constexpr (kColumn + Words::kSubColumns < 256) unpack_scales<Words, R, j + 1>(unpacked, r, scales);
 }
 
 template <class Words, int R>
-static inline void unpack_block(const DotArgs& args, int64_t block, UnpackedBlock<R>& unpacked) {
+TKT_NOINLINE void unpack_block(const DotArgs& args, int64_t block, UnpackedBlock<R>& unpacked) {
+  constexpr int kChunkBytes = 8 / Words::kSetGroups * Words::kSetWords * 64;
   for (int r = 0; r < R; ++r) {
     const uint8_t* words = block_words<Words>(args.panels[r], args.blocks, block);
     typename Words::Scales scales;
     scales.read(words, block_scales<Words>(args.panels[r], block));
     V::store(unpacked.d[r], scales.d);
     if constexpr (Words::Scales::kHasMinima) V::store(unpacked.dmin[r], scales.dmin);
-    unpack_groups<Words, R, 0, 0>(unpacked, r, words, scales);
+    unpack_scales<Words, R, 0>(unpacked, r, scales);
+    for (int chunk = 0; chunk < 4; ++chunk) {
+      unpack_groups<Words, R, 0>(unpacked.weights[Words::block_of(chunk, 0)][0][r],
+                                 unpacked.weights[Words::block_of(chunk, 1)][0][r], words + chunk * kChunkBytes);
+    }
   }
 }
 
@@ -168,7 +174,7 @@ TKT_INLINE void add_unpacked_block(V::F (&sums)[T][R], const UnpackedBlock<R>& u
 }
 
 template <class Words, int T, int R>
-static inline void dot_tile_unpacked_k(const UnpackedBlock<R>& unpacked, const DotArgs& args, int64_t block,
+TKT_NOINLINE void dot_tile_unpacked_k(const UnpackedBlock<R>& unpacked, const DotArgs& args, int64_t block,
                                        int token) {
   const ActivationQ8* act[T];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -235,7 +241,7 @@ static inline void unpack_blocks_32(const DotArgs& args, int64_t block, int coun
 }
 
 template <class Words, int T, int R>
-static inline void dot_tile_unpacked_32(const UnpackedBlock<R>& unpacked, const DotArgs& args, int64_t block, int count,
+TKT_NOINLINE void dot_tile_unpacked_32(const UnpackedBlock<R>& unpacked, const DotArgs& args, int64_t block, int count,
                                         int token) {
   const ActivationQ8* act[T];
   V::F acc[T][R];

@@ -201,15 +201,13 @@ void merge_split(const float* split, int latent_dim, int first, int count, float
 
 }  // namespace
 
+#define TKT_DOT(name) dot<WeightType::k##name>,
+#define TKT_GEMV(name) gemv<WeightType::k##name>,
 extern const KernelTable kTable = {
     "scalar",
     0,
-    {dot<WeightType::kF32>, dot<WeightType::kF16>, dot<WeightType::kBF16>, dot<WeightType::kQ4_0>,
-     dot<WeightType::kQ5_0>, dot<WeightType::kQ8_0>, dot<WeightType::kQ4_K>, dot<WeightType::kQ5_K>,
-     dot<WeightType::kQ6_K>},
-    {gemv<WeightType::kF32>, gemv<WeightType::kF16>, gemv<WeightType::kBF16>, gemv<WeightType::kQ4_0>,
-     gemv<WeightType::kQ5_0>, gemv<WeightType::kQ8_0>, gemv<WeightType::kQ4_K>, gemv<WeightType::kQ5_K>,
-     gemv<WeightType::kQ6_K>},
+    {TKT_WEIGHT_TYPES(TKT_DOT)},
+    {TKT_WEIGHT_TYPES(TKT_GEMV)},
     quantize_q8,
     rms_norm,
     swiglu,

@@ -1,13 +1,14 @@
-// The one symbol an ISA file exports. Included last, inside the ISA's namespace; TKT_ISA_NAME and TKT_ISA_FEATURES are
-// set by the ISA file.
+// The table of an ISA. Included last, inside the ISA's namespace; TKT_ISA_NAME and TKT_ISA_FEATURES are set by its header.
 
+#include "kernels/products-inl.h"
+
+#define TKT_DOT(name) Products<WeightType::k##name>::dot,
+#define TKT_GEMV(name) Products<WeightType::k##name>::gemv,
 extern const KernelTable kTable = {
     TKT_ISA_NAME,
     TKT_ISA_FEATURES,
-    {dot<F32Words>, dot<F16Words>, dot<BF16Words>, dot<Q4_0Words>, dot<Q5_0Words>, dot<Q8_0Words>, dot<Q4_KWords>,
-     dot<Q5_KWords>, dot<Q6_KWords>},
-    {gemv<F32Words>, gemv<F16Words>, gemv<BF16Words>, gemv<Q4_0Words>, gemv<Q5_0Words>, gemv<Q8_0Words>,
-     gemv<Q4_KWords>, gemv<Q5_KWords>, gemv<Q6_KWords>},
+    {TKT_WEIGHT_TYPES(TKT_DOT)},
+    {TKT_WEIGHT_TYPES(TKT_GEMV)},
     quantize_q8,
     rms_norm,
     swiglu,

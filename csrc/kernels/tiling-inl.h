@@ -39,17 +39,27 @@ static void gemv(const GemvArgs& args) {
 // ---- Few tokens: in as few tiles as there can be, which share the tokens evenly (7 = 3 + 4, so that none has just one and
 // unpacks weights for it alone). Only the first prefetches: the others find the panels in L2. -------------------------------
 
-// The smallest tile that holds `tokens`. Per line `prefetch` must be a constant: a branch at each line costs what it gives.
+// A function of its own for each size: compilers take far longer over one that holds them all. Per line is a constant, because a
+// branch at each line costs what prefetching gives.
+template <class Words, int T, int R>
+TKT_NOINLINE void dot_tile_per_line(const DotArgs& args, int token) {
+  dot_tile<Words, T, R>(args, token, Prefetch::kPerLine);
+}
+template <class Words, int T, int R>
+TKT_NOINLINE void dot_tile_otherwise(const DotArgs& args, int token, bool bursts) {
+  dot_tile<Words, T, R>(args, token, bursts ? Prefetch::kBursts : Prefetch::kHardware);
+}
+
+// The smallest tile that holds `tokens`.
 template <class Words, int R, int T>
-TKT_INLINE void dot_few_tile(const DotArgs& args, int token, int tokens, Prefetch prefetch) {
+static void dot_few_tile(const DotArgs& args, int token, int tokens, Prefetch prefetch) {
   if constexpr (T > 2) {
     if (tokens < T) return dot_few_tile<Words, R, T - 1>(args, token, tokens, prefetch);
   }
-  if (T <= Words::kPerLineTokens && prefetch == Prefetch::kPerLine) {
-    dot_tile<Words, T, R>(args, token, Prefetch::kPerLine);
-  } else {
-    dot_tile<Words, T, R>(args, token, prefetch == Prefetch::kBursts ? Prefetch::kBursts : Prefetch::kHardware);
+  if constexpr (T <= Words::kPerLineTokens) {
+    if (prefetch == Prefetch::kPerLine) return dot_tile_per_line<Words, T, R>(args, token);
   }
+  dot_tile_otherwise<Words, T, R>(args, token, prefetch == Prefetch::kBursts);
 }
 
 template <class Words, int R>

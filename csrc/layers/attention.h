@@ -2,8 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <vector>
 
 #include "layers/cache.h"
+#include "layers/packed_matrix.h"
 
 namespace tkt {
 
@@ -26,12 +29,11 @@ class Attention {
  public:
   explicit Attention(const AttentionShape& shape) : shape_(shape) {}
   virtual ~Attention() = default;
-
-  virtual std::vector<std::shared_ptr<PackedMatrix>> matrices() const = 0;
   Attention(const Attention&) = delete;
   Attention& operator=(const Attention&) = delete;
 
   const AttentionShape& shape() const { return shape_; }
+  virtual std::vector<std::shared_ptr<PackedMatrix>> matrices() const = 0;
 
   // rows = what goes into the cache for the tokens of `in`.
   virtual void project_keys(const LayerInput& in, const CacheRows& rows) const = 0;

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import transformers_kt._C as _C
 from tiny_examples import Example, make_example
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import transformers_kt._C as _C
 from transformers_kt.integration import tune_prefetch
 from transformers_kt.modules.base import KtModule
 

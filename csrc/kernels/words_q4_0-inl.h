@@ -1,0 +1,19 @@
+// Q4_0 (formats/block_formats.h).
+
+struct Q4_0Words {
+  static constexpr int kColumns = 32;
+  static constexpr bool kUnpacks = V::kUnpacks32Wide;
+  static constexpr bool kLeadingScales = true;
+  static constexpr int kWords = 4;
+  static constexpr int kNarrowGroups = 8;  // 8 * 2 * 15 * 127 = 30,480
+  static constexpr int kOffsetLog2 = 3;
+  static constexpr int kPerLineTokens = 2;
+  static constexpr int kUnpackTokensOf16Registers = 12;
+  static constexpr int group_at(int position) { return position / 2 + position % 2 * 4; }
+  template <int position>
+  static V::I weights(const uint8_t* words) {
+    return four_bits<position % 2>(words + position / 2 * 64);
+  }
+};
+
+#define TKT_TYPES_OF_FILE(X) X(Q4_0)

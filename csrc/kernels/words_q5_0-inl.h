@@ -1,0 +1,19 @@
+// Q5_0 (formats/block_formats.h).
+
+struct Q5_0Words {
+  static constexpr int kColumns = 32;
+  static constexpr bool kUnpacks = V::kUnpacks32Wide;
+  static constexpr bool kLeadingScales = true;
+  static constexpr int kWords = 5;
+  static constexpr int kNarrowGroups = 4;  // 4 * 2 * 31 * 127 = 31,496
+  static constexpr int kOffsetLog2 = 4;
+  static constexpr int kPerLineTokens = 2;
+  static constexpr int kUnpackTokensOf16Registers = 7;
+  static constexpr int group_at(int position) { return position / 2 + position % 2 * 4; }
+  template <int position>
+  static V::I weights(const uint8_t* words) {
+    return five_bits<position>(words);
+  }
+};
+
+#define TKT_TYPES_OF_FILE(X) X(Q5_0)
