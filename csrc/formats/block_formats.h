@@ -1,68 +1,11 @@
-// GGUF weight blocks (bit layouts as defined by ggml), the panel layout they are packed into, and the quantized
-// activations they are multiplied with. Every fact about a type stands here once.
+// The types of weights that have kernels, the panel layout that they are packed into, and the quantized activations that they
+// are multiplied with. What the bits of a block mean is in <type>.h.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 namespace tkt {
-
-// ---- GGUF blocks: little-endian, rows of blocks without gaps. f16 scales are kept as raw bits. ----------------------
-
-// 32 weights, 4.5 bits each: w = d * (q - 8). qs[i]: low nibble = weight i, high nibble = weight i + 16.
-struct BlockQ4_0 {
-  uint16_t d;
-  uint8_t qs[16];
-};
-static_assert(sizeof(BlockQ4_0) == 18, "ggml block size");
-
-// 32 weights, 5.5 bits each: w = d * (q - 16). Bit i of qh is bit 4 of weight i; qs as in Q4_0.
-struct BlockQ5_0 {
-  uint16_t d;
-  uint8_t qh[4];
-  uint8_t qs[16];
-};
-static_assert(sizeof(BlockQ5_0) == 22, "ggml block size");
-
-// 32 weights, 8.5 bits each: w = d * q.
-struct BlockQ8_0 {
-  uint16_t d;
-  int8_t qs[32];
-};
-static_assert(sizeof(BlockQ8_0) == 34, "ggml block size");
-
-// 256 weights in 8 sub-blocks of 32, 4.5 bits each: w = d * sc[j] * q - dmin * m[j].
-// scales: 8 pairs (sc, m) of 6 bits: bytes 0-3 hold sc[0..3], bytes 4-7 m[0..3] in their low 6 bits; bytes 8-11 hold the
-// low 4 bits of sc[4..7] and m[4..7]; their upper 2 bits sit in the top of bytes 0-3 and 4-7.
-// qs: 4 chunks of 32 bytes; chunk c: low nibbles = sub-block 2c, high nibbles = sub-block 2c + 1.
-struct BlockQ4_K {
-  uint16_t d;
-  uint16_t dmin;
-  uint8_t scales[12];
-  uint8_t qs[128];
-};
-static_assert(sizeof(BlockQ4_K) == 144, "ggml block size");
-
-// As Q4_K with a fifth bit, 5.5 bits each: bit j of qh[i] is bit 4 of weight i of sub-block j.
-struct BlockQ5_K {
-  uint16_t d;
-  uint16_t dmin;
-  uint8_t scales[12];
-  uint8_t qh[32];
-  uint8_t qs[128];
-};
-static_assert(sizeof(BlockQ5_K) == 176, "ggml block size");
-
-// 256 weights in 16 sub-blocks of 16, 6.5625 bits each: w = d * scales[j] * (q - 32).
-// Per half of 128 weights: ql[64] holds the low 4 bits (weights l and l + 64 share byte l), qh[32] the upper 2 bits of
-// weights l, l + 32, l + 64, l + 96 in bits 0-1, 2-3, 4-5, 6-7 of byte l.
-struct BlockQ6_K {
-  uint8_t ql[128];
-  uint8_t qh[64];
-  int8_t scales[16];
-  uint16_t d;
-};
-static_assert(sizeof(BlockQ6_K) == 210, "ggml block size");
 
 // ---- Activations, quantized once per token ------------------------------------------------------------------------
 
@@ -114,7 +57,16 @@ inline int64_t activation_row_bytes(ActivationFormat format, int64_t cols) {
 constexpr int kPanelRows = 16;
 
 // Every type with kernels, once: what has an entry a type is made from this list, so that entry i belongs to type i.
-#define TKT_WEIGHT_TYPES(X) X(F32) X(F16) X(BF16) X(Q4_0) X(Q5_0) X(Q8_0) X(Q4_K) X(Q5_K) X(Q6_K)
+#define TKT_FLOAT_TYPES(X) X(F32) X(F16) X(BF16)
+#define TKT_UNIT_TYPES(X) X(Q4_0) X(Q5_0) X(Q8_0) X(Q4_K) X(Q5_K) X(Q6_K)
+// Those whose blocks stand whole in a panel, the 16 rows' one after the other (kernels/words_rows-inl.h).
+// clang-format off
+#define TKT_ROW_TYPES(X)                                                                                             \
+  X(Q4_1) X(Q5_1) X(Q2_K) X(Q3_K) X(IQ4_NL) X(IQ4_XS) X(MXFP4) X(IQ3_S) X(IQ3_XXS) X(IQ2_S) X(IQ2_XS) X(IQ2_XXS)     \
+  X(IQ1_S) X(IQ1_M) X(TQ1_0) X(TQ2_0) X(NVFP4)
+// clang-format on
+#define TKT_QUANTIZED_TYPES(X) TKT_UNIT_TYPES(X) TKT_ROW_TYPES(X)
+#define TKT_WEIGHT_TYPES(X) TKT_FLOAT_TYPES(X) TKT_QUANTIZED_TYPES(X)
 
 #define TKT_ENUMERATOR(name) k##name,
 enum class WeightType : int { TKT_WEIGHT_TYPES(TKT_ENUMERATOR) };
@@ -130,10 +82,12 @@ struct WeightTypeInfo {
   int block_elements;  // columns per block
   int block_bytes;     // bytes per block of one row
   int unit_offset;     // where the units start in a block
-  int unit_bytes;      // 2 or 4
+  int unit_bytes;      // 2 or 4, or the whole block
   int unit_count;      // per block
   int scale_offset;    // where the f16 scale stands in a block that has units beside it; -1: it is part of a unit
   ActivationFormat activation;
+
+  constexpr bool whole_blocks() const { return unit_count == 1 && block_elements > 1; }
 };
 
 constexpr WeightTypeInfo kWeightTypeInfos[kWeightTypes] = {
@@ -146,6 +100,23 @@ constexpr WeightTypeInfo kWeightTypeInfos[kWeightTypes] = {
     {WeightType::kQ4_K, "Q4_K", 12, 256, 144, 0, 4, 36, -1, ActivationFormat::kQ8},
     {WeightType::kQ5_K, "Q5_K", 13, 256, 176, 0, 4, 44, -1, ActivationFormat::kQ8},
     {WeightType::kQ6_K, "Q6_K", 14, 256, 210, 0, 4, 52, 208, ActivationFormat::kQ8},
+    {WeightType::kQ4_1, "Q4_1", 3, 32, 20, 0, 20, 1, -1, ActivationFormat::kQ8},
+    {WeightType::kQ5_1, "Q5_1", 7, 32, 24, 0, 24, 1, -1, ActivationFormat::kQ8},
+    {WeightType::kQ2_K, "Q2_K", 10, 256, 84, 0, 84, 1, -1, ActivationFormat::kQ8},
+    {WeightType::kQ3_K, "Q3_K", 11, 256, 110, 0, 110, 1, -1, ActivationFormat::kQ8},
+    {WeightType::kIQ4_NL, "IQ4_NL", 20, 32, 18, 0, 18, 1, -1, ActivationFormat::kQ8},
+    {WeightType::kIQ4_XS, "IQ4_XS", 23, 256, 136, 0, 136, 1, -1, ActivationFormat::kQ8},
+    {WeightType::kMXFP4, "MXFP4", 39, 32, 17, 0, 17, 1, -1, ActivationFormat::kQ8},
+    {WeightType::kIQ3_S, "IQ3_S", 21, 256, 110, 0, 110, 1, -1, ActivationFormat::kQ8},
+    {WeightType::kIQ3_XXS, "IQ3_XXS", 18, 256, 98, 0, 98, 1, -1, ActivationFormat::kQ8},
+    {WeightType::kIQ2_S, "IQ2_S", 22, 256, 82, 0, 82, 1, -1, ActivationFormat::kQ8},
+    {WeightType::kIQ2_XS, "IQ2_XS", 17, 256, 74, 0, 74, 1, -1, ActivationFormat::kQ8},
+    {WeightType::kIQ2_XXS, "IQ2_XXS", 16, 256, 66, 0, 66, 1, -1, ActivationFormat::kQ8},
+    {WeightType::kIQ1_S, "IQ1_S", 19, 256, 50, 0, 50, 1, -1, ActivationFormat::kQ8},
+    {WeightType::kIQ1_M, "IQ1_M", 29, 256, 56, 0, 56, 1, -1, ActivationFormat::kQ8},
+    {WeightType::kTQ1_0, "TQ1_0", 34, 256, 54, 0, 54, 1, -1, ActivationFormat::kQ8},
+    {WeightType::kTQ2_0, "TQ2_0", 35, 256, 66, 0, 66, 1, -1, ActivationFormat::kQ8},
+    {WeightType::kNVFP4, "NVFP4", 40, 64, 36, 0, 36, 1, -1, ActivationFormat::kQ8},
 };
 
 constexpr const WeightTypeInfo& info_of(WeightType type) { return kWeightTypeInfos[static_cast<int>(type)]; }

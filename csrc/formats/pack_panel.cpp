@@ -75,6 +75,15 @@ void pack_blocks(const uint8_t* source, int64_t blocks, uint8_t* panel) {
   }
 }
 
+void pack_whole_blocks(const WeightTypeInfo& info, const uint8_t* source, int64_t blocks, uint8_t* panel) {
+  const size_t bytes = static_cast<size_t>(info.block_bytes);
+  for (int64_t b = 0; b < blocks; ++b) {
+    for (int lane = 0; lane < kPanelRows; ++lane, panel += bytes) {
+      std::memcpy(panel, source + (lane * blocks + b) * info.block_bytes, bytes);
+    }
+  }
+}
+
 // Types of one column to a block: as many columns of as many rows as fill a word are transposed. F32, as above: 1.3 and 5.1;
 // with touch() 3.6.
 template <typename Value>
@@ -117,18 +126,14 @@ void pack_panel(const WeightTypeInfo& info, const uint8_t* source, int rows, int
     case WeightType::kF16:
     case WeightType::kBF16:
       return pack_columns<uint16_t>(source, blocks, panel);
-    case WeightType::kQ4_0:
-      return pack_blocks<WeightType::kQ4_0>(source, blocks, panel);
-    case WeightType::kQ5_0:
-      return pack_blocks<WeightType::kQ5_0>(source, blocks, panel);
-    case WeightType::kQ8_0:
-      return pack_blocks<WeightType::kQ8_0>(source, blocks, panel);
-    case WeightType::kQ4_K:
-      return pack_blocks<WeightType::kQ4_K>(source, blocks, panel);
-    case WeightType::kQ5_K:
-      return pack_blocks<WeightType::kQ5_K>(source, blocks, panel);
-    case WeightType::kQ6_K:
-      return pack_blocks<WeightType::kQ6_K>(source, blocks, panel);
+#define TKT_CASE(name)      \
+  case WeightType::k##name: \
+    return pack_blocks<WeightType::k##name>(source, blocks, panel);
+      TKT_UNIT_TYPES(TKT_CASE)
+#undef TKT_CASE
+#define TKT_CASE(name) case WeightType::k##name:
+      TKT_ROW_TYPES(TKT_CASE)
+      return pack_whole_blocks(info, source, blocks, panel);
   }
 }
 

@@ -10,6 +10,7 @@
 namespace tkt {
 
 constexpr int kMostUnits = 52;  // of a block, in Q6_K
+constexpr int kMostBlockBytes = 210;
 
 inline int64_t row_bytes(const WeightTypeInfo& info, int64_t cols) {
   return cols / info.block_elements * info.block_bytes;
@@ -175,6 +176,10 @@ inline void units_of_file(const uint32_t* placed, uint32_t* units) {
 inline void read_block(const WeightTypeInfo& info, const uint8_t* panel, int64_t blocks, int64_t block, int lane,
                        uint8_t* out) {
   const uint8_t* from = panel + units_position(info, blocks, block) + lane * info.unit_bytes;
+  if (info.whole_blocks()) {
+    std::memcpy(out, from, static_cast<size_t>(info.block_bytes));
+    return;
+  }
   uint32_t placed[kMostUnits];  // of 4 bytes; those of 2 stand alone
   uint32_t units[kMostUnits];
   for (int u = 0; u < info.unit_count; ++u) {

@@ -2,6 +2,7 @@
 
 #include <immintrin.h>
 
+#include "formats/unpack_rows.h"
 #include "kernels/exp_constants.h"
 #include "kernels/kernel_table.h"
 #include "kernels/macros-inl.h"

@@ -7,6 +7,7 @@
 #include "formats/f16.h"
 #include "formats/panel_layout.h"
 #include "formats/row_decoder.h"
+#include "formats/unpack_rows.h"
 #include "kernels/exp_constants.h"
 #include "kernels/kernel_table.h"
 
@@ -25,39 +26,65 @@ int sum_of(const int8_t* values, int n) {
   return sum;
 }
 
+// `product` of sub-blocks of 16 or 32 columns in the activation block of 32 that starts at `column`, times their scales.
+float scaled_products(const DecodedBlock& w, int column, const ActivationQ8& a) {
+  float sum = 0.0f;
+  const int columns = w.sub_columns < 32 ? w.sub_columns : 32;
+  for (int i = 0; i < 32; i += columns) {
+    const float product = static_cast<float>(sum_of_products(w.q + column + i, a.q + i, columns));
+    const float scale = w.scale[(column + i) / w.sub_columns];
+    sum = i == 0 ? product * scale : std::fma(product, scale, sum);
+  }
+  return sum;
+}
+
 float add_k_quant(const DecodedBlock& w, const ActivationQ8* a, float acc) {
-  const int columns = 256 / w.sub_blocks;
+  const bool has_minima = w.sub_columns == 32;
   float scaled = 0.0f;
   float minima = 0.0f;
   for (int block = 0; block < 8; ++block) {
-    int product = 0;
-    for (int column = block * 32; column < (block + 1) * 32; column += columns) {
-      product += w.scale[column / columns] * sum_of_products(w.q + column, a[block].q + column % 32, columns);
-    }
-    scaled = std::fma(static_cast<float>(product), a[block].d, scaled);
-    if (w.sub_blocks == 8) minima = std::fma(static_cast<float>(w.min[block]), a[block].d_sum, minima);
+    scaled = std::fma(scaled_products(w, block * 32, a[block]), a[block].d, scaled);
+    if (has_minima) minima = std::fma(w.min[block], a[block].d_sum, minima);
   }
   acc = std::fma(w.d, scaled, acc);
-  return w.sub_blocks == 8 ? std::fma(-w.dmin, minima, acc) : acc;
+  return has_minima ? std::fma(-w.dmin, minima, acc) : acc;
 }
 
 float add_32(const DecodedBlock& w, const ActivationQ8& a, float acc) {
   return std::fma(w.d * a.d, static_cast<float>(sum_of_products(w.q, a.q, 32)), acc);
 }
 
+// As kernel_table.h has it for types whose blocks stand whole in a panel.
+float add_whole_block(const DecodedBlock& w, const ActivationQ8* a, int blocks, bool minima_too, float acc) {
+  float scaled = 0.0f;
+  float minima = 0.0f;
+  for (int block = 0; block < blocks; ++block) {
+    scaled = std::fma(scaled_products(w, block * 32, a[block]), a[block].d, scaled);
+    const float* min = w.min + block * 32 / w.sub_columns;
+    float of_halves = min[0] * static_cast<float>(a[block].neg_sum16[0]);
+    of_halves = std::fma(min[w.sub_columns < 32 ? 1 : 0], static_cast<float>(a[block].neg_sum16[1]), of_halves);
+    minima = std::fma(of_halves, a[block].d, minima);
+  }
+  acc = std::fma(w.d, scaled, acc);
+  return minima_too ? std::fma(w.dmin, minima, acc) : acc;
+}
+
 float dot_row(WeightType type, const uint8_t* panel, int64_t blocks, int lane, const uint8_t* activations) {
   const WeightTypeInfo& info = info_of(type);
   float acc = 0.0f;
   for (int64_t b = 0; b < blocks; ++b) {
-    uint8_t block[sizeof(BlockQ6_K)];
+    uint8_t block[kMostBlockBytes];
     read_block(info, panel, blocks, b, lane, block);
     if (info.activation == ActivationFormat::kF32) {
       acc = std::fma(decode_float(type, block), reinterpret_cast<const float*>(activations)[b], acc);
       continue;
     }
     const ActivationQ8* a = reinterpret_cast<const ActivationQ8*>(activations) + b * info.block_elements / 32;
-    const DecodedBlock w = decode_block(type, block);
-    acc = info.block_elements == 256 ? add_k_quant(w, a, acc) : add_32(w, *a, acc);
+    DecodedBlock w;
+    decode_block(type, block, w);
+    acc = info.whole_blocks()          ? add_whole_block(w, a, info.block_elements / 32, has_minima(type), acc)
+          : info.block_elements == 256 ? add_k_quant(w, a, acc)
+                                       : add_32(w, *a, acc);
   }
   return acc;
 }

@@ -13,7 +13,13 @@ import transformers_kt._C as _C
 TYPES = {name: (number, elements, nbytes) for name, number, elements, nbytes in _C.weight_types()}
 VECTOR_ISAS = [isa for isa in _C.supported_isas() if isa != "scalar"]
 FLOAT_TYPES = ("F32", "F16", "BF16")
-SCALE_OFFSETS = {"Q4_0": [0], "Q5_0": [0], "Q8_0": [0], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+SCALE_OFFSETS = {  # where f16 scales stand in a block
+    **{name: [0] for name in ("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS")},
+    **{name: [0] for name in ("IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S")},
+    **{name: [0, 2] for name in ("Q4_K", "Q5_K", "Q4_1", "Q5_1")},
+    **{"Q2_K": [80, 82], "Q3_K": [108], "Q6_K": [208], "TQ1_0": [52], "TQ2_0": [64]},
+    **{"IQ1_M": [], "MXFP4": [], "NVFP4": []},  # in parts; E8M0; E4M3, always finite
+}
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +40,21 @@ def random_blocks(name: str, rows: int, cols: int, seed: int = 0) -> np.ndarray:
         values = rng.standard_normal((rows, cols)).astype(np.float32)
         return gguf.quants.quantize(values, gguf_type(name)).view(np.uint8).reshape(rows, -1)
     blocks = rng.integers(0, 256, (rows, cols // elements, nbytes), dtype=np.uint8)
-    for offset in SCALE_OFFSETS[name]:
-        scales = rng.uniform(-0.02, 0.02, blocks.shape[:2]).astype(np.float16)
-        blocks[..., offset : offset + 2] = scales[..., None].view(np.uint8)
+    set_finite_scales(name, blocks, rng)
     return blocks.reshape(rows, -1)
+
+
+def set_finite_scales(name: str, blocks: np.ndarray, rng: np.random.Generator) -> None:
+    """Small scales in ``blocks`` uint8 (rows, blocks, block bytes), in which everything else stays as it is."""
+    scales = rng.uniform(-0.02, 0.02, (*blocks.shape[:2], 2)).astype(np.float16)
+    for i, offset in enumerate(SCALE_OFFSETS[name]):
+        blocks[..., offset : offset + 2] = scales[..., i : i + 1].view(np.uint8)
+    if name == "MXFP4":
+        blocks[..., 0] = rng.integers(110, 125, blocks.shape[:2])
+    if name == "IQ1_M":  # a nibble of the f16 in the upper bits of each of 4 words
+        bits = scales[..., 0].view(np.uint16)
+        for i in range(4):
+            blocks[..., 49 + 2 * i] = blocks[..., 49 + 2 * i] & 0x0F | ((bits >> (4 * i) & 15) << 4).astype(np.uint8)
 
 
 def packed(name: str, data: np.ndarray, cols: int) -> _C.PackedMatrix:
@@ -178,22 +195,46 @@ def assert_equal_to_scalar(isa: str, name: str, tokens: int, cols: int, prefetch
 
 @pytest.mark.parametrize("isa", VECTOR_ISAS)
 @pytest.mark.parametrize("name", [n for n in TYPES if n not in FLOAT_TYPES])
-def test_extreme_bytes_do_not_saturate(isa: str, name: str) -> None:
+@pytest.mark.parametrize("fill", [0, 128, 255])
+def test_extreme_bytes_do_not_saturate(isa: str, name: str, fill: int) -> None:
     """vpmaddubsw saturates where a pair of byte products passes 32,767: largest quants against 127 and -127."""
     cols = 512
     data = random_blocks(name, 16, cols)
     blocks = data.reshape(16, -1, TYPES[name][2])
-    if name == "Q6_K":
-        blocks[..., :192] = 255
+    blocks[...] = fill
+    if name == "Q6_K" and fill == 255:
         blocks[..., 192:208] = 128  # scale -128
-    else:
-        blocks[..., 2 * len(SCALE_OFFSETS[name]) :] = 128 if name == "Q8_0" else 255
+    set_finite_scales(name, blocks, np.random.default_rng(0))
     matrix = packed(name, data, cols)
-    for x in (np.full((1, cols), 127, np.float32), np.full((1, cols), -127, np.float32)):
+    for x in (np.full((1, cols), 127, np.float32), np.full((5, cols), -127, np.float32)):
         _C.select_isa("scalar")
         expected = multiply(matrix, x)
         _C.select_isa(isa)
         np.testing.assert_array_equal(multiply(matrix, x), expected)
+
+
+def test_every_type_that_the_gguf_package_dequantizes_has_a_kernel() -> None:
+    floats = {gguf.GGMLQuantizationType[name] for name in FLOAT_TYPES}
+    dequantized = {number for number, quant in gguf.quants._type_traits.items() if can_dequantize(quant)}
+    assert {gguf_type(name) for name in TYPES} == dequantized | floats
+
+
+def can_dequantize(quant: type) -> bool:
+    return "dequantize_blocks" in vars(quant)
+
+
+@pytest.mark.parametrize("name", ["MXFP4", "NVFP4"])
+def test_every_scale_of_one_byte_is_decoded_as_the_gguf_package_does(name: str) -> None:
+    """E8M0 from denormal to infinite products, E4M3 with what is no number."""
+    number, elements, nbytes = TYPES[name]
+    data = np.random.default_rng(6).integers(0, 256, (256, nbytes), dtype=np.uint8)
+    scales = 1 if name == "MXFP4" else 4
+    data[:, :scales] = np.arange(256)[:, None]
+    with np.errstate(over="ignore"):
+        expected = gguf.quants.dequantize(data, gguf_type(name))
+    got = np.empty((256, elements), np.float32)
+    _C.dequantize(number, data.reshape(-1), got)
+    np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.usefixtures("eight_cpus")
@@ -218,7 +259,7 @@ def test_thread_count_and_batch_do_not_change_a_bit(isa: str, name: str) -> None
 
 
 @pytest.mark.parametrize("isa", VECTOR_ISAS)
-@pytest.mark.parametrize("name", ["Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K", "Q6_K", "Q2_K", "IQ2_XXS", "Q5_1"])
 def test_however_tokens_divide_into_tiles_each_gets_the_same_bits(isa: str, name: str) -> None:
     """From 6 tokens on K-quants are unpacked once for all of them, in tiles of two sizes."""
     matrix = packed(name, random_blocks(name, 37, 512), 512)

@@ -13,6 +13,7 @@ from transformers_kt.families.deepseek.outline import OUTLINE, V2, V3
 from transformers_kt.families.tree import TORCH_CLASSES, ModuleNode
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 from transformers_kt.modules import MODULES
+from transformers_kt.planning import operations
 from transformers_kt.planning.operations import OPERATIONS
 
 USUAL: dict[str, Any] = {
@@ -83,7 +84,8 @@ def test_a_linear_layer_with_a_bias_is_refused() -> None:
         OPERATIONS["linear_cpu"].require_supported(node, config(), "head")
 
 
-def test_matrices_need_kernels_but_those_that_are_dequantized() -> None:
+def test_matrices_need_kernels_but_those_that_are_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(operations.KERNEL_TYPES, int(GgmlType.Q2_K))
     unpacked = tensor(GgmlType.Q2_K)
     for op, role in (("linear_cpu", "weight"), ("moe_cpu", "experts.up"), ("attention_cpu", "o_proj.weight")):
         with pytest.raises(UnsupportedTypeError, match="has type Q2_K, for which there is no kernel"):

@@ -34,7 +34,8 @@ from transformers_kt.errors import (
     UnsupportedTypeError,
 )
 from transformers_kt.families.deepseek.outline import SEEN
-from transformers_kt.planning import stock_model
+from transformers_kt.gguf.reader import GgmlType
+from transformers_kt.planning import operations, stock_model
 from transformers_kt.text import layer_number
 
 ROOT = Path(__file__).parents[2]
@@ -173,8 +174,9 @@ def test_one_number_says_how_many_layers_keep_their_experts_in_ram(v2_lite: Path
 
 
 def test_types_without_a_kernel_are_a_problem_of_the_plan_and_loading_refuses_them(
-    header: Callable[..., Path],
+    header: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delitem(operations.KERNEL_TYPES, int(GgmlType.Q2_K))
     path = header("UD", "v3", "ud-q2_k_xl")
     report = on("cpu", path)
     assert [problem for problem in report.problems if "has type Q2_K, for which there is no kernel" in problem]

@@ -17,9 +17,6 @@ q4_k, q5_k, q6_k, q4_0, q5_0, f16, bf16
     nothing but this type, and Q8_0 where a row does not divide into its blocks, which in V2 is attn_k_b alone: for
     measuring one type at a time.
 
-All but ud-q2_k_xl run. That does not: routed experts in Q2_K and Q3_K have no kernels yet, so such a file is for
-`plan`, for the refusal, and for llama.cpp.
-
 Scales are set so that activations keep their size through the layers and the router spreads its tokens: speed does not
 depend on the values, but a file of NaN or of one favourite expert would measure something else. The tokenizer is a
 stub: token i is "<i>". llama.cpp tells V2-Lite by its 27 layers, so it does not load a V2-Lite shrunk by `--layers`;

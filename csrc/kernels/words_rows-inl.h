@@ -1,0 +1,145 @@
+// Types whose blocks stand whole in a panel, by rows: a block of 16 rows is decoded to signed bytes in L1 (formats/unpack_rows.h),
+// then all tokens run over it. One loop serves them all, so that a type costs its decoder alone.
+
+template <int R>
+struct UnpackedRows {
+  alignas(64) uint8_t weights[64][R][64];  // of 4 columns
+  alignas(64) float scales[16][R][16];     // of 16 columns
+  alignas(64) float minima[16][R][16];
+  alignas(64) float d[R][16];
+  alignas(64) float dmin[R][16];
+};
+
+// Bytes of both signs: what Q8_0 does with them (words_q8_0-inl.h).
+constexpr int kRowsOffsetLog2 = V::kAddsIn16Bits ? -1 : 7;
+constexpr uint32_t kRowsFlippedBits = V::kAddsIn16Bits ? 0 : 0x80808080u;
+
+template <int R>
+static void unpack_rows_of(WeightType type, const DotArgs& args, int64_t block, UnpackedRows<R>& rows) {
+  const int64_t bytes = int64_t{info_of(type).block_bytes} * kPanelRows;
+  for (int r = 0; r < R; ++r) {
+    const UnpackedRowsTarget to{rows.weights[0][r], R * 64, kRowsFlippedBits, rows.scales[0][r],
+                                rows.minima[0][r],  R * 16, rows.d[r],        rows.dmin[r]};
+    unpack_rows(type, args.panels[r] + block * bytes, to);
+  }
+}
+
+// sums = scale * dot of 16 columns, + that of the next 16.
+template <int T, int R, int half>
+TKT_INLINE void add_row_halves(V::F (&sums)[T][R], const UnpackedRows<R>& rows, int b,
+                               const ActivationQ8* const (&act)[T]) {
+  V::I dot[T][R];
+  V::I narrow[T][R];
+  TKT_UNROLL for (int t = 0; t < T; ++t) {
+    V::I start = V::set_i(0);
+    if constexpr (kRowsOffsetLog2 >= 0) {
+      start = V::template shift_left<kRowsOffsetLog2>(V::broadcast_i(&act[t][b].neg_sum16[half]));
+    }
+    TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = start;
+  }
+  TKT_UNROLL for (int group = half * 4; group < half * 4 + 4; ++group) {
+    V::I w[R];
+    TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = V::load_i(rows.weights[b * 8 + group][r]);
+    TKT_UNROLL for (int t = 0; t < T; ++t) {
+      const V::I a = V::broadcast_i(act[t][b].q + 4 * group);
+      TKT_UNROLL for (int r = 0; r < R; ++r) accumulate<0, 0, 1>(dot[t][r], narrow[t][r], w[r], a);
+    }
+  }
+  TKT_UNROLL for (int r = 0; r < R; ++r) {
+    const V::F scale = V::load(rows.scales[b * 2 + half][r]);
+    TKT_UNROLL for (int t = 0; t < T; ++t) {
+      const V::F of_half = V::to_float(dot[t][r]);
+      sums[t][r] = half == 0 ? V::mul(of_half, scale) : V::fma(of_half, scale, sums[t][r]);
+    }
+  }
+  if constexpr (half == 0) add_row_halves<T, R, 1>(sums, rows, b, act);
+}
+
+template <int T, int R>
+TKT_NOINLINE void dot_rows_tile(const UnpackedRows<R>& rows, const DotArgs& args, int64_t block, int blocks32, bool minima_too,
+                                int token) {
+  const ActivationQ8* act[T];
+  V::F acc[T][R];
+  TKT_UNROLL for (int t = 0; t < T; ++t) {
+    act[t] = reinterpret_cast<const ActivationQ8*>(args.activations[token + t]) + block * blocks32;
+    TKT_UNROLL for (int r = 0; r < R; ++r) acc[t][r] = V::zero_f();
+  }
+  for (int b = 0; b < blocks32; ++b) {
+    V::F sums[T][R];
+    add_row_halves<T, R, 0>(sums, rows, b, act);
+    TKT_UNROLL for (int t = 0; t < T; ++t) {
+      const V::F d = V::set_f(act[t][b].d);
+      TKT_UNROLL for (int r = 0; r < R; ++r) acc[t][r] = V::fma(sums[t][r], d, acc[t][r]);
+    }
+  }
+  TKT_UNROLL for (int r = 0; r < R; ++r) {
+    const V::F d = V::load(rows.d[r]);
+    TKT_UNROLL for (int t = 0; t < T; ++t) {
+      const V::F before = block == 0 ? V::zero_f() : V::load(args.out + (token + t) * 32 + r * 16);
+      acc[t][r] = V::fma(d, acc[t][r], before);
+    }
+  }
+  if (minima_too) {
+    for (int r = 0; r < R; ++r) {
+      V::F minima[T];
+      TKT_UNROLL for (int t = 0; t < T; ++t) minima[t] = V::zero_f();
+      for (int b = 0; b < blocks32; ++b) {
+        const V::F low = V::load(rows.minima[b * 2][r]);
+        const V::F high = V::load(rows.minima[b * 2 + 1][r]);
+        TKT_UNROLL for (int t = 0; t < T; ++t) {
+          const V::F of_low = V::mul(low, V::set_f(static_cast<float>(act[t][b].neg_sum16[0])));
+          const V::F of_both = V::fma(high, V::set_f(static_cast<float>(act[t][b].neg_sum16[1])), of_low);
+          minima[t] = V::fma(of_both, V::set_f(act[t][b].d), minima[t]);
+        }
+      }
+      const V::F dmin = V::load(rows.dmin[r]);
+      TKT_UNROLL for (int t = 0; t < T; ++t) acc[t][r] = V::fma(dmin, minima[t], acc[t][r]);
+    }
+  }
+  TKT_UNROLL for (int t = 0; t < T; ++t) {
+    TKT_UNROLL for (int r = 0; r < R; ++r) V::store(args.out + (token + t) * 32 + r * 16, acc[t][r]);
+  }
+}
+
+constexpr int kRowsTileTokens = 4;
+
+template <int R>
+static void dot_rows_of(WeightType type, const DotArgs& args) {
+  const int blocks32 = info_of(type).block_elements / 32;
+  const bool minima_too = has_minima(type);
+  UnpackedRows<R> rows;
+  for (int64_t block = 0; block < args.blocks; ++block) {
+    unpack_rows_of<R>(type, args, block, rows);
+    int token = 0;
+    for (; token + kRowsTileTokens <= args.tokens; token += kRowsTileTokens) {
+      dot_rows_tile<kRowsTileTokens, R>(rows, args, block, blocks32, minima_too, token);
+    }
+    for (; token < args.tokens; ++token) dot_rows_tile<1, R>(rows, args, block, blocks32, minima_too, token);
+  }
+}
+
+TKT_NOINLINE void dot_rows(WeightType type, const DotArgs& args) {
+  if (args.panel_count == 2 && V::kTilePanels == 2) return dot_rows_of<V::kTilePanels>(type, args);
+  for (int p = 0; p < args.panel_count; ++p) dot_rows_of<1>(type, one_panel(args, p));
+}
+
+TKT_NOINLINE void gemv_rows(WeightType type, const GemvArgs& args) {
+  for (int64_t p = 0; p < args.panel_count; ++p) {
+    const uint8_t* panel = args.panels + p * args.panel_bytes;
+    dot_rows_of<1>(type, {{panel, nullptr}, 1, args.blocks, &args.activations, 1, args.out + p * 16, args.prefetch});
+  }
+}
+
+#define TKT_ROW_WORDS(name)                    \
+  struct name##Words;                          \
+  template <>                                  \
+  void dot<name##Words>(const DotArgs& args) { \
+    dot_rows(WeightType::k##name, args);       \
+  }                                            \
+  template <>                                  \
+  void gemv<name##Words>(const GemvArgs& args) { \
+    gemv_rows(WeightType::k##name, args);      \
+  }
+TKT_ROW_TYPES(TKT_ROW_WORDS)
+
+#define TKT_TYPES_OF_FILE(X) TKT_ROW_TYPES(X)
