@@ -196,6 +196,7 @@ def test_machine_flags_belong_to_the_files_of_instruction_sets() -> None:
         "csrc/kernels/${ISA}.cpp)",
         "csrc/kernels/${ISA}_${KIND}.cpp)",
         "csrc/kernels/products.cpp.in",
+        "csrc/kernels/dispatch.cpp",
     ]
     assert text.count("COMPILE_OPTIONS") == 2  # and to a file of the wheel
     assert "set_source_files_properties(${FILES} PROPERTIES COMPILE_OPTIONS" in made[1]

@@ -42,7 +42,7 @@ inline int64_t activation_row_bytes(ActivationFormat format, int64_t cols) {
 // Therefore:
 // - f16 scales of blocks whose size is no multiple of 4, 32 bytes of a panel, lead two blocks at a time, so that units
 //   stay on 64-byte lines: scales of blocks 0 and 1, units of block 0, units of block 1, scales of blocks 2 and 3, ... A
-//   last block without a second is led by its own scales alone.
+//   last block without a second is led by its own scales alone. Scales of one byte lead four blocks likewise.
 // - Lower and upper bits of 5- and 6-bit types, which stand apart in the file, come together in sets of units, one set after
 //   the other. A set holds vectors of 4 columns of all rows: 8 in 5 units in Q5_0 and Q5_K, 4 in 3 units in Q6_K. Byte by
 //   byte, from the lowest bit (v2:0-2 is bits 0 to 2 of vector 2):
@@ -58,12 +58,12 @@ constexpr int kPanelRows = 16;
 
 // Every type with kernels, once: what has an entry a type is made from this list, so that entry i belongs to type i.
 #define TKT_FLOAT_TYPES(X) X(F32) X(F16) X(BF16)
-#define TKT_UNIT_TYPES(X) X(Q4_0) X(Q5_0) X(Q8_0) X(Q4_K) X(Q5_K) X(Q6_K)
+#define TKT_UNIT_TYPES(X) X(Q4_0) X(Q5_0) X(Q8_0) X(Q4_K) X(Q5_K) X(Q6_K) X(MXFP4) X(IQ4_NL)
 // Those whose blocks stand whole in a panel, the 16 rows' one after the other (kernels/words_rows-inl.h).
 // clang-format off
 #define TKT_ROW_TYPES(X)                                                                                             \
-  X(Q4_1) X(Q5_1) X(Q2_K) X(Q3_K) X(IQ4_NL) X(IQ4_XS) X(MXFP4) X(IQ3_S) X(IQ3_XXS) X(IQ2_S) X(IQ2_XS) X(IQ2_XXS)     \
-  X(IQ1_S) X(IQ1_M) X(TQ1_0) X(TQ2_0) X(NVFP4)
+  X(Q4_1) X(Q5_1) X(Q2_K) X(Q3_K) X(IQ4_XS) X(IQ3_S) X(IQ3_XXS) X(IQ2_S) X(IQ2_XS) X(IQ2_XXS) X(IQ1_S)                \
+  X(IQ1_M) X(TQ1_0) X(TQ2_0) X(NVFP4)
 // clang-format on
 #define TKT_QUANTIZED_TYPES(X) TKT_UNIT_TYPES(X) TKT_ROW_TYPES(X)
 #define TKT_WEIGHT_TYPES(X) TKT_FLOAT_TYPES(X) TKT_QUANTIZED_TYPES(X)
@@ -84,9 +84,12 @@ struct WeightTypeInfo {
   int unit_offset;     // where the units start in a block
   int unit_bytes;      // 2 or 4, or the whole block
   int unit_count;      // per block
-  int scale_offset;    // where the f16 scale stands in a block that has units beside it; -1: it is part of a unit
+  int scale_offset;    // where the scale stands in a block that has units beside it; -1: it is part of a unit
   ActivationFormat activation;
 
+  constexpr int scale_bytes() const { return block_bytes - unit_bytes * unit_count; }
+  // Blocks whose scales stand together: as many as make a line of 64 bytes.
+  constexpr int blocks_together() const { return scale_bytes() == 0 ? 1 : 4 / scale_bytes(); }
   constexpr bool whole_blocks() const { return unit_count == 1 && block_elements > 1; }
 };
 
@@ -100,13 +103,13 @@ constexpr WeightTypeInfo kWeightTypeInfos[kWeightTypes] = {
     {WeightType::kQ4_K, "Q4_K", 12, 256, 144, 0, 4, 36, -1, ActivationFormat::kQ8},
     {WeightType::kQ5_K, "Q5_K", 13, 256, 176, 0, 4, 44, -1, ActivationFormat::kQ8},
     {WeightType::kQ6_K, "Q6_K", 14, 256, 210, 0, 4, 52, 208, ActivationFormat::kQ8},
+    {WeightType::kMXFP4, "MXFP4", 39, 32, 17, 1, 4, 4, 0, ActivationFormat::kQ8},
+    {WeightType::kIQ4_NL, "IQ4_NL", 20, 32, 18, 2, 4, 4, 0, ActivationFormat::kQ8},
     {WeightType::kQ4_1, "Q4_1", 3, 32, 20, 0, 20, 1, -1, ActivationFormat::kQ8},
     {WeightType::kQ5_1, "Q5_1", 7, 32, 24, 0, 24, 1, -1, ActivationFormat::kQ8},
     {WeightType::kQ2_K, "Q2_K", 10, 256, 84, 0, 84, 1, -1, ActivationFormat::kQ8},
     {WeightType::kQ3_K, "Q3_K", 11, 256, 110, 0, 110, 1, -1, ActivationFormat::kQ8},
-    {WeightType::kIQ4_NL, "IQ4_NL", 20, 32, 18, 0, 18, 1, -1, ActivationFormat::kQ8},
     {WeightType::kIQ4_XS, "IQ4_XS", 23, 256, 136, 0, 136, 1, -1, ActivationFormat::kQ8},
-    {WeightType::kMXFP4, "MXFP4", 39, 32, 17, 0, 17, 1, -1, ActivationFormat::kQ8},
     {WeightType::kIQ3_S, "IQ3_S", 21, 256, 110, 0, 110, 1, -1, ActivationFormat::kQ8},
     {WeightType::kIQ3_XXS, "IQ3_XXS", 18, 256, 98, 0, 98, 1, -1, ActivationFormat::kQ8},
     {WeightType::kIQ2_S, "IQ2_S", 22, 256, 82, 0, 82, 1, -1, ActivationFormat::kQ8},
@@ -161,9 +164,9 @@ inline const WeightTypeInfo* find_ggml_type(int ggml_type) {
 constexpr bool table_is_consistent() {
   for (int i = 0; i < kWeightTypes; ++i) {
     const WeightTypeInfo& info = kWeightTypeInfos[i];
-    const int scale_bytes = info.scale_offset < 0 ? 0 : 2;
     if (static_cast<int>(info.type) != i) return false;
-    if (info.unit_bytes * info.unit_count + scale_bytes != info.block_bytes) return false;
+    if (info.scale_bytes() < 0 || info.scale_bytes() > 2 || (info.scale_bytes() > 0) != (info.scale_offset >= 0))
+      return false;
     uint64_t places = 0;
     for (int unit = 0; unit < info.unit_count; ++unit) places |= uint64_t{1} << unit_place(info.type, unit);
     if (places != ~uint64_t{0} >> (64 - info.unit_count)) return false;

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "formats/codebooks.h"
 #include "formats/decoded_block.h"
+#include "formats/four_bit_values.h"
 
 namespace tkt {
 

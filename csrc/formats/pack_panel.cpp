@@ -42,9 +42,10 @@ void pack_blocks(const uint8_t* source, int64_t blocks, uint8_t* panel) {
       const uint8_t* first = source + lane * stride + b * info.block_bytes;
       const uint8_t* second = first + stride;
       if constexpr (info.scale_offset >= 0) {
-        uint8_t* scales = panel + scales_position(info, b) + lane * 2;
-        std::memcpy(scales, first + info.scale_offset, 2);
-        std::memcpy(scales + 2, second + info.scale_offset, 2);
+        constexpr size_t kBytes = static_cast<size_t>(info.scale_bytes());
+        uint8_t* scales = panel + scales_position(info, b) + static_cast<size_t>(lane) * kBytes;
+        std::memcpy(scales, first + info.scale_offset, kBytes);
+        std::memcpy(scales + kBytes, second + info.scale_offset, kBytes);
       }
       uint64_t units[kUnits + 1];  // of both rows
       for (int u = 0; u + 1 < kUnits; u += 2) {

@@ -18,15 +18,17 @@ inline int64_t row_bytes(const WeightTypeInfo& info, int64_t cols) {
 
 // Where the leading scales of a block stand in a panel, and, in one of `blocks` blocks, its first unit.
 inline int64_t scales_position(const WeightTypeInfo& info, int64_t block) {
+  const int64_t together = info.blocks_together();
   const int64_t block_bytes = int64_t{info.block_bytes} * kPanelRows;
-  return block / 2 * 2 * block_bytes + block % 2 * kPanelRows * 2;
+  return block / together * together * block_bytes + block % together * kPanelRows * info.scale_bytes();
 }
 inline int64_t units_position(const WeightTypeInfo& info, int64_t blocks, int64_t block) {
   const int64_t block_bytes = int64_t{info.block_bytes} * kPanelRows;
   if (info.scale_offset < 0) return block * block_bytes;
-  const int64_t even = block / 2 * 2;
-  const int64_t scale_bytes = (even + 1 < blocks ? 2 : 1) * kPanelRows * 2;
-  return even * block_bytes + scale_bytes + block % 2 * info.unit_count * kPanelRows * info.unit_bytes;
+  const int64_t together = info.blocks_together();
+  const int64_t first = block / together * together;
+  const int64_t scales = (first + together <= blocks ? together : blocks - first) * kPanelRows * info.scale_bytes();
+  return first * block_bytes + scales + (block - first) * info.unit_count * kPanelRows * info.unit_bytes;
 }
 
 // Words below are units of 4 bytes, of one row or, as uint64_t, of two rows beside each other.
@@ -196,7 +198,8 @@ inline void read_block(const WeightTypeInfo& info, const uint8_t* panel, int64_t
   }
   std::memcpy(out + info.unit_offset, units, static_cast<size_t>(info.unit_count * info.unit_bytes));
   if (info.scale_offset >= 0) {
-    std::memcpy(out + info.scale_offset, panel + scales_position(info, block) + lane * 2, 2);
+    std::memcpy(out + info.scale_offset, panel + scales_position(info, block) + lane * info.scale_bytes(),
+                static_cast<size_t>(info.scale_bytes()));
   }
 }
 

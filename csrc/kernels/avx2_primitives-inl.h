@@ -116,6 +116,14 @@ struct Avx2Primitives {
     _mm256_storeu_si256(halves, a.low);
     _mm256_storeu_si256(halves + 1, a.high);
   }
+  TKT_INLINE I load_bytes(const uint8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
+  }
+  TKT_INLINE I lookup16(const int8_t* table, I places) {
+    const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+    return {_mm256_shuffle_epi8(t, places.low), _mm256_shuffle_epi8(t, places.high)};
+  }
   TKT_INLINE I broadcast_i(const void* p) {
     int32_t x;
     __builtin_memcpy(&x, p, 4);

@@ -58,6 +58,13 @@ struct Avx512Primitives {
   TKT_INLINE I set_i(int32_t x) { return _mm512_set1_epi32(x); }
   TKT_INLINE I load_i(const void* p) { return _mm512_loadu_si512(p); }
   TKT_INLINE void store_i(void* p, I a) { _mm512_storeu_si512(p, a); }
+  TKT_INLINE I load_bytes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  TKT_INLINE I lookup16(const int8_t* table, I places) {
+    const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(t), places);
+  }
   TKT_INLINE I broadcast_i(const void* p) {
     int32_t x;
     __builtin_memcpy(&x, p, 4);

@@ -11,13 +11,19 @@
 template <class Words>
 TKT_INLINE const uint8_t* block_words(const uint8_t* panel, int64_t blocks, int64_t block) {
   constexpr int64_t kWordBytes = Words::kWords * 64;
-  if constexpr (!Words::kLeadingScales) return panel + block * kWordBytes;
-  const int64_t even = block / 2 * 2;
-  return panel + even * (kWordBytes + 32) + (even + 1 < blocks ? 64 : 32) + block % 2 * kWordBytes;
+  if constexpr (Words::kScaleBytes == 0) return panel + block * kWordBytes;
+  constexpr int64_t kBytes = Words::kScaleBytes;
+  constexpr int64_t kTogether = kBytes == 0 ? 1 : 64 / kBytes;
+  const int64_t first = block / kTogether * kTogether;
+  const int64_t scales = first + kTogether <= blocks ? 64 : (blocks - first) * kBytes;
+  return panel + first * (kWordBytes + kBytes) + scales + (block - first) * kWordBytes;
 }
 template <class Words>
 TKT_INLINE const uint8_t* block_scales(const uint8_t* panel, int64_t block) {
-  return panel + block / 2 * 2 * (Words::kWords * 64 + 32) + block % 2 * 32;
+  constexpr int64_t kBytes = Words::kScaleBytes;
+  if constexpr (kBytes == 0) return panel + block * Words::kWords * 64;
+  constexpr int64_t kTogether = kBytes == 0 ? 1 : 64 / kBytes;
+  return panel + block / kTogether * kTogether * (Words::kWords * 64 + kBytes) + block % kTogether * kBytes;
 }
 
 // In bursts: lines first to end - 1 of those that lie kBurstBytes behind `words`. 8 and 16 KB are alike.
@@ -167,7 +173,7 @@ TKT_INLINE void dot_tile_32(const DotArgs& args, int token, Prefetch prefetch) {
     V::I narrow[T][R];
     add_groups_32<Words, T, R, 0>(dot, narrow, words, q, prefetch);
     TKT_UNROLL for (int r = 0; r < R; ++r) {
-      const V::F d = V::load_f16(block_scales<Words>(args.panels[r], b));
+      const V::F d = Words::load_scales(block_scales<Words>(args.panels[r], b));
       TKT_UNROLL for (int t = 0; t < T; ++t) {
         acc[t][r] = V::fma(V::mul(d, V::set_f(act[t][b].d)), V::to_float(dot[t][r]), acc[t][r]);
       }
@@ -442,7 +448,7 @@ TKT_INLINE void dot_one_panel_k(const uint8_t* panel, int64_t blocks, const uint
   V::F acc = V::zero_f();
   for (int64_t b = 0; b < blocks; ++b, act += 8) {
     const uint8_t* words = block_words<Words>(panel, blocks, b);
-    if constexpr (Words::kLeadingScales) prefetch_burst(block_scales<Words>(panel, b), 0, 1, prefetch);
+    if constexpr (Words::kScaleBytes > 0) prefetch_burst(block_scales<Words>(panel, b), 0, 1, prefetch);
     prefetch_next_activations<1>(act, blocks * 256);
     Scales scales;
     scales.read(words, block_scales<Words>(panel, b));

@@ -234,7 +234,7 @@ template <class Words, int R>
 static inline void unpack_blocks_32(const DotArgs& args, int64_t block, int count, UnpackedBlock<R>& unpacked) {
   for (int r = 0; r < R; ++r) {
     for (int b = 0; b < count; ++b) {
-      store_float(unpacked.scales[b][0][r], V::load_f16(block_scales<Words>(args.panels[r], block + b)));
+      store_float(unpacked.scales[b][0][r], Words::load_scales(block_scales<Words>(args.panels[r], block + b)));
       unpack_groups_32<Words, R, 0>(unpacked, b, r, block_words<Words>(args.panels[r], args.blocks, block + b));
     }
   }

@@ -47,7 +47,7 @@ struct SixBitScales {
 struct SixBitScaleWords {
   static constexpr int kColumns = 256;
   static constexpr bool kUnpacks = true;
-  static constexpr bool kLeadingScales = false;
+  static constexpr int kScaleBytes = 0;  // none lead a block
   static constexpr int kSubColumns = 32;
   static constexpr int kOffsetLog2 = -1;  // quants are unsigned
   static constexpr int kPerLineTokens = 2;

@@ -3,12 +3,13 @@
 struct Q5_0Words {
   static constexpr int kColumns = 32;
   static constexpr bool kUnpacks = V::kUnpacks32Wide;
-  static constexpr bool kLeadingScales = true;
+  static constexpr int kScaleBytes = 32;  // leading, of the 16 rows
   static constexpr int kWords = 5;
   static constexpr int kNarrowGroups = 4;  // 4 * 2 * 31 * 127 = 31,496
   static constexpr int kOffsetLog2 = 4;
   static constexpr int kPerLineTokens = 2;
   static constexpr int kUnpackTokensOf16Registers = 7;
+  static V::F load_scales(const uint8_t* p) { return V::load_f16(p); }
   static constexpr int group_at(int position) { return position / 2 + position % 2 * 4; }
   template <int position>
   static V::I weights(const uint8_t* words) {

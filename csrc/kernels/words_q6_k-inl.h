@@ -4,7 +4,7 @@ struct Q6_KWords {
   static constexpr int kColumns = 256;
   static constexpr bool kUnpacks = true;
   static constexpr int kWords = 52;
-  static constexpr bool kLeadingScales = true;
+  static constexpr int kScaleBytes = 32;
   static constexpr int kNarrowGroups = 2;  // 2 * 2 * 63 * 127 = 32,004
   static constexpr int kSubColumns = 16;
   static constexpr int kSetWords = 3;

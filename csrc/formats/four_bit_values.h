@@ -1,0 +1,12 @@
+// What the quants of 4 bits stand for that are positions in a table, as ggml and the OCP microscaling formats define it.
+#pragma once
+
+#include <cstdint>
+
+namespace tkt {
+
+// Twice the values of E2M1, so that they are integers; their scale is halved.
+constexpr int8_t kValuesE2M1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+constexpr int8_t kValuesIQ4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+}  // namespace tkt
