@@ -37,7 +37,8 @@ from transformers_kt.gguf.checkpoint import Checkpoint
 from transformers_kt.gguf.reader import TensorInfo
 from transformers_kt.integration import loading
 from transformers_kt.integration.loading import KtReport, ReportRow
-from transformers_kt.planning import assignments, hardware, operations
+from transformers_kt.planning import hardware, operations
+from transformers_kt.planning.assignments import Assignment
 from transformers_kt.planning.hardware import MemoryLimit
 from transformers_kt.rules import PlanEntry
 
@@ -156,9 +157,9 @@ def test_every_tensor_is_read_once_let_go_afterwards_and_counted(
     recorders: list[Recorder] = []
     fill = loading.fill
 
-    def recorded(model: Any, assignments: Any, operations: Any, source: Any, progress: Any) -> Any:
+    def recorded(model: Any, assignments: Any, source: Any, progress: Any) -> Any:
         recorders.append(Recorder(source))
-        return fill(model, assignments, operations, recorders[0], recorders[0])
+        return fill(model, assignments, recorders[0], recorders[0])
 
     monkeypatch.setattr(loading, "fill", recorded)
     load(v3, kt_rules)
@@ -393,9 +394,10 @@ def test_a_type_without_kernel_names_the_rule_that_decided(
 
 def test_a_type_that_cannot_be_dequantized_is_refused_with_file_tensor_and_module() -> None:
     info = TensorInfo("blk.0.x", GgmlType.Q8_K, (1, 256), 0, 292, Path("model.gguf"))
-    assignment = assignments.Assignment(PlanEntry("model.x", "torch", "cpu", None), {"weight": info})
+    entry = PlanEntry("model.x", "torch", "cpu", None)
+    assignment = Assignment(entry, operations.OPERATIONS["torch"], {"weight": info})
     with pytest.raises(UnsupportedTypeError) as caught:
-        assignments.check_types([assignment], {})
+        assignment.check_types()
     for part in ("model.gguf", "blk.0.x", "weight of model.x", "Q8_K", "cannot dequantize"):
         assert part in str(caught.value)
 
@@ -404,7 +406,7 @@ def test_a_tensor_that_an_operation_cannot_use_is_refused_with_both_names(
     v3: Example, loads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     narrow = dataclasses.replace(fakes.FakeMoe.operation, roles=frozenset({"gate.weight"}))
-    monkeypatch.setattr(fakes.FakeMoe, "operation", narrow)
+    monkeypatch.setitem(operations.OPERATIONS, "moe_cpu", narrow)
     with pytest.raises(UnsupportedModelError, match=r"moe_cpu at model\.layers\.1\.mlp has no use for experts\.down"):
         load(v3)
     assert loads == []

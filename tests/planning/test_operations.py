@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from transformers_kt.errors import UnsupportedModelError, UnsupportedTypeError
 from transformers_kt.families.deepseek.outline import OUTLINE, V2, V3
@@ -40,7 +44,17 @@ def tensor(ggml_type: GgmlType, shape: tuple[int, ...] = (64, 256), nbytes: int 
 
 
 def test_every_operation_has_one_module() -> None:
-    assert {name: module.operation for name, module in MODULES.items()} == OPERATIONS
+    on_the_cpu = {op: operation for op, operation in OPERATIONS.items() if operation.backend == "cpu"}
+    assert {name: module.operation for name, module in MODULES.items()} == on_the_cpu
+
+
+def test_every_operation_of_the_cpu_is_planned_for_gpus_too_and_torch_is_one_for_both() -> None:
+    backends: dict[str, set[str]] = {}
+    for operation in OPERATIONS.values():
+        backends.setdefault(operation.kind, set()).add(operation.backend)
+    assert backends.pop("torch") == {"torch"}
+    assert set(map(frozenset, backends.values())) == {frozenset({"cpu", "gpu"})}
+    assert all(operation.op == op for op, operation in OPERATIONS.items())
 
 
 def test_operations_replace_classes_that_the_models_have() -> None:
@@ -89,10 +103,10 @@ def test_matrices_need_kernels_but_those_that_are_dequantized(monkeypatch: pytes
     unpacked = tensor(GgmlType.Q2_K)
     for op, role in (("linear_cpu", "weight"), ("moe_cpu", "experts.up"), ("attention_cpu", "o_proj.weight")):
         with pytest.raises(UnsupportedTypeError, match="has type Q2_K, for which there is no kernel"):
-            OPERATIONS[op].check_types({role: unpacked})
-    OPERATIONS["moe_cpu"].check_types({"gate.weight": unpacked})
-    OPERATIONS["embedding_cpu"].check_types({"weight": unpacked})
-    OPERATIONS["norm_cpu"].check_types({"weight": tensor(GgmlType.Q2_K, (256,))})
+            OPERATIONS[op].check_types({role: unpacked}, "it")
+    OPERATIONS["moe_cpu"].check_types({"gate.weight": unpacked}, "it")
+    OPERATIONS["embedding_cpu"].check_types({"weight": unpacked}, "it")
+    OPERATIONS["norm_cpu"].check_types({"weight": tensor(GgmlType.Q2_K, (256,))}, "it")
 
 
 @pytest.mark.parametrize(("ggml_type", "float_bytes"), [(GgmlType.Q4_K, 2), (GgmlType.F16, 2), (GgmlType.BF16, 4)])
@@ -100,3 +114,26 @@ def test_the_key_half_of_kv_b_counts_as_floats(ggml_type: GgmlType, float_bytes:
     tensors = {"kv_b_proj.weight": tensor(ggml_type, (4 * 128, 256), 80_000), "o_proj.weight": tensor(ggml_type)}
     found = OPERATIONS["attention_cpu"].memory_needed(tensors, config())
     assert found == 1000 + 80_000 / 2 + 4 * 64 * 256 * float_bytes
+
+
+def test_attention_on_a_gpu_counts_both_halves_of_kv_b_in_float16() -> None:
+    whole = {"kv_b_proj.weight": tensor(GgmlType.Q4_K, (4 * 128, 256)), "o_proj.weight": tensor(GgmlType.Q4_K)}
+    assert OPERATIONS["attention_gpu"].memory_needed(whole, config(), "cuda:0") == 4 * 128 * 256 * 2 + 1000
+    halves = {role: tensor(GgmlType.Q8_0, (4, 64, 256)) for role in ("kv_b_proj.k_b", "kv_b_proj.v_b")}
+    assert OPERATIONS["attention_gpu"].memory_needed(halves, config(), "cuda:0") == 2 * 4 * 64 * 256 * 2
+
+
+def test_what_stays_stock_counts_as_float32_on_the_cpu_and_in_16_bits_on_a_gpu_where_the_file_has_blocks() -> None:
+    for ggml_type, on_gpu in ((GgmlType.Q4_K, 2), (GgmlType.F16, 2), (GgmlType.F32, 4)):
+        tensors = {"weight": tensor(ggml_type)}
+        assert OPERATIONS["torch"].memory_needed(tensors, config(), "cpu") == 64 * 256 * 4
+        assert OPERATIONS["torch"].memory_needed(tensors, config(), "cuda:0") == 64 * 256 * on_gpu
+
+
+def test_a_linear_layer_counts_what_merging_the_halves_of_kv_b_takes() -> None:
+    halves = {role: tensor(GgmlType.F16, shape) for role, shape in (("k_b", (2, 64, 16)), ("v_b", (2, 16, 64)))}
+    with torch.device("meta"):
+        stock = nn.Linear(64, 64, bias=False)
+    linear = MODULES["linear_cpu"].from_module(stock, config(), "kv_b_proj")
+    taken = linear.load(halves, lambda info, *_: np.zeros(2 * math.prod(info.shape), dtype=np.uint8))
+    assert OPERATIONS["linear_cpu"].memory_needed(halves, config()) == taken

@@ -180,6 +180,8 @@ def test_types_without_a_kernel_are_a_problem_of_the_plan_and_loading_refuses_th
     path = header("UD", "v3", "ud-q2_k_xl")
     report = on("cpu", path)
     assert [problem for problem in report.problems if "has type Q2_K, for which there is no kernel" in problem]
+    on_gpus = {"gpus": ["800GiB"], "kt_cpu_layers": 0}
+    assert [problem for problem in on("cpu", path, **on_gpus).problems if "has type Q2_K, for which" in problem]
     with pytest.raises(UnsupportedTypeError, match="has type Q2_K"):
         AutoModelForCausalLM.from_pretrained(path)
 
@@ -298,6 +300,8 @@ def test_what_no_operation_computes_is_refused_by_plan_and_loading_alike(
     shutil.copytree(bundled_model(), folder)
     facts = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**facts, **values}))
+    with pytest.raises(UnsupportedModelError, match=said):
+        on("1x24GiB", folder)
     with pytest.raises(UnsupportedModelError, match=said) as planned:
         on("cpu", folder)
     with pytest.raises(UnsupportedModelError) as loaded:

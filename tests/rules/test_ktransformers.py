@@ -18,7 +18,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCa
 
 from transformers_kt.errors import RuleError
 from transformers_kt.families.tree import tree_of
-from transformers_kt.planning.operations import OPERATIONS
+from transformers_kt.planning.operations import replaced_classes
 from transformers_kt.rules import Plan, load_rules, make_plan
 
 FILES = Path(__file__).parent / "ktransformers"
@@ -46,7 +46,7 @@ def skeleton(name: str) -> Any:
 
 
 def plan_of(kt_rules: Any, model: str, **options: Any) -> Plan:
-    return make_plan(tree_of(skeleton(model)), load_rules(kt_rules, OPERATIONS), OPERATIONS, **options)
+    return make_plan(tree_of(skeleton(model)), load_rules(kt_rules, replaced_classes()), replaced_classes(), **options)
 
 
 def path_of(name: str) -> Path:
@@ -183,9 +183,9 @@ def test_what_has_no_meaning_here_is_said_once() -> None:
 
 
 def test_a_plan_for_v3_is_made_in_half_a_second() -> None:
-    tree, rules = tree_of(skeleton("v3")), load_rules(path_of("v2-four-gpus"), OPERATIONS)
+    tree, rules = tree_of(skeleton("v3")), load_rules(path_of("v2-four-gpus"), replaced_classes())
     started = time.process_time()
-    make_plan(tree, rules, OPERATIONS)  # 26 rules, most of which match nothing: the slowest case
+    make_plan(tree, rules, replaced_classes())  # 26 rules, most of which match nothing: the slowest case
     assert time.process_time() - started < 0.5
 
 
@@ -310,13 +310,13 @@ def test_rules_of_both_forms_keep_to_their_own() -> None:
 def test_a_model_without_head_has_the_names_of_one_with_it() -> None:
     with torch.device("meta"):
         model = DeepseekV3Model(DeepseekV3Config(num_hidden_layers=5))
-    plan = make_plan(tree_of(model), load_rules(path_of("v3-two-gpus"), OPERATIONS), OPERATIONS)
+    plan = make_plan(tree_of(model), load_rules(path_of("v3-two-gpus"), replaced_classes()), replaced_classes())
     assert places(plan)["layers.4.mlp"] == "moe_gpu cuda:0"
     assert places(plan)["embed_tokens"] == "embedding_cpu cpu"
 
 
 def test_attention_that_the_call_keeps_stock_falls_into_its_parts() -> None:
-    plan = plan_of(path_of("v3-one-gpu"), "v3", device_map={"": "cpu"}, not_by_itself=["attention_cpu", "rotary_cpu"])
+    plan = plan_of(path_of("v3-one-gpu"), "v3", device_map={"": "cpu"}, not_by_itself=["attention", "rotary"])
     found = places(plan)
     assert found["model.layers.5.self_attn.o_proj"] == "linear_cpu cpu"
     assert found["model.rotary_emb"] == "torch cpu"

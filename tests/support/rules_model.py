@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,8 +43,7 @@ class Model(nn.Module):
 TREE = tree_of(Model())
 
 OPERATIONS: Any = {
-    name: SimpleNamespace(replaces=(dotted(replaced),))
-    for name, replaced in (("linear_cpu", nn.Linear), ("attention_cpu", Attention))
+    family: (dotted(replaced),) for family, replaced in (("linear", nn.Linear), ("attention", Attention))
 }
 
 LINEARS = [f"layers.{layer}.{name}" for layer in (0, 1) for name in ("attn.q_proj", "attn.o_proj", "mlp.up")]

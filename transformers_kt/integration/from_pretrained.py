@@ -23,6 +23,7 @@ from transformers_kt.integration.loaded_model import KtGenerationMixin, KtModelM
 from transformers_kt.integration.quantizer import METHOD, KtConfig, LoadJob
 from transformers_kt.planning.decision import ModelRequest
 from transformers_kt.planning.device_map import PlacementRequest
+from transformers_kt.planning.operations import replaced_classes
 from transformers_kt.planning.request import HUB_OPTIONS, Call, Request, folder_of
 from transformers_kt.planning.stock_model import resolved_config
 from transformers_kt.rules import load_rules
@@ -115,7 +116,7 @@ def _load(
     )
     _resolve_dtype(options)
     modules = _modules()
-    rules = load_rules(request.rules, modules)
+    rules = load_rules(request.rules, replaced_classes())
     checkpoint = request.open()
     checkpoint.require_weights()
     given, attention = options.pop("config", None), options.pop("attn_implementation", None)

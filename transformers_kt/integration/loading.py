@@ -21,6 +21,7 @@ from transformers_kt.families.registry import family_of
 from transformers_kt.gguf.damage import DamageCheck
 from transformers_kt.planning.assignments import Assignment
 from transformers_kt.planning.tables import grouped, new_table, rendered
+from transformers_kt.rules import TORCH
 from transformers_kt.text import format_bytes, listed
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def apply_plan(model: nn.Module, assignments: Iterable[Assignment], modules: Mod
     config: Any = model.config
     for assignment in assignments:
         path = assignment.entry.module
-        if assignment.entry.op in modules:
+        if assignment.operation.backend != TORCH:
             stock = model.get_submodule(path)
             model.set_submodule(path, modules[assignment.entry.op].from_module(stock, config, path))
 
@@ -110,7 +111,6 @@ def apply_plan(model: nn.Module, assignments: Iterable[Assignment], modules: Mod
 def fill(
     model: nn.Module,
     assignments: Sequence[Assignment],
-    modules: Modules,
     source: TensorSource,
     progress: ProgressBar,
 ) -> tuple[ReportRow, ...]:
@@ -126,10 +126,10 @@ def fill(
         for assignment in assignments:
             entry = assignment.entry
             reader = _Reader(source, progress)
-            if entry.op in modules:
-                nbytes = _operation_at(model, entry.module).load(assignment.tensors, reader)
-            else:
+            if assignment.operation.backend == TORCH:
                 nbytes = _load_stock(model.get_submodule(entry.module), family, assignment.tensors, reader)
+            else:
+                nbytes = _operation_at(model, entry.module).load(assignment.tensors, reader)
             reader.finish()
             types = tuple(sorted({info.ggml_type.name for info in assignment.tensors.values()}))
             rows.append(ReportRow(entry.module, entry.op, entry.device, types, nbytes))

@@ -23,11 +23,11 @@ from transformers_kt.planning import hardware
 from transformers_kt.planning.costs import FastMemory
 from transformers_kt.planning.decision import Decision, Machine, ModelRequest, decide
 from transformers_kt.rules import AUTO
+from transformers_kt.rules.devices import CPU, gpu_name
 from transformers_kt.text import format_bytes
 
 if TYPE_CHECKING:
     from transformers_kt.integration.loading import Modules
-    from transformers_kt.planning.operations import Operation
 
 METHOD = "kt"  # quant_method, and the name of our attention in transformers' registries
 _NO_NEEDS = FastMemory(kv_cache_per_layer=0, buffers=0)  # of GPUs, on which nothing is placed
@@ -55,10 +55,6 @@ class LoadJob:
 
     request: ModelRequest
     modules: Modules
-
-    @property
-    def operations(self) -> dict[str, Operation]:
-        return {name: module.operation for name, module in self.modules.items()}
 
 
 class KtConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -105,7 +101,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         assert self._job is not None
         request = self._job.request
         machine = _machine()
-        decision = self._decision = decide(request, tree_of(model), machine, _NO_NEEDS, self._job.operations)
+        decision = self._decision = decide(request, tree_of(model), machine, _NO_NEEDS)
         _log(decision, machine, request.title)
         decision.require_loadable(request.title, request.placement.tightest(hardware.free_memory()))
         if decision.all_attention_is_ours:
@@ -132,7 +128,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         request, total = job.request, decision.stored_bytes
         description = f"Loading {request.title} ({format_bytes(total)})"
         with transformers_logging.tqdm(total=total, desc=description, unit="B", unit_scale=True) as bar:
-            rows = loading.fill(model, decision.assignments, job.modules, request.checkpoint, bar)
+            rows = loading.fill(model, decision.assignments, request.checkpoint, bar)
         fuse_decoder_layers(model)
         fuse_base_models(model)
         model.kt_report = KtReport(request.title, decision.plan.source, rows, decision.notes, tune_prefetch(model))
@@ -141,7 +137,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if request.placement.device_map is not None or torch.accelerator.is_available():
             # Else pipeline() moves the model to the accelerator. Not set without need: with it, pipeline(device="cpu")
             # is refused, here as for every model that was loaded with a device_map.
-            model.hf_device_map = dict(decision.device_map or {"": hardware.CPU})
+            model.hf_device_map = dict(decision.device_map or {"": CPU})
 
     def is_serializable(self) -> bool:
         return False
@@ -160,7 +156,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
 def _machine() -> Machine:
     """This machine. transformers would dispatch over the GPUs of a device map, but the operations of this version
     compute on the CPU: automatic placement is offered none."""
-    gpus = tuple(f"cuda:{number}" for number in range(torch.cuda.device_count()))
+    gpus = tuple(map(gpu_name, range(torch.cuda.device_count())))
     on_the_cpu = hardware.Hardware((), hardware.free_memory().nbytes)
     return Machine(on_the_cpu, "this machine has", 'device_map="cpu" runs the same plan on the CPU', gpus)
 

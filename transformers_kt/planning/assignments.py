@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from transformers_kt.errors import RuleError, UnsupportedModelError, UnsupportedTypeError
-from transformers_kt.planning.operations import require_dequantizable
+from transformers_kt.planning.operations import ATTENTION, OPERATIONS, ROTARY, Operation, replaced_classes
 from transformers_kt.rules import make_plan
 from transformers_kt.text import longest_prefix
 
@@ -18,23 +16,19 @@ if TYPE_CHECKING:
     from transformers_kt.families.base import Family, TensorSlot
     from transformers_kt.families.tree import ModelTree
     from transformers_kt.gguf.reader import TensorInfo
-    from transformers_kt.planning.operations import Operation
     from transformers_kt.rules import DeviceMap, Plan, PlanEntry, RuleList
-
-    Operations = Mapping[str, Operation]
-
-ATTENTION_OP = "attention_cpu"
-_ROTARY_OP = "rotary_cpu"
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """One entry of the plan with its tensors. The keys are paths relative to the module: "kv_b_proj.k_b".
+    """One entry of the plan, the operation that it names, and its tensors. Their keys are paths relative to the module:
+    "kv_b_proj.k_b".
 
     ``rule`` names file, number and line of the rule that decided, for messages; None where "auto" did.
     """
 
     entry: PlanEntry
+    operation: Operation
     tensors: Mapping[str, TensorInfo]
     rule: str | None = None
 
@@ -42,6 +36,21 @@ class Assignment:
     def stored_bytes(self) -> int:
         """Bytes to read from the checkpoint."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    def memory_needed(self, config: Any) -> int:
+        """Bytes that the weights take on the device of the entry."""
+        return self.operation.memory_needed(self.tensors, config, self.entry.device)
+
+    def require_supported(self, tree: ModelTree, config: Any) -> None:
+        """Raise `UnsupportedModelError` if the operation cannot stand for its module or has no use for a tensor."""
+        with self.with_rule_context():
+            self.operation.require_supported(tree.at(self.entry.module), config, self.entry.module)
+            self.operation.require_use(self.tensors, self.entry.module)
+
+    def check_types(self) -> None:
+        """Raise `UnsupportedTypeError` if the operation cannot take the types that it would get."""
+        with self.with_rule_context():
+            self.operation.check_types(self.tensors, self.entry.module)
 
     @contextmanager
     def with_rule_context(self) -> Iterator[None]:
@@ -54,36 +63,42 @@ class Assignment:
             raise type(error)(f"{self.rule}: {error}") from None
 
 
-def resolve_plan(
-    tree: ModelTree, rules: RuleList, operations: Operations, attention: str | None, device_map: DeviceMap | None
-) -> Plan:
+def resolve_plan(tree: ModelTree, rules: RuleList, attention: str | None, device_map: DeviceMap | None) -> Plan:
     """The plan for the model, after resolving what attention and its neighbours must agree on.
 
     ``attention`` is the attn_implementation that is to stand in place of ours, None for ours.
     """
-    not_by_itself = [ATTENTION_OP, _ROTARY_OP] if attention else []
-    plan = make_plan(tree, rules, operations, not_by_itself, device_map=device_map)
-    if attention and plan.uses(ATTENTION_OP):
+    not_by_itself = [ATTENTION, ROTARY] if attention else []
+    plan = make_plan(tree, rules, replaced_classes(), not_by_itself, device_map=device_map)
+    ours = first_of(plan, ATTENTION)
+    if attention and ours is not None:
         raise RuleError(
-            f"{plan.source} gives attention to {ATTENTION_OP}, but attn_implementation={attention!r} asks for "
+            f"{plan.source} gives attention to {ours.op}, but attn_implementation={attention!r} asks for "
             "transformers' own; leave one of them out"
         )
-    if plan.uses(_ROTARY_OP) and keeps_attention(tree, plan, operations):
+    if first_of(plan, ROTARY) is not None and keeps_attention(tree, plan):
         # Its one table of cosines and sines is nothing that stock attention could read.
-        plan = make_plan(tree, rules, operations, [*not_by_itself, _ROTARY_OP], device_map=device_map)
-        if plan.uses(_ROTARY_OP):
+        plan = make_plan(tree, rules, replaced_classes(), [*not_by_itself, ROTARY], device_map=device_map)
+        rotary = first_of(plan, ROTARY)
+        if rotary is not None:
             raise RuleError(
-                f"{plan.source} gives rotary embeddings to {_ROTARY_OP}, which feeds {ATTENTION_OP} only, and keeps "
-                "some attention stock; keep the rotary embedding (op: torch) as well"
+                f"{plan.source} gives rotary embeddings to {rotary.op}, which feeds {ATTENTION}_{rotary.backend} only, "
+                "and keeps some attention stock; keep the rotary embedding (op: torch) as well"
             )
     return plan
 
 
-def keeps_attention(tree: ModelTree, plan: Plan, operations: Operations) -> bool:
+def keeps_attention(tree: ModelTree, plan: Plan) -> bool:
     """Whether some attention of the model stays stock."""
-    stock = operations[ATTENTION_OP].replaces
+    stock = replaced_classes()[ATTENTION]
     in_all = sum(not set(stock).isdisjoint(node.classes) for _, node in tree.modules())
-    return in_all > sum(entry.op == ATTENTION_OP for entry in plan.entries)
+    return in_all > sum(OPERATIONS[entry.op].kind == ATTENTION for entry in plan.entries)
+
+
+def first_of(plan: Plan, kind: str) -> Operation | None:
+    """The first operation of ``kind`` in ``plan``; None if there is none."""
+    found = (OPERATIONS[entry.op] for entry in plan.entries)
+    return next((operation for operation in found if operation.kind == kind), None)
 
 
 def assign_tensors(
@@ -115,39 +130,6 @@ def assign_tensors(
                     f"{tree.root.class_name.rpartition('.')[2]} has the weight {path}.{name}, which no GGUF of this "
                     "architecture holds; load AutoModelForCausalLM, or AutoModel for the hidden states"
                 )
-    return [Assignment(entry, of_entry[entry.module], plan.label(entry)) for entry in plan.entries]
-
-
-def require_supported(tree: ModelTree, config: Any, assignments: Iterable[Assignment], operations: Operations) -> None:
-    """Raise `UnsupportedModelError` if an operation cannot stand for its module or has no use for a tensor."""
-    for assignment in assignments:
-        entry = assignment.entry
-        if entry.op in operations:
-            with assignment.with_rule_context():
-                operations[entry.op].require_supported(tree.at(entry.module), config, entry.module)
-                operations[entry.op].require_use(assignment.tensors, entry.module)
-
-
-def check_types(assignments: Iterable[Assignment], operations: Operations) -> None:
-    """Raise `UnsupportedTypeError` if a module cannot take the types it would get."""
-    for assignment in assignments:
-        with assignment.with_rule_context():
-            if assignment.entry.op in operations:
-                operations[assignment.entry.op].check_types(assignment.tensors)
-            else:
-                _check_dequantizable(assignment)
-
-
-def memory_needed(assignments: Iterable[Assignment], operations: Operations, config: Any) -> int:
-    """Bytes that the weights will take: what each operation says, float32 in stock modules."""
-    return sum(
-        operations[assignment.entry.op].memory_needed(assignment.tensors, config)
-        if assignment.entry.op in operations
-        else sum(4 * int(np.prod(info.shape)) for info in assignment.tensors.values())
-        for assignment in assignments
-    )
-
-
-def _check_dequantizable(assignment: Assignment) -> None:
-    for role, info in assignment.tensors.items():
-        require_dequantizable(info, f"{role} of {assignment.entry.module}")
+    return [
+        Assignment(entry, OPERATIONS[entry.op], of_entry[entry.module], plan.label(entry)) for entry in plan.entries
+    ]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers_kt.families.registry import family_of
 from transformers_kt.planning.assignments import Assignment
-from transformers_kt.planning.hardware import CPU, Bandwidths, Hardware
-from transformers_kt.planning.operations import OPERATIONS
+from transformers_kt.planning.hardware import Bandwidths, Hardware
+from transformers_kt.planning.operations import bytes_on_gpu
 from transformers_kt.planning.report import DeviceUse, PlanRow
-from transformers_kt.rules import TORCH
+from transformers_kt.rules.devices import CPU, gpu_name
 
 if TYPE_CHECKING:
     from transformers_kt.families.base import TensorSlot
@@ -45,8 +44,7 @@ class Costs:
         self.cache_values: int = context * dims.cache_values  # per layer
         self.keys_from = f".{family.keys_from}"
         self.work_values: int = min(context, PREFILL_TOKENS) * dims.work_values + dims.vocab
-        self.float_on_gpu = family.float_on_gpu
-        self.on_gpus = FastMemory(self.cache_values * _GPU_FLOAT_BYTES, self.buffers("cuda:0"))
+        self.on_gpus = FastMemory(self.cache_values * _GPU_FLOAT_BYTES, self.buffers(gpu_name(0)))
 
     def kv_cache(self, device: str) -> int:
         """Bytes per layer, for each token of the context."""
@@ -60,46 +58,27 @@ def _float_bytes(device: str) -> int:
     return _CPU_FLOAT_BYTES if device == CPU else _GPU_FLOAT_BYTES
 
 
-def gpu_bytes(
-    slots: Iterable[TensorSlot], tensors: Mapping[str, TensorInfo], float_on_gpu: Collection[str]
-) -> dict[str, int]:
+def gpu_bytes(slots: Iterable[TensorSlot], tensors: Mapping[str, TensorInfo], config: Any) -> dict[str, int]:
     """Module path -> bytes of its tensors on a GPU."""
     sizes: dict[str, int] = {}
     for slot in slots:
-        key = f"{slot.module}.{slot.role}"
-        sizes[slot.module] = sizes.get(slot.module, 0) + bytes_on_gpu(key, tensors[slot.gguf_name], float_on_gpu)
+        role = f"{slot.module.rpartition('.')[2]}.{slot.role}"  # as the operation of the outer module has it
+        sizes[slot.module] = sizes.get(slot.module, 0) + bytes_on_gpu(role, tensors[slot.gguf_name], config)
     return sizes
 
 
-def bytes_on_gpu(key: str, info: TensorInfo, float_on_gpu: Collection[str]) -> int:
-    """Bytes that the tensor with path ``key`` takes on a GPU: those of the file, float16 in ``float_on_gpu``."""
-    return 2 * math.prod(info.shape) if key.split(".")[-2] in float_on_gpu else info.nbytes
-
-
 def plan_row(config: Any, assignment: Assignment, costs: Costs) -> PlanRow:
-    entry = assignment.entry
-    stored = {
-        key: _bytes_of(entry.op, entry.device, f"{entry.module}.{key}", info, costs.float_on_gpu)
-        for key, info in assignment.tensors.items()
-    }
-    nbytes = sum(stored.values())
-    if entry.op in OPERATIONS:
-        nbytes = OPERATIONS[entry.op].memory_needed(assignment.tensors, config)
-    scale = nbytes / (sum(stored.values()) or 1)
+    entry, operation = assignment.entry, assignment.operation
     parts: dict[str, int] = {}
     read = 0.0
-    for key, info in assignment.tensors.items():
-        part = _part(f"{entry.module}.{key}")
-        parts[part] = parts.get(part, 0) + int(scale * stored[key])
-        read += scale * stored[key] * _read_share(f"{entry.module}.{key}", info.shape, costs)
+    for role, info in assignment.tensors.items():
+        key = f"{entry.module}.{role}"
+        nbytes = operation.tensor_bytes(role, info, config, entry.device)
+        part = _part(key)
+        parts[part] = parts.get(part, 0) + nbytes
+        read += nbytes * _read_share(key, info.shape, costs)
     types = tuple(sorted({info.ggml_type.name for info in assignment.tensors.values()}))
-    return PlanRow(entry.module, entry.op, entry.device, types, nbytes, int(read), entry.rule, parts)
-
-
-def _bytes_of(op: str, device: str, key: str, info: TensorInfo, float_on_gpu: Collection[str]) -> int:
-    if op == TORCH:  # norms and routers, F32 in every file, stay float32 on a GPU too
-        return math.prod(info.shape) * (_CPU_FLOAT_BYTES if info.ggml_type.name == "F32" else _float_bytes(device))
-    return info.nbytes if device == CPU else bytes_on_gpu(key, info, float_on_gpu)
+    return PlanRow(entry.module, entry.op, entry.device, types, sum(parts.values()), int(read), entry.rule, parts)
 
 
 def _read_share(key: str, shape: Sequence[int], costs: Costs) -> float:

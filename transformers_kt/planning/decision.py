@@ -11,19 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers_kt.errors import RuleError, UnsupportedOperationError, UnsupportedTypeError
 from transformers_kt.families.registry import family_of
-from transformers_kt.planning.assignments import (
-    ATTENTION_OP,
-    Assignment,
-    assign_tensors,
-    check_types,
-    keeps_attention,
-    memory_needed,
-    require_supported,
-    resolve_plan,
-)
+from transformers_kt.planning.assignments import Assignment, assign_tensors, first_of, keeps_attention, resolve_plan
 from transformers_kt.planning.costs import gpu_bytes
 from transformers_kt.planning.device_map import require_coverage
 from transformers_kt.planning.hardware import MemoryLimit, require_memory
+from transformers_kt.planning.operations import ATTENTION
 from transformers_kt.planning.placement import auto_device_map, cpu_expert_layers
 from transformers_kt.rules import AUTO
 from transformers_kt.text import layer_number
@@ -32,7 +24,6 @@ if TYPE_CHECKING:
     from transformers_kt.families.base import TensorSlot
     from transformers_kt.families.tree import ModelTree
     from transformers_kt.gguf.checkpoint import Checkpoint
-    from transformers_kt.planning.assignments import Operations
     from transformers_kt.planning.costs import FastMemory
     from transformers_kt.planning.device_map import PlacementRequest
     from transformers_kt.planning.hardware import Hardware
@@ -113,9 +104,7 @@ class Decision:
         require_memory(sum(self.weight_bytes.values()), title, free)
 
 
-def decide(
-    request: ModelRequest, tree: ModelTree, machine: Machine, needs: FastMemory, operations: Operations
-) -> Decision:
+def decide(request: ModelRequest, tree: ModelTree, machine: Machine, needs: FastMemory) -> Decision:
     """The decision about the model of ``tree``; ``needs`` is the room to leave on each GPU.
 
     Raises `RuleError`, `UnsupportedModelError` or `UnsupportedOperationError` where what is asked for cannot be. Reads
@@ -123,17 +112,18 @@ def decide(
     """
     family = family_of(request.config)
     device_map = _resolve_device_map(request, tree, machine.hardware, needs)
-    plan = resolve_plan(tree, request.rules, operations, request.attention, device_map)
+    plan = resolve_plan(tree, request.rules, request.attention, device_map)
     _require_devices(plan, machine, by_map=device_map is not None)
     assignments = tuple(assign_tensors(plan, tree, family, request.slots, request.checkpoint.tensors))
-    require_supported(tree, request.config, assignments, operations)
+    for assignment in assignments:
+        assignment.require_supported(tree, request.config)
     return Decision(
         plan,
         device_map,
         assignments,
-        _weight_bytes(assignments, operations, request.config),
-        _unsupported_types(assignments, operations),
-        plan.uses(ATTENTION_OP) and not keeps_attention(tree, plan, operations),
+        _weight_bytes(assignments, request.config),
+        _unsupported_types(assignments),
+        first_of(plan, ATTENTION) is not None and not keeps_attention(tree, plan),
         request.notes,
     )
 
@@ -163,7 +153,7 @@ def _resolve_device_map(
             f"kt_gpu_experts={placement.kt_gpu_experts} puts routed experts on GPUs, but there is none to use. Leave "
             "it out: everything is on the CPU then"
         )
-    stored = gpu_bytes(request.slots, request.checkpoint.tensors, family.float_on_gpu)
+    stored = gpu_bytes(request.slots, request.checkpoint.tensors, request.config)
     sizes = {owner: stored.get(owner, stored.get(f"model.{owner}", 0)) for owner in owners}
     return auto_device_map(sizes, hardware, needs, mode=placement.device_map or AUTO, cpu_layers=cpu_layers)
 
@@ -186,19 +176,19 @@ def _require_devices(plan: Plan, machine: Machine, by_map: bool) -> None:
         raise RuleError(f"{who} {said}")
 
 
-def _weight_bytes(assignments: Iterable[Assignment], operations: Operations, config: Any) -> dict[str, int]:
+def _weight_bytes(assignments: Iterable[Assignment], config: Any) -> dict[str, int]:
     found: dict[str, int] = {}
     for assignment in assignments:
         device = assignment.entry.device
-        found[device] = found.get(device, 0) + memory_needed([assignment], operations, config)
+        found[device] = found.get(device, 0) + assignment.memory_needed(config)
     return found
 
 
-def _unsupported_types(assignments: Iterable[Assignment], operations: Operations) -> tuple[UnsupportedTypeError, ...]:
+def _unsupported_types(assignments: Iterable[Assignment]) -> tuple[UnsupportedTypeError, ...]:
     problems: dict[str, UnsupportedTypeError] = {}  # one per type: 58 layers would say the same
     for assignment in assignments:
         try:
-            check_types([assignment], operations)
+            assignment.check_types()
         except UnsupportedTypeError as error:
             types = {info.ggml_type for info in assignment.tensors.values()}
             # Without the frames of this loop, which whoever keeps the decision would keep too.

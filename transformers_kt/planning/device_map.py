@@ -10,10 +10,10 @@ from typing import Any
 from typing_extensions import Self
 
 from transformers_kt.errors import RuleError, UnsupportedOperationError
-from transformers_kt.planning.hardware import CPU, Hardware, MemoryLimit, parse_bytes
+from transformers_kt.planning.hardware import Hardware, MemoryLimit, parse_bytes
 from transformers_kt.planning.placement import AUTOMATIC_DEVICE_MAPS
 from transformers_kt.rules import AUTO
-from transformers_kt.rules.devices import DEVICES_ACCEPTED, parse_device
+from transformers_kt.rules.devices import CPU, DEVICES_ACCEPTED, gpu_name, parse_device
 from transformers_kt.text import listed, longest_prefix, nearest
 
 
@@ -42,7 +42,7 @@ class PlacementRequest:
         use, the CPU is not."""
         if not self.max_memory:
             return hardware
-        gpus = tuple(min(self.max_memory.get(f"cuda:{i}", 0), nbytes) for i, nbytes in enumerate(hardware.gpus))
+        gpus = tuple(min(self.max_memory.get(gpu_name(i), 0), nbytes) for i, nbytes in enumerate(hardware.gpus))
         return Hardware(gpus, min(self.max_memory.get(CPU, hardware.ram), hardware.ram))
 
     def tightest(self, free: MemoryLimit) -> MemoryLimit:

@@ -15,10 +15,8 @@ from typing import NamedTuple
 import psutil
 
 from transformers_kt.errors import InputError, OutOfMemoryError, RuleError
+from transformers_kt.rules.devices import CPU, gpu_name, gpu_number
 from transformers_kt.text import format_bytes
-
-CPU = "cpu"
-
 
 _UNIT_BYTES = {
     "": 1, "B": 1,
@@ -26,7 +24,6 @@ _UNIT_BYTES = {
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
-_GPU = "cuda:"
 # What is there where a driver of NVIDIA, of AMD, or of either under WSL is loaded.
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 # Bytes per second, if not stated. Eight channels of DDR4 or two of fast DDR5 read about 100 GB/s, a graphics card
@@ -56,7 +53,7 @@ class Hardware:
     @property
     def capacities(self) -> dict[str, int]:
         """Device to bytes, "cpu" first."""
-        return {CPU: self.ram, **{f"cuda:{number}": nbytes for number, nbytes in enumerate(self.gpus)}}
+        return {CPU: self.ram, **{gpu_name(number): nbytes for number, nbytes in enumerate(self.gpus)}}
 
 
 # Not accelerate.utils.convert_file_size_to_int: importing it imports torch, which plans go without.
@@ -98,8 +95,8 @@ def described_hardware(
     if here:
         sizes = here
     elif gpus is None:  # max_memory alone can describe a machine
-        numbers = [int(device.removeprefix(_GPU)) for device in max_memory if device.startswith(_GPU)]
-        sizes = tuple(max_memory.get(f"{_GPU}{number}", 0) for number in range(max(numbers, default=-1) + 1))
+        numbers = [number for number in map(gpu_number, max_memory) if number is not None]
+        sizes = tuple(max_memory.get(gpu_name(number), 0) for number in range(max(numbers, default=-1) + 1))
     else:
         sizes = tuple(parse_bytes(size, f"gpus[{number}]") for number, size in enumerate(gpus))
     if ram is None:
@@ -132,7 +129,7 @@ def read_bandwidths(bandwidth: float | Sequence[float] | str | None) -> Bandwidt
         return Bandwidths(_ASSUMED_RAM_BANDWIDTH, _ASSUMED_GPU_BANDWIDTH, {"assumed": (RAM, GPUS)})
     if bandwidth == "measure":
         if free_gpu_memory():
-            measured = _measured_bandwidth(CPU), _measured_bandwidth("cuda:0")
+            measured = _measured_bandwidth(CPU), _measured_bandwidth(gpu_name(0))
             return Bandwidths(*measured, {"measured on this machine": (RAM, GPUS)})
         unstated = {"measured on this machine": (RAM,), "assumed": (GPUS,)}
         return Bandwidths(_measured_bandwidth(CPU), _ASSUMED_GPU_BANDWIDTH, unstated)

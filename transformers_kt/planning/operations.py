@@ -5,9 +5,10 @@ Plans are made of this alone. Loading asks the same questions before it takes me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import gguf
 import numpy as np
@@ -15,45 +16,57 @@ import numpy as np
 import transformers_kt._C as _C
 from transformers_kt.errors import UnsupportedModelError, UnsupportedTypeError
 from transformers_kt.families.base import Limit
-from transformers_kt.families.registry import families, mla_of, stock_classes
+from transformers_kt.families.registry import families, family_of, mla_of, stock_classes
 from transformers_kt.families.tree import TORCH_CLASSES, ModuleNode
 from transformers_kt.gguf.quantizations import published_with
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
+from transformers_kt.rules import TORCH
+from transformers_kt.rules.devices import BACKENDS, CPU
 
 KERNEL_TYPES: dict[int, str] = {number: name for name, number, _elements, _nbytes in _C.weight_types()}
 """ggml type number -> name, for every type that can be multiplied with."""
 
+ATTENTION, ROTARY = "attention", "rotary"
+"""The kinds that have to agree: our rotary embedding feeds our attention only."""
+
 _STATIC_ROPE_TYPES = ("default", "linear", "yarn")
+_FLOAT32_BYTES, _FLOAT16_BYTES = 4, 2
 
 Tensors = Mapping[str, TensorInfo]
 """Role, a path relative to the module, -> tensor."""
 
 
-def _nothing_more(tensors: Tensors, config: Any) -> int:
-    return 0
+_BytesOf: TypeAlias = "Callable[[str, TensorInfo, Any], int]"
+
+
+def _as_stored(role: str, tensor: TensorInfo, config: Any) -> int:
+    return tensor.nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """``op`` is its name in rules, ``kind`` that name without its device. ``torch_classes`` are the dotted names of the
-    classes of torch.nn that it can stand for, beside those that families have for its kind.
+    """``kind`` is what it computes, as rules and families say it, ``backend`` who computes it: "cpu", "gpu" or "torch".
+
+    ``torch_classes`` are the dotted names of the classes of torch.nn that it can stand for, beside those that families
+    have for its kind.
 
     ``roles`` are paths, relative to the module, of every tensor that it can consume; of the matrices among them those
     ``of_any_type`` need no kernel. ``limits`` say why a module of a config is none it can stand for, or None; families
-    have more of their own.
-    ``more_bytes`` is what its weights take beyond what they take in the file.
+    have more of their own. ``bytes_of`` is what a tensor takes in its memory, by role.
     """
 
-    op: str
+    kind: str
+    backend: str
     roles: frozenset[str]
     torch_classes: tuple[str, ...] = ()
     of_any_type: frozenset[str] = frozenset()
     limits: tuple[Limit, ...] = ()
-    more_bytes: Callable[[Tensors, Any], int] = _nothing_more
+    bytes_of: _BytesOf = _as_stored
 
     @property
-    def kind(self) -> str:
-        return self.op.removesuffix("_cpu")
+    def op(self) -> str:
+        """Its name in plans: "experts_cpu"."""
+        return f"{self.kind}_{self.backend}"
 
     @property
     def replaces(self) -> tuple[str, ...]:
@@ -80,7 +93,7 @@ class Operation:
                 "(op: torch)"
             )
 
-    def check_types(self, tensors: Tensors) -> None:
+    def check_types(self, tensors: Tensors, path: str) -> None:
         """Raise `UnsupportedTypeError` where a matrix that needs a kernel has a type without, or another tensor one
         that cannot be dequantized."""
         for role, tensor in tensors.items():
@@ -89,9 +102,36 @@ class Operation:
             elif int(tensor.ggml_type) not in KERNEL_TYPES:
                 require_dequantizable(tensor, role)
 
-    def memory_needed(self, tensors: Tensors, config: Any) -> int:
-        """Bytes that loading ``tensors`` will take."""
-        return sum(tensor.nbytes for tensor in tensors.values()) + self.more_bytes(tensors, config)
+    def tensor_bytes(self, role: str, tensor: TensorInfo, config: Any, device: str) -> int:
+        """Bytes that ``tensor`` takes in the memory of ``device``."""
+        return self.bytes_of(role, tensor, config)
+
+    def memory_needed(self, tensors: Tensors, config: Any, device: str = CPU) -> int:
+        """Bytes that loading ``tensors`` takes in the memory of ``device``."""
+        return sum(self.tensor_bytes(role, tensor, config, device) for role, tensor in tensors.items())
+
+
+class _StockModule(Operation):
+    """transformers' own module, with dequantized weights, on any device."""
+
+    __slots__ = ()
+
+    @property
+    def op(self) -> str:
+        return TORCH
+
+    def require_use(self, roles: Iterable[str], path: str) -> None:
+        """Every tensor of the module is one of its parameters or buffers."""
+
+    def check_types(self, tensors: Tensors, path: str) -> None:
+        """Raise `UnsupportedTypeError` where the gguf package cannot dequantize a type."""
+        for role, tensor in tensors.items():
+            require_dequantizable(tensor, f"{role} of {path}")
+
+    def tensor_bytes(self, role: str, tensor: TensorInfo, config: Any, device: str) -> int:
+        """float32 on the CPU, 16 bits on a GPU but for norms and routers, which are F32 in every file."""
+        is_float32 = device == CPU or tensor.ggml_type == GgmlType.F32
+        return (_FLOAT32_BYTES if is_float32 else _FLOAT16_BYTES) * math.prod(tensor.shape)
 
 
 def is_wide(tensor: TensorInfo) -> bool:
@@ -132,7 +172,7 @@ def _other_activation(node: ModuleNode, config: Any) -> str | None:
 
 
 def _bias(node: ModuleNode, config: Any) -> str | None:
-    return "linear layers with a bias are not supported by linear_cpu" if "bias" in node.parameters else None
+    return "linear layers with a bias are not supported" if "bias" in node.parameters else None
 
 
 def _dynamic_rope(node: ModuleNode, config: Any) -> str | None:
@@ -145,16 +185,32 @@ def _dynamic_rope(node: ModuleNode, config: Any) -> str | None:
 # --- The operations --------------------------------------------------------------------------------------------------
 
 
-def _float_keys(tensors: Tensors, config: Any) -> int:
+def _keys_as_floats(role: str, tensor: TensorInfo, config: Any) -> int:
     """The key half of kv_b becomes float in place of its blocks: absorbing needs it across their direction. Where it
     stands alone, that is only for types without a kernel."""
+    if role not in ("kv_b_proj.weight", "kv_b_proj.k_b"):
+        return tensor.nbytes
     mla = mla_of(config)
-    values = mla.heads * mla.nope * mla.latent
-    if (keys := tensors.get("kv_b_proj.k_b")) is not None:
-        return 0 if int(keys.ggml_type) in KERNEL_TYPES else 2 * values - keys.nbytes
-    if (tensor := tensors.get("kv_b_proj.weight")) is None:
-        return 0
-    return (4 if is_wide(tensor) else 2) * values - tensor.nbytes * mla.nope // (mla.nope + mla.value)
+    keys = mla.heads * mla.nope * mla.latent
+    if role == "kv_b_proj.k_b":
+        return tensor.nbytes if int(tensor.ggml_type) in KERNEL_TYPES else _FLOAT16_BYTES * keys
+    float_bytes = _FLOAT32_BYTES if is_wide(tensor) else _FLOAT16_BYTES
+    return tensor.nbytes - tensor.nbytes * mla.nope // (mla.nope + mla.value) + float_bytes * keys
+
+
+def bytes_on_gpu(role: str, tensor: TensorInfo, config: Any) -> int:
+    """Those of the file, but float16 where the family says that a module needs it."""
+    is_float = role.rpartition(".")[0] in family_of(config).float_on_gpu
+    return _FLOAT16_BYTES * math.prod(tensor.shape) if is_float else tensor.nbytes
+
+
+def _halves_in_float32(role: str, tensor: TensorInfo, config: Any) -> int:
+    """The halves of kv_b, of which the first is transposed, become one matrix."""
+    return _FLOAT32_BYTES * math.prod(tensor.shape) if role in _KV_B_HALVES else tensor.nbytes
+
+
+def _halves_in_float16(role: str, tensor: TensorInfo, config: Any) -> int:
+    return _FLOAT16_BYTES * math.prod(tensor.shape) if role in _KV_B_HALVES else tensor.nbytes
 
 
 def _weights(*modules: str) -> frozenset[str]:
@@ -163,41 +219,64 @@ def _weights(*modules: str) -> frozenset[str]:
 
 _EXPERT_PARTS = ("gate", "up", "down")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+_KV_B_HALVES = ("k_b", "v_b")
+
+
+def _on_both(
+    kind: str,
+    roles: frozenset[str],
+    torch_classes: tuple[str, ...] = (),
+    of_any_type: frozenset[str] = frozenset(),
+    limits: tuple[Limit, ...] = (),
+    on_cpu: _BytesOf = _as_stored,
+    on_gpu: _BytesOf = _as_stored,
+) -> Iterator[Operation]:
+    """The operations of a kind: they differ in their backend, and in what their tensors take there."""
+    for backend, bytes_of in zip(BACKENDS, (on_cpu, on_gpu), strict=True):
+        yield Operation(kind, backend, roles, torch_classes, of_any_type, limits, bytes_of)
+
 
 OPERATIONS: Mapping[str, Operation] = {
     operation.op: operation
     for operation in (
-        Operation(
-            "attention_cpu",
+        *_on_both(
+            ATTENTION,
             _weights("q_proj", "q_a_proj", "q_b_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
             | _weights("kv_b_proj", "o_proj")
-            | {"kv_b_proj.k_b", "kv_b_proj.v_b"},
+            | {f"kv_b_proj.{half}" for half in _KV_B_HALVES},
             # llama.cpp makes it Q5_1 or IQ4_NL where its rows, 128 or 192 wide, fit no K-quant: in every Q5_K_M.
             of_any_type=frozenset({"kv_b_proj.k_b"}),
-            more_bytes=_float_keys,
+            on_cpu=_keys_as_floats,
+            on_gpu=bytes_on_gpu,
         ),
-        Operation(
-            "moe_cpu",
+        *_on_both(
+            "moe",
             frozenset(f"experts.{part}" for part in _EXPERT_PARTS)
             | _weights("gate", *(f"shared_experts.{part}" for part in _MLP))
             | {"gate.e_score_correction_bias"},
             of_any_type=_weights("gate"),
             limits=(_other_activation,),
         ),
-        Operation("mlp_cpu", _weights(*_MLP), limits=(_other_activation,)),
-        Operation("experts_cpu", frozenset(_EXPERT_PARTS), limits=(_other_activation,)),
-        Operation(
-            "linear_cpu",
-            frozenset({"weight", "k_b", "v_b"}),
+        *_on_both("mlp", _weights(*_MLP), limits=(_other_activation,)),
+        *_on_both("experts", frozenset(_EXPERT_PARTS), limits=(_other_activation,)),
+        *_on_both(
+            "linear",
+            frozenset({"weight", *_KV_B_HALVES}),
             (TORCH_CLASSES["Linear"],),
-            of_any_type=frozenset({"k_b", "v_b"}),
+            of_any_type=frozenset(_KV_B_HALVES),
             limits=(_bias,),
+            on_cpu=_halves_in_float32,
+            on_gpu=_halves_in_float16,
         ),
-        Operation(
-            "embedding_cpu", frozenset({"weight"}), (TORCH_CLASSES["Embedding"],), of_any_type=frozenset({"weight"})
-        ),
-        Operation("norm_cpu", frozenset({"weight"})),
-        Operation("rotary_cpu", frozenset(), limits=(_dynamic_rope,)),
+        *_on_both("embedding", frozenset({"weight"}), (TORCH_CLASSES["Embedding"],), of_any_type=frozenset({"weight"})),
+        *_on_both("norm", frozenset({"weight"})),
+        *_on_both(ROTARY, frozenset(), limits=(_dynamic_rope,)),
+        _StockModule(TORCH, TORCH, frozenset()),
     )
 }
-"""Name -> operation, coarse before fine."""
+"""Name -> operation, coarse before fine. Those of GPUs are planned only: none of this version computes there."""
+
+
+def replaced_classes() -> dict[str, tuple[str, ...]]:
+    """Kind of operation -> the stock classes that it can stand for, coarse before fine: all that rules know of them."""
+    return {operation.kind: operation.replaces for operation in OPERATIONS.values() if operation.backend != TORCH}

@@ -14,7 +14,7 @@ from itertools import accumulate
 
 from transformers_kt.errors import RuleError
 from transformers_kt.planning.costs import FastMemory
-from transformers_kt.planning.hardware import CPU, Hardware
+from transformers_kt.planning.hardware import Hardware
 from transformers_kt.text import LAYER, layer_number
 
 BALANCED = "balanced"
@@ -70,8 +70,9 @@ def auto_device_map(
     one of AUTOMATIC_DEVICE_MAPS. With ``cpu_layers`` the experts of just the layers before that number stay in RAM,
     whether the others fit or not. What does not fit on the GPUs is on the CPU, from the first layer that does not on.
     """
-    if not hardware.gpus:
-        return {"": CPU}
+    cpu, *gpus = hardware.capacities
+    if not gpus:
+        return {"": cpu}
     units = _units(sizes, needs)
     free = [max(0, nbytes - needs.buffers) for nbytes in hardware.gpus]
     if cpu_layers is not None:
@@ -85,14 +86,14 @@ def auto_device_map(
             on_gpu = _experts_that_fit(units, places, free)
     device_map = {}
     for unit, place in zip(units, places, strict=True):
-        device = CPU if place is None else f"cuda:{place}"
+        device = cpu if place is None else gpus[place]
         device_map[unit.name] = device
-        if unit.experts and device != CPU and unit.name not in on_gpu:
-            device_map[unit.experts_module] = CPU
-    first = device_map[units[0].name] if units else CPU
+        if unit.experts and device != cpu and unit.name not in on_gpu:
+            device_map[unit.experts_module] = cpu
+    first = device_map[units[0].name] if units else cpu
     for module in sizes:
         if _EMBEDDING.fullmatch(module):
-            device_map[module] = CPU
+            device_map[module] = cpu
         elif not sizes[module] and layer_number(module) is None:
             device_map[module] = first  # rotary tables: computed once, where the first layer is
     return device_map

@@ -19,11 +19,12 @@ from transformers_kt.families.tree import ModelTree, tree_of
 from transformers_kt.planning.costs import PREFILL_TOKENS, Costs, device_uses, plan_row
 from transformers_kt.planning.decision import Decision, Machine, ModelRequest, decide
 from transformers_kt.planning.device_map import PlacementRequest
-from transformers_kt.planning.hardware import CPU, RAM, Bandwidths, Hardware, described_hardware, read_bandwidths
-from transformers_kt.planning.operations import OPERATIONS
+from transformers_kt.planning.hardware import RAM, Bandwidths, Hardware, described_hardware, read_bandwidths
+from transformers_kt.planning.operations import replaced_classes
 from transformers_kt.planning.report import DeviceUse, PlanReport, shortages
 from transformers_kt.planning.request import MOOT_OPTIONS, SOURCE_OPTIONS, Request, read_request, without
 from transformers_kt.rules import AUTO, KtRules, Plan, RuleList, load_rules
+from transformers_kt.rules.devices import CPU
 
 if TYPE_CHECKING:
     from transformers_kt.gguf.checkpoint import Checkpoint
@@ -66,7 +67,7 @@ def plan(
     hardware = placement.limited(described_hardware(gpus, ram, placement.max_memory))
     if type(context) is not int or context < 1:
         raise InputError(f"context={context!r}; a number of tokens, at least 1, is accepted")
-    rules = load_rules(kt_rules, OPERATIONS)
+    rules = load_rules(kt_rules, replaced_classes())
     request = read_request(model, {"kt_rules": AUTO, "gguf_path": gguf_path, **hub})
     assert request is not None  # kt_rules is there
     checkpoint = request.open()
@@ -79,7 +80,7 @@ def plan(
     of_file = notes_from_gguf(checkpoint) if request.folder is None else ()
     asked = ModelRequest(request.title, checkpoint, config, slots, rules, placement, notes=of_file)
     machine = Machine(hardware, "there is", 'Name more with gpus= (--gpu), or pass device_map="cpu"')
-    decision = decide(asked, tree, machine, costs.on_gpus, OPERATIONS)
+    decision = decide(asked, tree, machine, costs.on_gpus)
     return _report(asked, decision, hardware, speeds, costs, context)
 
 

@@ -63,7 +63,8 @@ def load_rules(kt_rules: KtRules, operations: Collection[str], variables: Mappin
     """Validated rules from the value of ``kt_rules``.
 
     That is "auto"; a YAML path or bundled name, with variables behind it or not ("my-rules?gpus=4"); or what such a
-    file would hold, as a list or mapping. ``variables`` override those in the name.
+    file would hold, as a list or mapping. ``operations`` are the families that rules may name. ``variables`` override
+    those in the name.
 
     Raises `RuleError`, naming file, rule number and line, if the file is not there or anything in it is not understood.
     """
@@ -87,8 +88,8 @@ def make_plan(
 ) -> Plan:
     """What computes each module of the model under ``rule_list``, and where.
 
-    ``auto`` chooses none of ``not_by_itself``, which are names of operations; a rule of our form that names one of them
-    still gets it. Devices in ``device_map`` override those of rules.
+    ``operations`` are families. ``auto`` chooses none of those ``not_by_itself``; a rule of our form that names one of
+    them still gets it. Devices in ``device_map`` override those of rules.
 
     Raises `RuleError` if a rule of our form decides about no module, gives a module to an operation made for other
     classes, or to one operation what the device map divides.

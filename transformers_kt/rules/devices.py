@@ -10,6 +10,8 @@ _DEVICE = re.compile(_KIND + r"(?::(0|[1-9]\d{0,2}))?")
 _SPREAD = re.compile(_KIND + r"\*(\d{1,3})")
 
 CPU = "cpu"
+BACKENDS = ("cpu", "gpu")
+"""Who computes an operation: on the CPU, on a GPU. What stays transformers' own has neither."""
 DEVICES_ACCEPTED = '"cpu", "cuda", "cuda:1" or the number of a GPU'
 
 
@@ -25,10 +27,27 @@ class Spread(NamedTuple):
         return f"{self.kind}:{index * self.devices // layers}"
 
 
+def gpu_name(number: int) -> str:
+    """The device of a GPU, as plans write it: "cuda:1"."""
+    return f"cuda:{number}"
+
+
+def gpu_number(device: str) -> int | None:
+    """The number of a GPU that `gpu_name` wrote; None for another device."""
+    kind, _, number = device.partition(":")
+    return int(number) if kind == "cuda" else None
+
+
+def backend_of(device: str) -> str:
+    """Which of BACKENDS computes on ``device``."""
+    on_cpu, on_gpu = BACKENDS
+    return on_cpu if device == CPU else on_gpu
+
+
 def parse_device(value: Any) -> str | None:
     """A device in the one way that plans write it: "cpu", or kind and index: "cuda" is "cuda:0". None if it is none."""
     if isinstance(value, int) and not isinstance(value, bool):
-        return f"cuda:{value}" if 0 <= value < 1000 else None
+        return gpu_name(value) if 0 <= value < 1000 else None
     match = _DEVICE.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         return None

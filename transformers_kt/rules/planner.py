@@ -4,26 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 from transformers_kt.errors import RuleError
 from transformers_kt.rules import ktransformers
-from transformers_kt.rules.devices import CPU, DEVICES_ACCEPTED, Spread, parse_device
+from transformers_kt.rules.devices import CPU, DEVICES_ACCEPTED, Spread, backend_of, parse_device
 from transformers_kt.rules.files import AUTO
 from transformers_kt.rules.matching import Matcher, Site, is_subclass, walk, why_idle
-from transformers_kt.rules.syntax import GPU_SUFFIX, TORCH, Rule, families
+from transformers_kt.rules.syntax import TORCH, Rule
 from transformers_kt.text import brief, longest_prefix
 
-
-class Replacing(Protocol):
-    """What rules have to know of an operation: the dotted names of the classes that it can stand for."""
-
-    @property
-    def replaces(self) -> tuple[str, ...]: ...
-
-
-Operations: TypeAlias = "Mapping[str, Replacing]"
-"""Name -> operation, coarse before fine."""
+Operations: TypeAlias = "Mapping[str, Sequence[str]]"
+"""Family of operations -> dotted names of the classes that they can stand for, coarse before fine."""
 
 DeviceMap: TypeAlias = "Mapping[str, str]"
 """Prefixes of module paths -> device, as accelerate has them: the longest that fits decides, "" is the rest."""
@@ -73,9 +65,6 @@ class Plan:
     notes: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
 
-    def uses(self, op: str) -> bool:
-        return any(entry.op == op for entry in self.entries)
-
     def label(self, entry: PlanEntry) -> str | None:
         """File, number there and line of the rule that decided about ``entry``; None where none did, or "auto"."""
         if entry.rule is None or self.source == AUTO:
@@ -116,7 +105,6 @@ class Planner:
         device_map: DeviceMap,
     ) -> None:
         self._root, self._list, self._operations = root, rule_list, operations
-        self._families = families(operations)
         self._not_by_itself = not_by_itself
         self._device_map = {prefix: _mapped_device(prefix, device) for prefix, device in device_map.items()}
         self._is_theirs = any(rule.theirs for rule in rule_list.rules)
@@ -140,7 +128,7 @@ class Planner:
         rule = inherited.rule if inherited is not None and inherited.decides_before(own) else own
         if rule is not None and rule is own:
             self._check_class(rule, site)
-            if not rule.theirs and rule.op in self._families:
+            if not rule.theirs and rule.op in self._operations:
                 return [self._ordered(rule, site)]
         keeps = not self._is_theirs if rule is None else rule.op == TORCH
         if rule is not None and (rule.theirs or keeps):
@@ -190,20 +178,15 @@ class Planner:
         for part in parts:
             notes.update(dict.fromkeys(part.entry.notes))
         number = numbers[0] if numbers else None
-        entry = PlanEntry(site.path, self._op(family, device), device, number, tuple(notes))
+        entry = PlanEntry(site.path, _op(family, device), device, number, tuple(notes))
         return [_Part(entry, free=True)]
 
     def _entry(self, site: Site, family: str, rule: Rule | None) -> PlanEntry:
         device = self._device(site, rule)
         if rule is None:
-            return PlanEntry(site.path, self._op(family, device), device, None)
+            return PlanEntry(site.path, _op(family, device), device, None)
         self._decided.add(rule.number)
-        return PlanEntry(site.path, self._op(family, device), device, rule.number, rule.notes)
-
-    def _op(self, family: str, device: str) -> str:
-        if family == TORCH:
-            return TORCH
-        return self._families[family] if device == CPU else family + GPU_SUFFIX
+        return PlanEntry(site.path, _op(family, device), device, rule.number, rule.notes)
 
     def _device(self, site: Site, rule: Rule | None) -> str:
         prefix = longest_prefix(site.path, self._device_map)
@@ -234,18 +217,15 @@ class Planner:
         if class_name not in self._family_of:
             claims = (
                 family
-                for family, op in self._families.items()
-                if class_name in self._operations[op].replaces and op not in self._not_by_itself
+                for family, classes in self._operations.items()
+                if class_name in classes and family not in self._not_by_itself
             )
             self._family_of[class_name] = next(claims, None)
         return self._family_of[class_name]
 
     def _check_class(self, rule: Rule, site: Site) -> None:
         """Raise `RuleError` if ``rule`` names an operation, or a class of KTransformers, that is for other modules."""
-        if rule.op in self._families:
-            names = self._operations[self._families[rule.op]].replaces
-        else:
-            names = ktransformers.CLASSES_OF.get(rule.op, ())
+        names = self._operations.get(rule.op) or ktransformers.CLASSES_OF.get(rule.op, ())
         if names and not any(is_subclass(site.node.classes, name) for name in names):
             raise RuleError(
                 f"{rule.label}: {rule.op} cannot stand for {site}, which is a {site.node.class_name}; it stands for "
@@ -265,6 +245,10 @@ class Planner:
             for note in notes:
                 said.setdefault(note, []).append(rule)
         return tuple(f"{_labels(rules)}: {note}" for note, rules in said.items())
+
+
+def _op(family: str, device: str) -> str:
+    return TORCH if family == TORCH else f"{family}_{backend_of(device)}"
 
 
 def _mapped_device(prefix: str, device: str) -> str:

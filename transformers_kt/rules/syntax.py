@@ -14,12 +14,11 @@ from transformers_kt.errors import RuleError
 from transformers_kt.families.tree import TORCH_CLASSES
 from transformers_kt.rules import ktransformers
 from transformers_kt.rules.checks import require_keys
-from transformers_kt.rules.devices import CPU, DEVICES_ACCEPTED, Spread, parse_spread
+from transformers_kt.rules.devices import BACKENDS, CPU, DEVICES_ACCEPTED, Spread, backend_of, parse_spread
 from transformers_kt.rules.files import AUTO, Item, Place
 from transformers_kt.text import brief, nearest
 
 TORCH = "torch"
-CPU_SUFFIX, GPU_SUFFIX = "_cpu", "_gpu"
 _DEFAULT = "default"
 _RULE_KEYS = ("match", "replace", "recursive")
 _MATCH_KEYS = ("name", "class", "layers")
@@ -34,7 +33,7 @@ class Rule:
     """One validated rule.
 
     ``number`` counts from 1 in the order of precedence, through all files. ``op`` is "auto", "torch", or a family
-    ("experts"), of which ``device`` chooses the member. ``device`` is None where the rule names none. ``theirs``: the
+    ("experts"), of which ``device`` chooses the backend. ``device`` is None where the rule names none. ``theirs``: the
     rule is in KTransformers' language.
     """
 
@@ -105,11 +104,6 @@ def everything_auto() -> Rule:
     return Rule(1, Place(AUTO, 1, None), regex.compile(""), None, None, AUTO, None, recursive=True)
 
 
-def families(operations: Collection[str]) -> dict[str, str]:
-    """Family -> the operation that computes it on the CPU, in the order of ``operations``."""
-    return {op.removesuffix(CPU_SUFFIX): op for op in operations}
-
-
 def _replacement(
     replace: Any, label: str, operations: Collection[str]
 ) -> tuple[str, str | Spread | None, bool, tuple[str, ...]]:
@@ -145,20 +139,19 @@ def _op(op: Any, label: str, operations: Collection[str]) -> tuple[str, str | No
         return TORCH, None
     if op == AUTO:
         return AUTO, None
-    known = families(operations)
-    devices = {CPU_SUFFIX: CPU, GPU_SUFFIX: ktransformers.DEFAULT_DEVICE}
     if isinstance(op, str):
-        if op in known:
+        if op in operations:
             return op, None
-        for suffix, device in devices.items():
-            if op.endswith(suffix) and op.removesuffix(suffix) in known:
-                return op.removesuffix(suffix), device
-    spelt = [*known, *(family + suffix for family in known for suffix in devices), AUTO, TORCH, _DEFAULT]
+        family, _, backend = op.rpartition("_")
+        if family in operations and backend in BACKENDS:
+            return family, CPU if backend == backend_of(CPU) else ktransformers.DEFAULT_DEVICE
+    with_backends = (f"{family}_{backend}" for family in operations for backend in BACKENDS)
+    spelt = [*operations, *with_backends, AUTO, TORCH, _DEFAULT]
     raise RuleError(f"{label}, replace has the unknown op {brief(op)}{nearest(op, spelt)}; {_known_ops(operations)}")
 
 
 def _known_ops(operations: Collection[str]) -> str:
-    return f"known ops are {', '.join(families(operations))} (each with _cpu or _gpu too), {AUTO}, {TORCH}, {_DEFAULT}"
+    return f"known ops are {', '.join(operations)} (each with _cpu or _gpu too), {AUTO}, {TORCH}, {_DEFAULT}"
 
 
 def _compiled(pattern: str, label: str) -> regex.Pattern[str]:
