@@ -74,27 +74,19 @@ def auto_device_map(
     if not gpus:
         return {"": cpu}
     units = _units(sizes, needs)
-    free = [max(0, nbytes - needs.buffers) for nbytes in hardware.gpus]
-    if cpu_layers is not None:
-        on_gpu = {unit.name for unit in units if unit.layer >= cpu_layers}
-        places = _spread(_costs(units, on_gpu), free, mode, may_overflow=True)
-    else:
-        on_gpu = {unit.name for unit in units}
-        places = _spread(_costs(units, on_gpu), free, mode, may_overflow=False)
-        if None in places:
-            places = _spread(_costs(units, ()), free, mode, may_overflow=False)
-            on_gpu = _experts_that_fit(units, places, free)
+    places, with_experts = _places(
+        units, [max(0, nbytes - needs.buffers) for nbytes in hardware.gpus], mode, cpu_layers
+    )
     device_map = {}
     for unit, place in zip(units, places, strict=True):
-        device = cpu if place is None else gpus[place]
-        device_map[unit.name] = device
-        if unit.experts and device != cpu and unit.name not in on_gpu:
+        device_map[unit.name] = cpu if place is None else gpus[place]
+        if unit.experts and place is not None and unit.name not in with_experts:
             device_map[unit.experts_module] = cpu
     first = device_map[units[0].name] if units else cpu
-    for module in sizes:
+    for module, nbytes in sizes.items():
         if _EMBEDDING.fullmatch(module):
             device_map[module] = cpu
-        elif not sizes[module] and layer_number(module) is None:
+        elif not nbytes and layer_number(module) is None:
             device_map[module] = first  # rotary tables: computed once, where the first layer is
     return device_map
 
@@ -125,6 +117,21 @@ def _units(sizes: Mapping[str, int], needs: FastMemory) -> list[_Unit]:
         else:
             unit.fast += nbytes
     return list(units.values())
+
+
+def _places(
+    units: Sequence[_Unit], free: Sequence[int], mode: str, cpu_layers: int | None
+) -> tuple[list[int | None], set[str]]:
+    """The GPU of each unit, None for the CPU, and the names of the layers whose experts lie there too."""
+    if cpu_layers is not None:
+        with_experts = {unit.name for unit in units if unit.layer >= cpu_layers}
+        return _spread(_costs(units, with_experts), free, mode, may_overflow=True), with_experts
+    everything = {unit.name for unit in units}
+    places = _spread(_costs(units, everything), free, mode, may_overflow=False)
+    if None not in places:
+        return places, everything
+    places = _spread(_costs(units, ()), free, mode, may_overflow=False)
+    return places, _experts_that_fit(units, places, free)
 
 
 def _spread(costs: Sequence[int], free: Sequence[int], mode: str, *, may_overflow: bool) -> list[int | None]:

@@ -14,7 +14,7 @@ from transformers_kt.rules.files import AUTO, KtRules
 
 # Where from_pretrained looks for files. A GGUF is found by its own path, in a repository of its own.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-_GGUF_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")  # and revision, in the same repository
+_GGUF_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 _PLACEMENT_NUMBERS = ("kt_cpu_layers", "kt_gpu_experts")
 SOURCE_OPTIONS = (
     "pretrained_model_name_or_path",
@@ -67,25 +67,36 @@ class Call(NamedTuple):
 
 def read_request(name: Any, options: Mapping[str, Any]) -> Request | None:
     """What ``from_pretrained(name, **options)`` asks of us; None if nothing."""
-    gguf_path, rules, gguf_file = (options.get(key) for key in ("gguf_path", "kt_rules", "gguf_file"))
-    numbers = tuple(options.get(key) for key in _PLACEMENT_NUMBERS)
-    if all(given is None for given in (gguf_path, rules, *numbers)) and not _is_gguf_alone(name):
+    rules, numbers = options.get("kt_rules"), tuple(options.get(key) for key in _PLACEMENT_NUMBERS)
+    asks = any(given is not None for given in (options.get("gguf_path"), rules, *numbers))
+    if not asks and not _is_gguf_alone(name):
         return None
     hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
-    gguf_hub = {key: hub[key] for key in _GGUF_HUB_OPTIONS if key in hub}
     name = None if name is None else os.fspath(name)
-    folder = name if name is not None and _has_config(name, hub) else None
-    if gguf_path is not None:
-        gguf = os.fspath(gguf_path)
-        if name is not None and folder is None and Path(name).is_file() and name != gguf:
-            raise CheckpointError(f"two GGUF files are named, {name} and gguf_path={gguf}; name one of them")
+    if options.get("gguf_path") is not None:
+        gguf = os.fspath(options["gguf_path"])
+        folder = _folder_beside(name, gguf, hub)
     else:
-        gguf = _gguf_at(name, gguf_file, hub)
-        if "revision" in hub:
-            gguf_hub["revision"] = hub["revision"]
-        if gguf_file is not None and not Path(gguf).exists():
-            folder = None  # for transformers, too, gguf_file= is the source of config and tokenizer
+        gguf = _gguf_at(name, options.get("gguf_file"), hub)
+        # For transformers, too, gguf_file= on the hub is the source of config and tokenizer.
+        is_on_hub = options.get("gguf_file") is not None and not Path(gguf).exists()
+        folder = None if is_on_hub else _folder_with_config(name, hub)
+    # A revision is one of the repository that the name says.
+    left_out = () if options.get("gguf_path") is None else ("revision",)
+    gguf_hub = {key: hub[key] for key in _GGUF_HUB_OPTIONS if key in hub and key not in left_out}
     return Request(folder, gguf, AUTO if rules is None else rules, numbers, hub, gguf_hub)
+
+
+def _folder_beside(name: str | None, gguf: str, hub: Mapping[str, Any]) -> str | None:
+    """Where the config is when ``gguf`` is named by gguf_path=; None for the GGUF itself."""
+    folder = _folder_with_config(name, hub)
+    if name is not None and folder is None and Path(name).is_file() and name != gguf:
+        raise CheckpointError(f"two GGUF files are named, {name} and gguf_path={gguf}; name one of them")
+    return folder
+
+
+def _folder_with_config(name: str | None, hub: Mapping[str, Any]) -> str | None:
+    return name if name is not None and _has_config(name, hub) else None
 
 
 def _gguf_at(name: str | None, gguf_file: str | None, hub: Mapping[str, Any]) -> str:

@@ -130,13 +130,16 @@ class Planner:
             self._check_class(rule, site)
             if not rule.theirs and rule.op in self._operations:
                 return [self._ordered(rule, site)]
+        return self._divided(site, rule, self._inside(rule, inherited))
+
+    def _divided(self, site: Site, rule: Rule | None, below: _Inherited | None) -> list[_Part]:
+        """The parts of a module that no rule gives to an operation by name: as few as may be."""
         keeps = not self._is_theirs if rule is None else rule.op == TORCH
         if rule is not None and (rule.theirs or keeps):
             self._decided.add(rule.number)
         parts = []
         if site.owns_tensors:
             parts.append(_Part(self._entry(site, TORCH, rule), free=not keeps))
-        below = self._inside(rule, inherited)
         for child in site.below():
             parts.extend(self._visit(child, below))
         family = None if keeps else self._family(site.node.class_name)
