@@ -208,121 +208,101 @@ TKT_INLINE void prefetch_with_group(const uint8_t* set, Prefetch prefetch) {
   TKT_UNROLL for (int word = kFirst; word < kEnd; ++word) prefetch_line(set + word * 64, prefetch);
 }
 
-// Groups of 4 columns of one of the two blocks of a chunk, from `group` to the end of a sub-block. The words of high nibbles
-// are already prefetched.
-template <class Words, int T, int R, int nibble, int group>
-TKT_INLINE void add_groups_k(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uint8_t* const (&chunk)[R],
+// Groups of 4 columns of one of the two blocks of a chunk, from `group` to the end of a sub-block. The words of high
+// nibbles are already prefetched.
+template <class Words, int T, int R, int chunk, int nibble, int block, int group>
+TKT_INLINE void add_groups_k(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uint8_t* const (&words)[R],
                              const ActivationQ8* const (&act)[T], Prefetch prefetch) {
   constexpr int kGroups = Words::kSubColumns / 4;
   constexpr int kOfSet = group % Words::kSetGroups;
   V::I w[R];
   TKT_UNROLL for (int r = 0; r < R; ++r) {
-    const uint8_t* set = set_of<Words>(chunk[r], 0, group);
+    const uint8_t* set = set_of<Words>(words[r], chunk, group);
     w[r] = Words::template weights<2 * kOfSet + nibble>(set);
     if constexpr (T <= Words::kPerLineTokens && nibble == 0) prefetch_with_group<Words, kOfSet>(set, prefetch);
   }
   TKT_UNROLL for (int t = 0; t < T; ++t) {
-    const V::I a = V::broadcast_i(act[t]->q + 4 * group);
+    const V::I a = V::broadcast_i(act[t][block].q + 4 * group);
     TKT_UNROLL for (int r = 0; r < R; ++r) {
       accumulate<Words::kNarrowGroups, group % kGroups, kGroups>(dot[t][r], narrow[t][r], w[r], a);
     }
   }
   if constexpr ((group + 1) % kGroups != 0) {
-    add_groups_k<Words, T, R, nibble, group + 1>(dot, narrow, chunk, act, prefetch);
+    add_groups_k<Words, T, R, chunk, nibble, block, group + 1>(dot, narrow, words, act, prefetch);
   }
 }
 
-// sums += scale * dot of the sub-blocks of an activation block, from `half` of two, or of one. Bounds: a sub-block of 32 gives
-// at most 32 * 31 * 127 * 63 < 2^23; two of 16 in Q6_K give 2 * 16 * 32 * 127 * 128 < 2^24. Floats hold such sums exactly, and
-// multiply in one operation where integers take Intel two: 64 tokens, one core of Emerald Rapids, Q4_K 336 and 371 GOPS,
-// Q6_K 274 and 328.
-template <class Words, int T, int R, int nibble, int half>
-TKT_INLINE void add_sub_blocks(V::F (&sums)[T][R], const float (*scales)[R][16], const uint8_t* const (&chunk)[R],
-                               const ActivationQ8* const (&act)[T], Prefetch prefetch) {
+// sums += scale * dot of the sub-blocks of an activation block, from `part` of two, or of one. Bounds: a sub-block of 32
+// gives at most 32 * 31 * 127 * 63 < 2^23; two of 16 in Q6_K give 2 * 16 * 32 * 127 * 128 < 2^24. Floats hold such sums
+// exactly, and multiply in one operation where integers take Intel two: 64 tokens, one core of Emerald Rapids, Q4_K 336 and
+// 371 GOPS, Q6_K 274 and 328.
+template <class Words, int T, int R, int block, int part>
+TKT_INLINE void add_sub_blocks(V::F (&sums)[T][R], const typename Words::Scales (&scales)[R], int half,
+                               const uint8_t* const (&words)[R], const ActivationQ8* const (&act)[T], Prefetch prefetch) {
+  constexpr int kChunk = Words::kRun == 1 ? block / 2 : block % 2;
+  constexpr int kNibble = Words::kRun == 1 ? block % 2 : block / 2;
   V::I dot[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     V::I start = V::set_i(0);
     if constexpr (Words::kOffsetLog2 >= 0) {
-      start = V::template shift_left<Words::kOffsetLog2>(V::broadcast_i(&act[t]->neg_sum16[half]));
+      start = V::template shift_left<Words::kOffsetLog2>(V::broadcast_i(&act[t][block].neg_sum16[part]));
     }
     TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = start;
   }
   V::I narrow[T][R];
-  add_groups_k<Words, T, R, nibble, half * Words::kSubColumns / 4>(dot, narrow, chunk, act, prefetch);
+  add_groups_k<Words, T, R, kChunk, kNibble, block, part * Words::kSubColumns / 4>(dot, narrow, words, act, prefetch);
   TKT_UNROLL for (int r = 0; r < R; ++r) {
-    const V::F scale = V::load(scales[half][r]);
+    const V::F scale = V::to_float(scales[r].template scale<block * 32 / Words::kSubColumns + part>(half));
     TKT_UNROLL for (int t = 0; t < T; ++t) {
-      const V::F of_half = V::to_float(dot[t][r]);
-      sums[t][r] = half == 0 ? V::mul(of_half, scale) : V::fma(of_half, scale, sums[t][r]);
+      const V::F of_part = V::to_float(dot[t][r]);
+      sums[t][r] = part == 0 ? V::mul(of_part, scale) : V::fma(of_part, scale, sums[t][r]);
     }
   }
-  if constexpr ((half + 1) * Words::kSubColumns < 32) {
-    add_sub_blocks<Words, T, R, nibble, half + 1>(sums, scales, chunk, act, prefetch);
-  }
-}
-
-// What a tile keeps of a block in memory, so that loops run over chunks where unrolled code would fill the cache of
-// instructions: Q6_K with 4 tokens 45 KB, and most of what a compiler has to do.
-template <class Words, int R>
-struct BlockScales {
-  static constexpr int kHalves = 32 / Words::kSubColumns;
-  alignas(64) float scales[8 * kHalves][R][16];
-  alignas(64) float minima[8][R][16];
-  alignas(64) float d[R][16];
-  alignas(64) float dmin[R][16];
-};
-
-template <class Words, int R, int j>
-TKT_INLINE void store_scales(BlockScales<Words, R>& to, int r, const typename Words::Scales& scales) {
-  V::store(to.scales[j][r], V::to_float(scales.template scale<j>()));
-  if constexpr (Words::Scales::kHasMinima) V::store(to.minima[j][r], scales.template min<j>());
-  if constexpr (j + 1 < 256 / Words::kSubColumns) store_scales<Words, R, j + 1>(to, r, scales);
-}
-
-// Not inlined: tiles of all sizes share it.
-template <class Words, int R>
-TKT_NOINLINE void read_scales(BlockScales<Words, R>& to, int r, const uint8_t* words, const uint8_t* leading) {
-  typename Words::Scales scales;
-  scales.read(words, leading);
-  V::store(to.d[r], scales.d);
-  if constexpr (Words::Scales::kHasMinima) V::store(to.dmin[r], scales.dmin);
-  store_scales<Words, R, 0>(to, r, scales);
-}
-
-// Blocks of 32 columns from `block` on: low or high nibbles of kRun chunks from `chunk` on.
-template <class Words, int T, int R, int nibble>
-TKT_INLINE void add_run(V::F (&scaled)[T][R], const BlockScales<Words, R>& scales, const uint8_t* const (&words)[R],
-                        const ActivationQ8* const (&act)[T], int chunk, int block, Prefetch prefetch) {
-  constexpr int kChunkBytes = 8 / Words::kSetGroups * Words::kSetWords * 64;
-  for (const int end = block + Words::kRun; block < end; ++block, ++chunk) {
-    const uint8_t* of_chunk[R];
-    TKT_UNROLL for (int r = 0; r < R; ++r) {
-      prefetch_burst(words[r], block * Words::kWords / 8, (block + 1) * Words::kWords / 8, prefetch);
-      of_chunk[r] = words[r] + chunk * kChunkBytes;
-    }
-    const ActivationQ8* of_block[T];
-    TKT_UNROLL for (int t = 0; t < T; ++t) of_block[t] = act[t] + block;
-    V::F sums[T][R];
-    add_sub_blocks<Words, T, R, nibble, 0>(sums, scales.scales + block * scales.kHalves, of_chunk, of_block, prefetch);
-    TKT_UNROLL for (int t = 0; t < T; ++t) {
-      const V::F d = V::set_f(of_block[t]->d);
-      TKT_UNROLL for (int r = 0; r < R; ++r) scaled[t][r] = V::fma(sums[t][r], d, scaled[t][r]);
-    }
+  if constexpr ((part + 1) * Words::kSubColumns < 32) {
+    add_sub_blocks<Words, T, R, block, part + 1>(sums, scales, half, words, act, prefetch);
   }
 }
 
+// Blocks of 32 columns of half a super-block, from `block` of four on; words and activations are those of the half.
+template <class Words, int T, int R, int block>
+TKT_INLINE void add_blocks(V::F (&scaled)[T][R], const typename Words::Scales (&scales)[R], int half,
+                           const uint8_t* const (&words)[R], const uint8_t* const (&lines)[R],
+                           const ActivationQ8* const (&act)[T], Prefetch prefetch) {
+  TKT_UNROLL for (int r = 0; r < R; ++r) {
+    prefetch_burst(lines[r], block * Words::kWords / 8, (block + 1) * Words::kWords / 8, prefetch);
+  }
+  V::F sums[T][R];
+  add_sub_blocks<Words, T, R, block, 0>(sums, scales, half, words, act, prefetch);
+  TKT_UNROLL for (int t = 0; t < T; ++t) {
+    const V::F d = V::set_f(act[t][block].d);
+    TKT_UNROLL for (int r = 0; r < R; ++r) scaled[t][r] = V::fma(sums[t][r], d, scaled[t][r]);
+  }
+  if constexpr (block < 3) add_blocks<Words, T, R, block + 1>(scaled, scales, half, words, lines, act, prefetch);
+}
+
+template <class Scales, int T, int j>
+TKT_INLINE void add_minima(V::F (&minima)[T], const Scales& scales, int half, const ActivationQ8* const (&act)[T]) {
+  const V::F min = scales.template min<j>(half);
+  TKT_UNROLL for (int t = 0; t < T; ++t) minima[t] = V::fma(min, V::set_f(act[t][j].d_sum), minima[t]);
+  if constexpr (j < 3) add_minima<Scales, T, j + 1>(minima, scales, half, act);
+}
+
+// Loops over halves of a super-block: all of it unrolled would be 45 KB of code for Q6_K and 4 tokens, and most of what a
+// compiler has to do; loops over chunks would need the scales in memory, at 3 to 7% of the time of 2 to 6 tokens on AVX-512.
 template <class Words, int T, int R>
 TKT_INLINE void dot_tile_k(const DotArgs& args, int token, Prefetch prefetch) {
+  using Scales = typename Words::Scales;
+  constexpr int kChunkBytes = 8 / Words::kSetGroups * Words::kSetWords * 64;
   V::F acc[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     TKT_UNROLL for (int r = 0; r < R; ++r) acc[t][r] = V::zero_f();
   }
-  BlockScales<Words, R> scales;
   for (int64_t b = 0; b < args.blocks; ++b) {
     const uint8_t* words[R];
+    Scales scales[R];
     TKT_UNROLL for (int r = 0; r < R; ++r) {
       words[r] = block_words<Words>(args.panels[r], args.blocks, b);
-      read_scales<Words, R>(scales, r, words[r], block_scales<Words>(args.panels[r], b));
+      scales[r].read(words[r], block_scales<Words>(args.panels[r], b));
     }
     const ActivationQ8* act[T];
     TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -333,25 +313,29 @@ TKT_INLINE void dot_tile_k(const DotArgs& args, int token, Prefetch prefetch) {
     TKT_UNROLL for (int t = 0; t < T; ++t) {
       TKT_UNROLL for (int r = 0; r < R; ++r) scaled[t][r] = V::zero_f();
     }
-    for (int chunk = 0; chunk < 4; chunk += Words::kRun) {
-      add_run<Words, T, R, 0>(scaled, scales, words, act, chunk, 2 * chunk, prefetch);
-      add_run<Words, T, R, 1>(scaled, scales, words, act, chunk, 2 * chunk + Words::kRun, prefetch);
+    _Pragma("GCC unroll 1") for (int half = 0; half < 2; ++half) {
+      const uint8_t* words_of_half[R];
+      const uint8_t* lines_of_half[R];  // likewise, but of all words, scales among them
+      TKT_UNROLL for (int r = 0; r < R; ++r) {
+        words_of_half[r] = words[r] + half * 2 * kChunkBytes;
+        lines_of_half[r] = words[r] + half * Words::kWords / 2 * 64;
+      }
+      const ActivationQ8* act_of_half[T];
+      TKT_UNROLL for (int t = 0; t < T; ++t) act_of_half[t] = act[t] + 4 * half;
+      add_blocks<Words, T, R, 0>(scaled, scales, half, words_of_half, lines_of_half, act_of_half, prefetch);
     }
     TKT_UNROLL for (int r = 0; r < R; ++r) {
-      const V::F d = V::load(scales.d[r]);
-      TKT_UNROLL for (int t = 0; t < T; ++t) acc[t][r] = V::fma(d, scaled[t][r], acc[t][r]);
-    }
-    // A pass of its own: beside the products, the sums of minima would cost registers that the products need.
-    if constexpr (Words::Scales::kHasMinima) {
-      TKT_UNROLL for (int r = 0; r < R; ++r) {
+      TKT_UNROLL for (int t = 0; t < T; ++t) acc[t][r] = V::fma(scales[r].d, scaled[t][r], acc[t][r]);
+      // A pass of its own: beside the products, the sums of minima would cost registers that the products need.
+      if constexpr (Scales::kHasMinima) {
         V::F minima[T];
         TKT_UNROLL for (int t = 0; t < T; ++t) minima[t] = V::zero_f();
-        for (int j = 0; j < 8; ++j) {
-          const V::F min = V::load(scales.minima[j][r]);
-          TKT_UNROLL for (int t = 0; t < T; ++t) minima[t] = V::fma(min, V::set_f(act[t][j].d_sum), minima[t]);
+        _Pragma("GCC unroll 1") for (int half = 0; half < 2; ++half) {
+          const ActivationQ8* act_of_half[T];
+          TKT_UNROLL for (int t = 0; t < T; ++t) act_of_half[t] = act[t] + 4 * half;
+          add_minima<Scales, T, 0>(minima, scales[r], half, act_of_half);
         }
-        const V::F dmin = V::load(scales.dmin[r]);
-        TKT_UNROLL for (int t = 0; t < T; ++t) acc[t][r] = V::fnma(dmin, minima[t], acc[t][r]);
+        TKT_UNROLL for (int t = 0; t < T; ++t) acc[t][r] = V::fnma(scales[r].dmin, minima[t], acc[t][r]);
       }
     }
   }
@@ -361,12 +345,6 @@ TKT_INLINE void dot_tile_k(const DotArgs& args, int token, Prefetch prefetch) {
 }
 
 // ---- K-quants times one token: one panel, whose words are each loaded once, in ascending order. ---------------------
-
-template <class Scales, int j>
-TKT_INLINE void add_minima(V::F& minima, const Scales& scales, const ActivationQ8* act) {
-  minima = V::fma(scales.template min<j>(), V::set_f(act[j].d_sum), minima);
-  if constexpr (j < 7) add_minima<Scales, j + 1>(minima, scales, act);
-}
 
 // Groups of a chunk, from `group` to the end of a sub-block; dot[nibble].
 template <class Words, int chunk, int group>
@@ -458,9 +436,10 @@ TKT_INLINE void dot_one_panel_k(const uint8_t* panel, int64_t blocks, const uint
     add_chunks<Words, 2>(scaled, scales, words, act, prefetch);
     acc = V::fma(scales.d, scaled, acc);
     if constexpr (Scales::kHasMinima) {
-      V::F minima = V::zero_f();
-      add_minima<Scales, 0>(minima, scales, act);
-      acc = V::fnma(scales.dmin, minima, acc);
+      V::F minima[1] = {V::zero_f()};
+      add_minima<Scales, 1, 0>(minima, scales, 0, {act});
+      add_minima<Scales, 1, 0>(minima, scales, 1, {act + 4});
+      acc = V::fnma(scales.dmin, minima[0], acc);
     }
   }
   V::store(out, acc);

@@ -26,16 +26,17 @@ struct SixBitScales {
                            V::template shift_left<4>(V::and_i(V::template shift_right<6>(w1), low2)));
   }
   template <int j>
-  static V::I byte_of(const V::I (&bytes)[2]) {
-    return V::and_i(V::template shift_right<8 * (j % 4)>(bytes[j / 4]), V::set_i(0xff));
+  static V::I byte_of(V::I bytes) {
+    return V::and_i(V::template shift_right<8 * (j % 4)>(bytes), V::set_i(0xff));
+  }
+  // Of sub-block j, counted from that half of the block.
+  template <int j>
+  V::I scale(int half = 0) const {
+    return byte_of<j>(scale_bytes[half + j / 4]);
   }
   template <int j>
-  V::I scale() const {
-    return byte_of<j>(scale_bytes);
-  }
-  template <int j>
-  V::F min() const {
-    return V::to_float(byte_of<j>(min_bytes));
+  V::F min(int half = 0) const {
+    return V::to_float(byte_of<j>(min_bytes[half + j / 4]));
   }
   // Where V::kFoldsScales: the scale twice, as 16 bits.
   template <int j, class Isa = V>

@@ -20,9 +20,10 @@ struct Q6_KWords {
       d = V::load_f16(leading);
       TKT_UNROLL for (int i = 0; i < 4; ++i) bytes[i] = V::load_i(words + i * 64);
     }
+    // Of sub-block j, counted from that half of the block.
     template <int j>
-    V::I scale() const {
-      return V::template shift_right_signed<24>(V::template shift_left<24 - 8 * (j % 4)>(bytes[j / 4]));
+    V::I scale(int half = 0) const {
+      return V::template shift_right_signed<24>(V::template shift_left<24 - 8 * (j % 4)>(bytes[2 * half + j / 4]));
     }
     template <int j, class Isa = V>
     V::I scale_pair() const {
