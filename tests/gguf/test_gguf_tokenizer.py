@@ -324,3 +324,18 @@ VALUES = SCALARS | st.lists(st.integers(0, 6)).map(np.array) | st.lists(st.text(
 def test_only_our_errors_come_out_of_any_metadata(changed: dict[str, Any]) -> None:
     said = refusal(lambda: tokenizer_from_gguf({**FACTS, **changed}))
     assert said is None or "tokenizer." in said
+
+
+def test_far_more_merges_than_tokens_are_refused(tmp_path: Path) -> None:
+    # Reading millions of them costs seconds and gigabytes, and the header says how many there are.
+    path = write_model(
+        tmp_path / "m.gguf",
+        more={
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "deepseek-v3",
+            "tokenizer.ggml.tokens": [f"t{number}" for number in range(50)],
+            "tokenizer.ggml.merges": ["t1 t2"] * 401,
+        },
+    )
+    with pytest.raises(GgufFormatError, match="lists 401 merges for 50 tokens"):
+        tokenizer_from_gguf(open_checkpoint(path))

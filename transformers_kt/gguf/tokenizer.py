@@ -59,6 +59,10 @@ def build_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=vocabulary.backend(), **described)
 
 
+# A merge makes a token, and few tokens are made in several ways: vocabularies converted from tiktoken have 2.2.
+_MOST_MERGES_PER_TOKEN = 8
+
+
 class _Vocabulary:
     """The ``tokenizer.*`` keys, checked."""
 
@@ -140,7 +144,13 @@ class _Vocabulary:
         return [int(number) for number in numbers]
 
     def _merges(self) -> list[tuple[str, str]]:
-        merges = []
+        merges: list[tuple[str, str]] = []
+        listed = self.metadata.get("tokenizer.ggml.merges")
+        if isinstance(listed, StringArray) and len(listed) > _MOST_MERGES_PER_TOKEN * len(self.tokens):
+            raise GgufFormatError(
+                f"{self.name}: tokenizer.ggml.merges lists {len(listed)} merges for {len(self.tokens)} tokens; at most "
+                f"{_MOST_MERGES_PER_TOKEN} for each are accepted"
+            )
         for number, merge in enumerate(self._strings("tokenizer.ggml.merges")):
             left, _, right = merge.partition(" ")
             if not left or not right:
