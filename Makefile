@@ -16,13 +16,14 @@ CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp)
 OTHER_CXX_FILES := $(wildcard tests/native/*.h tests/native/*.cpp tools/wheel/*.cpp) benchmarks/limits.cpp
 
 .DELETE_ON_ERROR:
-.PHONY: help demo chat test test-native lint bench bench-models wheel test-wheel clean
+.PHONY: help demo chat test fuzz-files test-native lint bench bench-models wheel test-wheel clean
 
 help:
 	@echo "make demo         set up .venv, then watch the bundled model think and answer"
 	@echo "make chat         talk to it"
 	@echo "make test         run the tests"
 	@echo "make test-native  run tests/native under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
+	@echo "make fuzz-files   try 20,000 damaged files"
 	@echo "make lint         check formatting, style and types"
 	@echo "make bench        measure kernels and MoE layers; BENCH=--benchmark-compare sets them against the last run"
 	@echo "make bench-models measure a whole model, and its peers where they are installed"
@@ -52,6 +53,10 @@ test-native-%: $(VENV)/.installed
 test-transformers-%: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet transformers==$*
 	$(BIN)/python -m pytest
+
+# The tests try 2,000 of them.
+fuzz-files: $(VENV)/.installed-test
+	PYTHONPATH=tests/support $(BIN)/python tests/support/damaged_files.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
