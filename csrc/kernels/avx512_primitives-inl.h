@@ -41,6 +41,7 @@ struct Avx512Primitives {
   TKT_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
   TKT_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   TKT_INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }
+  TKT_INLINE I float_to_bits(F a) { return _mm512_castps_si512(a); }
   TKT_INLINE F bits_to_float(I a) { return _mm512_castsi512_ps(a); }
   TKT_INLINE F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
   TKT_INLINE F load_bf16(const void* p) {
@@ -54,7 +55,7 @@ struct Avx512Primitives {
   }
 
   TKT_INLINE int32_t sum_of_lanes(I a) { return _mm512_reduce_add_epi32(a); }
-  TKT_INLINE float largest_lane(F a) { return _mm512_reduce_max_ps(a); }
+  TKT_INLINE int32_t largest_lane_i(I a) { return _mm512_reduce_max_epi32(a); }
   TKT_INLINE I set_i(int32_t x) { return _mm512_set1_epi32(x); }
   TKT_INLINE I load_i(const void* p) { return _mm512_loadu_si512(p); }
   TKT_INLINE void store_i(void* p, I a) { _mm512_storeu_si512(p, a); }
@@ -74,6 +75,7 @@ struct Avx512Primitives {
   TKT_INLINE I or_i(I a, I b) { return _mm512_or_si512(a, b); }
   TKT_INLINE I xor_i(I a, I b) { return _mm512_xor_si512(a, b); }
   TKT_INLINE I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
+  TKT_INLINE I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
   TKT_INLINE I sub_i(I a, I b) { return _mm512_sub_epi32(a, b); }
   TKT_INLINE I mul_i(I a, I b) { return _mm512_mullo_epi32(a, b); }
   template <int N>

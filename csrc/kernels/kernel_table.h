@@ -82,6 +82,7 @@ struct KernelTable {
   void (*gemv[kWeightTypes])(const GemvArgs& args);
 
   // d = amax / 127, q = round-to-nearest-even(x * (127 / amax)); all zero where amax < 1e-30 (127 / amax overflows).
+  // A block with a value that is not finite has q = 0 and d = NaN, so that every product with it is NaN.
   void (*quantize_q8)(const float* x, int64_t cols, uint8_t* row);
 
   // out = weight * (x * (1 / sqrt(sum(x^2) / n + eps))). Squares are summed in 16 lanes (element i in lane i % 16) by fma,
@@ -91,7 +92,7 @@ struct KernelTable {
   // out = (gate / (1 + exp(-gate))) * up
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
 
-  // out = exp(x - offset), by the polynomial of kernels/exp_constants.h
+  // out = exp(x - offset), by the polynomial of kernels/exp_constants.h; NaN where x is NaN
   void (*exp_minus)(const float* x, float offset, int64_t n, float* out);
 
   // out = fma(scale, x, out)

@@ -112,6 +112,7 @@ void gemv(const GemvArgs& args) {
 }
 
 float exp_polynomial(float x) {
+  if (std::isnan(x)) return x;
   x = std::fmin(std::fmax(x, kExpMin), kExpMax);
   const float n = std::nearbyint(x * kLog2e);
   float r = std::fma(n, -kLn2High, x);
@@ -124,10 +125,14 @@ float exp_polynomial(float x) {
 
 float quantize(const float* x, int n, int8_t* q) {
   float amax = 0.0f;
-  for (int i = 0; i < n; ++i) amax = std::fmax(amax, std::fabs(x[i]));
-  if (!(amax >= kSmallestAmax)) {
+  bool is_finite = true;
+  for (int i = 0; i < n; ++i) {
+    amax = std::fmax(amax, std::fabs(x[i]));
+    is_finite = is_finite && std::isfinite(x[i]);
+  }
+  if (!is_finite || amax < kSmallestAmax) {
     std::memset(q, 0, static_cast<size_t>(n));
-    return 0.0f;
+    return is_finite ? 0.0f : NAN;
   }
   const float inverse = 127.0f / amax;
   for (int i = 0; i < n; ++i) q[i] = static_cast<int8_t>(std::nearbyint(x[i] * inverse));

@@ -2,7 +2,8 @@
 // as panel_dot-inl.h: included inside an ISA's namespace, nowhere else.
 
 static inline V::F exp_f(V::F x) {
-  x = V::min(V::max(x, V::set_f(kExpMin)), V::set_f(kExpMax));
+  // x stands second: where either is NaN, max and min give the second, and exp(NaN) is NaN.
+  x = V::min(V::set_f(kExpMax), V::max(V::set_f(kExpMin), x));
   const V::I n = V::to_int(V::mul(x, V::set_f(kLog2e)));
   const V::F nf = V::to_float(n);
   V::F r = V::fma(nf, V::set_f(-kLn2High), x);
@@ -26,14 +27,28 @@ static inline void store_tail(float* out, V::F value, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = buffer[i];
 }
 
+// int8 has no NaN: the scale carries it into every product with the block.
+static inline void mark_as_nan(ActivationQ8& block) {
+  block = {};
+  block.d = block.d_sum = __builtin_nanf("");
+}
+
 static void quantize_q8(const float* x, int64_t cols, uint8_t* row) {
   ActivationQ8* blocks = reinterpret_cast<ActivationQ8*>(row);
   for (int64_t b = 0; b < cols / 32; ++b) {
     ActivationQ8& block = blocks[b];
     const V::F low = V::load(x + b * 32);
     const V::F high = V::load(x + b * 32 + 16);
-    const float largest = V::largest_lane(V::max(V::abs(low), V::abs(high)));
-    const bool is_zero = !(largest >= kSmallestAmax);
+    // As integers magnitudes have the order that they have as floats, and NaN is above infinity: neither gets lost.
+    const V::I magnitudes = V::max_i(V::float_to_bits(V::abs(low)), V::float_to_bits(V::abs(high)));
+    const int32_t largest_bits = V::largest_lane_i(magnitudes);
+    float largest;
+    __builtin_memcpy(&largest, &largest_bits, sizeof(largest));
+    if (__builtin_expect(!(largest < __builtin_inff()), 0)) {
+      mark_as_nan(block);
+      continue;
+    }
+    const bool is_zero = largest < kSmallestAmax;
     const V::F inverse = V::set_f(is_zero ? 0.0f : 127.0f / largest);
     const V::I low_q = V::to_int(V::mul(low, inverse));
     const V::I high_q = V::to_int(V::mul(high, inverse));

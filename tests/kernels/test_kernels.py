@@ -237,6 +237,22 @@ def test_every_scale_of_one_byte_is_decoded_as_the_gguf_package_does(name: str) 
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("isa", _C.supported_isas())
+def test_a_product_with_what_is_not_finite_is_not(isa: str, name: str, bad: float) -> None:
+    matrix = packed(name, random_blocks(name, 37, 512), 512)
+    x = np.random.default_rng(3).standard_normal((3, 512)).astype(np.float32)
+    _C.select_isa(isa)
+    finite = multiply(matrix, x)
+    for column in (0, 15, 16, 31, 32, 300, 511):
+        spoilt = x.copy()
+        spoilt[1, column] = bad
+        found = multiply(matrix, spoilt)
+        assert not np.isfinite(found[1]).any()
+        np.testing.assert_array_equal(found[[0, 2]], finite[[0, 2]])  # of other tokens not a bit changes
+
+
 @pytest.mark.usefixtures("eight_cpus")
 @pytest.mark.parametrize("isa", VECTOR_ISAS)
 @pytest.mark.parametrize("name", TYPES)
