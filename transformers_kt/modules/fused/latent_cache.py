@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,40 +19,51 @@ class LatentCacheLayer(DynamicLayer):  # type: ignore[misc]
     """``DynamicLayer`` with room to grow: (batch, heads, tokens, width) views of longer buffers.
 
     The stock layer concatenates: at 4,096 tokens and 27 layers it copies 255 MB for every token, with torch's threads,
-    which spin on for milliseconds and hold up ours. Cropping keeps the buffer, so a view taken before a crop sees what
-    is appended after it; ``copy.deepcopy`` of a cache is independent as ever.
+    which spin on for milliseconds and hold up ours.
+
+    To everybody else it is as functional as the stock layer. Who reads ``keys`` or ``values`` gets a tensor that no
+    later step writes into or reads from: the layer parts with its buffer and makes another when it grows, one copy
+    for each look. Copies of a layer share nothing that either writes into.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._states: list[Any] = [None, None]  # keys and values
-        self._buffers: list[torch.Tensor | None] = [None, None]  # what they may be the beginning of
+        self._buffers: list[torch.Tensor | None] = [None, None]  # which they begin, where these are ours alone
+        self._returned = 0  # tokens that `update` gave away; their rows in the buffers are not written again
         self._group: GrowingLayers | None = None
         super().__init__(*args, **kwargs)
 
     @property
     def keys(self) -> Any:
-        return self._state(0)
+        return self._give_away(0)
 
     @keys.setter
     def keys(self, states: Any) -> None:
-        self._set_state(0, states)
+        self._replace(0, states)
 
     @property
     def values(self) -> Any:
-        return self._state(1)
+        return self._give_away(1)
 
     @values.setter
     def values(self, states: Any) -> None:
-        self._set_state(1, states)
+        self._replace(1, states)
 
-    def _state(self, which: int) -> Any:
-        if self._group is not None and self._states[which].shape[-2] != self._group.length:
-            self._states[which] = self._buffers[which][:, :, : self._group.length]  # type: ignore[index]
+    def _give_away(self, which: int) -> Any:
+        self.leave_group()
+        self._buffers[which] = None
         return self._states[which]
 
-    def _set_state(self, which: int, states: Any) -> None:
+    def _replace(self, which: int, states: Any) -> None:
         self.leave_group()
+        self._buffers[which] = None
         self._states[which] = states
+
+    def own_states(self) -> list[Any]:
+        """Keys and values, for what only reads them and keeps no view."""
+        if self._group is not None and self._states[0].shape[-2] != self._group.length:
+            self._states = [buffer[:, :, : self._group.length] for buffer in self._buffers]  # type: ignore[index]
+        return self._states
 
     def leave_group(self) -> None:
         """From now on it is its own keys and values that count; the same goes for the others of the group."""
@@ -59,26 +71,37 @@ class LatentCacheLayer(DynamicLayer):  # type: ignore[misc]
             self._group.dissolve()
 
     def get_seq_length(self) -> int:
-        return int(super().get_seq_length()) if self._group is None else self._group.length
+        if self._group is not None:
+            return self._group.length
+        keys = self._states[0]
+        return int(keys.shape[-2]) if self.is_initialized and keys is not None and keys.numel() else 0
 
     def takes_floats(self, batch: int) -> bool:
         """Whether it can grow by float32 states of `batch` sequences and one head."""
-        if not self.is_initialized or any(states is None or states.ndim != 4 for states in self._states):
+        keys, values = self.own_states()
+        if not self.is_initialized or any(states is None or states.ndim != 4 for states in (keys, values)):
             return False
-        return all(states.shape[:2] == (batch, 1) and states.dtype == torch.float32 for states in self._states)
+        as_long = keys.shape[-2] == values.shape[-2]
+        of_floats = keys.dtype == values.dtype == torch.float32
+        return as_long and of_floats and tuple(keys.shape[:2]) == tuple(values.shape[:2]) == (batch, 1)
 
     def grow(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """``keys`` and ``values`` with `tokens` more rows at their end, which the caller has to fill."""
-        end = self.get_seq_length() + tokens
-        self.make_room(end)
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)  # type: ignore[index]
-        return self.keys, self.values
+        """Keys and values with `tokens` more rows at their end, which the caller has to fill; not to be kept."""
+        self.leave_group()
+        ends = [states.shape[-2] + tokens for states in self._states]
+        self._states = _beginnings(self.make_room(tokens), ends)
+        return self._states[0], self._states[1]
 
-    def make_room(self, needed: int) -> list[torch.Tensor]:
-        """Buffers for at least `needed` tokens, of which ``keys`` and ``values`` are the beginning."""
-        pairs = zip(self._buffers, (self.keys, self.values), strict=True)
-        buffers = [_with_room(buffer, states, needed) for buffer, states in pairs]
+    def make_room(self, tokens: int) -> list[torch.Tensor]:
+        """Buffers with room for `tokens` more, of which keys and values are the beginning."""
+        states = self.own_states()
+        if min(each.shape[-2] for each in states) < self._returned:
+            self._buffers = [None, None]  # it was cropped, and somebody may hold what was cut off
+        if self._buffers[0] is None and self._buffers[1] is None:
+            self._returned = 0
+        buffers = [_with_room(*pair, tokens) for pair in zip(self._buffers, states, strict=True)]
         self._buffers = [*buffers]
+        self._states = _beginnings(buffers, [each.shape[-2] for each in states])  # else smaller ones would stay alive
         return buffers
 
     def update(
@@ -86,21 +109,42 @@ class LatentCacheLayer(DynamicLayer):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        tokens = key_states.shape[-2]
-        keys, values = self.grow(tokens)
-        keys[:, :, -tokens:] = key_states
-        values[:, :, -tokens:] = value_states
-        return keys, values
+            if key_states.ndim == value_states.ndim == 4:
+                self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        added = (key_states, value_states)
+        if not all(map(_goes_on, self.own_states(), added)):
+            stock: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return stock
+        grown = self.grow(key_states.shape[-2])
+        for states, new in zip(grown, added, strict=True):
+            states[:, :, states.shape[-2] - new.shape[-2] :] = new
+        self._returned = max(states.shape[-2] for states in grown)
+        return grown
 
-    def reset(self) -> None:
-        self.leave_group()
-        self._buffers = [None, None]
-        super().reset()
+    def crop(self, tokens_to_remove: int) -> None:
+        buffers = [*self._buffers]
+        super().crop(tokens_to_remove)
+        self._buffers = buffers  # of which keys and values still are the beginning; nobody else got to see them
 
     def __getstate__(self) -> dict[str, Any]:
-        self.leave_group()  # so that a copy, which is made of this, has its own
-        return dict(vars(self))
+        """For copies and pickles. A shallow copy has the same keys and values, and neither writes behind them."""
+        states = [self.keys, self.values]
+        return {**vars(self), "_states": states, "_buffers": [None, None], "_returned": 0}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LatentCacheLayer:
+        # By way of a pickle's state the original would part with its buffers, and the copy be copied again as it grows.
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        left = {name: value for name, value in vars(self).items() if name not in ("_states", "_buffers", "_group")}
+        copied.__dict__.update(copy.deepcopy(left, memo), _group=None, _buffers=[None, None])
+        states = self.own_states()
+        if self.get_seq_length() == 0:
+            copied._states = copy.deepcopy(states, memo)
+        else:
+            buffers = [_with_room(None, each, 1) for each in states]
+            copied._buffers, copied._states = [*buffers], _beginnings(buffers, [each.shape[-2] for each in states])
+            copied._returned = 0
+        return copied
 
 
 class GrowingLayers:
@@ -113,13 +157,13 @@ class GrowingLayers:
     def __init__(self, layers: list[LatentCacheLayer]) -> None:
         self.layers = layers
         self.length = layers[0].get_seq_length()
-        self.batch: int = layers[0].keys.shape[0]
+        self.batch: int = layers[0].own_states()[0].shape[0]
         self._room = 0
 
     def grow(self, tokens: int) -> _C.KeyBuffers:
         """Takes in `tokens` more, whose rows at the end the caller has to fill, in buffers with room for more."""
         if self.length + tokens > self._room:
-            buffers = [layer.make_room(self.length + tokens) for layer in self.layers]
+            buffers = [layer.make_room(tokens) for layer in self.layers]
             self._room = min(buffer.shape[-2] for pair in buffers for buffer in pair)
             columns = zip(*buffers, strict=True)
             self._packed = _C.KeyBuffers(*([buffer.numpy()[:, 0] for buffer in column] for column in columns))
@@ -130,21 +174,32 @@ class GrowingLayers:
 
     def dissolve(self) -> None:
         for layer in self.layers:
-            layer._states = [layer.keys, layer.values]
+            layer.own_states()
         for layer in self.layers:
             layer._group = None
 
 
-def _with_room(buffer: torch.Tensor | None, view: torch.Tensor, needed: int) -> torch.Tensor:
-    """`buffer` where `view` still starts it and `needed` tokens fit; else a larger one that begins with `view`."""
-    if buffer is not None and view.shape[-2] > 0:
-        in_place = view.data_ptr() == buffer.data_ptr() and view.stride() == buffer.stride()
-        if in_place and view.shape[0] == buffer.shape[0] and buffer.shape[-2] >= needed:
-            return buffer
+def _beginnings(buffers: Sequence[torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
+    return [buffer[:, :, :length] for buffer, length in zip(buffers, lengths, strict=True)]
+
+
+def _goes_on(states: Any, added: torch.Tensor) -> bool:
+    """Whether ``added`` can be written behind ``states`` as it is; else the stock layer promotes or raises."""
+    if states is None or states.ndim != 4 or added.ndim != 4:
+        return False
+    of_rows = states.shape[:2] == added.shape[:2] and states.shape[-1] == added.shape[-1]
+    return bool(of_rows and states.dtype == added.dtype and states.device == added.device)
+
+
+def _with_room(buffer: torch.Tensor | None, states: torch.Tensor, tokens: int) -> torch.Tensor:
+    """`buffer`, which begins with `states`, where `tokens` more fit; else a larger one that does."""
+    length = states.shape[-2]
+    if buffer is not None and buffer.shape[-2] >= length + tokens:
+        return buffer
     # Half again as much: the memory spared outweighs the few copies saved by doubling.
-    room = max(_SMALLEST, needed + needed // 2)
-    larger = view.new_empty((*view.shape[:-2], room, view.shape[-1]))
-    larger[:, :, : view.shape[-2]] = view
+    room = max(_SMALLEST, length + tokens + (length + tokens) // 2)
+    larger = states.new_empty((*states.shape[:-2], room, states.shape[-1]))
+    larger[:, :, :length] = states
     return larger
 
 
