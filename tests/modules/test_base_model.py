@@ -285,3 +285,40 @@ def test_hooks_of_accelerate_change_no_bit(model: Any, at_once: list[int]) -> No
         assert torch.equal(ours, reference)
     model(STEP, past_key_values=cache)
     assert at_once == [3, 3, 3]
+
+
+# ---- Patched classes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["forward", "__call__"])
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize(
+    "place", ["stock model", "stock layer", "layer", "self_attn", "mlp", "input_layernorm", "norm"]
+)
+def test_a_class_that_is_patched_after_loading_is_heard(
+    model: Any, place: str, tokens: int, name: str, at_once: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = model.model.layers[1]
+    cls = {
+        "stock model": type(model.model).__bases__[1],
+        "stock layer": type(layer).__bases__[1],
+        "layer": type(layer),
+        "norm": type(model.model.norm),
+    }.get(place) or type(getattr(layer, place))
+    ids = PROMPT[:, :tokens]
+    expected = model(ids).logits
+    del at_once[:]
+    seen: list[Any] = []
+    method = getattr(cls, name)
+
+    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(self)
+        return method(self, *args, **kwargs)
+
+    monkeypatch.setattr(cls, name, patched)
+    assert torch.equal(model(ids).logits, expected)
+    instances = sum(isinstance(module, cls) for module in model.modules())
+    assert len(seen) == instances
+    assert at_once == []
+    monkeypatch.undo()
+    assert torch.equal(model(ids).logits, expected)

@@ -24,7 +24,7 @@ from transformers_kt.families.registry import stock_classes
 from transformers_kt.families.tree import dotted
 from transformers_kt.modules.embedding import KtEmbedding
 from transformers_kt.modules.fused.cache_argument import CACHE_ARGUMENT, require_cache_argument
-from transformers_kt.modules.fused.decoder_layer import FastPath, is_fused, subclass_in_front
+from transformers_kt.modules.fused.decoder_layer import FastPath, is_fused, stock_class, subclass_in_front
 from transformers_kt.modules.fused.latent_cache import GrowingLayers, growing_layers
 from transformers_kt.modules.mla import ranges_mask, visible_keys
 from transformers_kt.modules.norm import KtRMSNorm
@@ -43,7 +43,8 @@ class _PackedModel:
     def __init__(self, model: Any) -> None:
         self.layers = _layers_of(model)
         self.around = (model.embed_tokens, model.rotary_emb, model.norm)
-        self.fast_path = FastPath(self.layers, watched=(*self.layers, *self.around))
+        watched = (*self.layers, *self.around)
+        self.fast_path = FastPath(self.layers, watched, classes=[stock_class(model)])
         self.cache_indices = [layer.parts.attention.layer_idx for layer in self.layers]
         norms = [norm for layer in self.layers for norm in (layer.parts.input_norm, layer.parts.post_norm)]
         self._norms = [norm._parameters for norm in (*norms, model.norm)]

@@ -45,7 +45,7 @@ class FastPath:
     Checked for every token, hence flat lists: 0.1 ms for 27 layers while decoding.
     """
 
-    def __init__(self, layers: Sequence[Any], watched: Sequence[nn.Module] = ()) -> None:
+    def __init__(self, layers: Sequence[Any], watched: Sequence[nn.Module] = (), classes: Sequence[type] = ()) -> None:
         self._places = [
             (layer._modules, name, part)
             for layer in layers
@@ -59,6 +59,8 @@ class FastPath:
         self._modules = [part for _modules, _name, part in self._places] + list(watched)
         self._hooks = [each._forward_hooks for each in self._modules]
         self._hooks += [each._forward_pre_hooks for each in self._modules]
+        called = dict.fromkeys((*map(type, (*self._modules, *layers)), *map(stock_class, layers), *classes))
+        self._methods = [(cls, name, getattr(cls, name)) for cls in called for name in ("forward", "__call__")]
 
     def is_open(self) -> bool:
         if torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]
@@ -66,6 +68,8 @@ class FastPath:
         if any(self._hooks) and has_foreign_hooks(self._hooks):
             return False
         if any("forward" in module.__dict__ and _is_wrapped(module) for module in self._modules):
+            return False
+        if any(getattr(cls, name) is not method for cls, name, method in self._methods):
             return False
         return all(modules[name] is part for modules, name, part in self._places)
 
@@ -142,6 +146,12 @@ def subclass_in_front(ours: type, stock: type[nn.Module]) -> Any:
         names = {key: getattr(stock, key) for key in ("__module__", "__qualname__", "__doc__")}
         _SUBCLASSES[stock] = type(stock.__name__, (ours, stock), names)
     return _SUBCLASSES[stock]
+
+
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """The class that `subclass_in_front` was given."""
+    found: type[nn.Module] = type(module).__bases__[1]
+    return found
 
 
 def is_fused(module: nn.Module) -> bool:
