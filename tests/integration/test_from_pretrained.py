@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import json
 import logging
+import re
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -442,6 +445,89 @@ def test_the_dtype_that_the_config_states_is_no_request(
 def test_an_option_that_makes_no_sense_with_a_gguf_is_refused(v3: Example, option: dict[str, Any]) -> None:
     with pytest.raises(errors.UnsupportedOperationError, match=f"{next(iter(option))}= cannot be combined"):
         AutoModelForCausalLM.from_pretrained(v3.folder, kt_rules="auto", **option)
+
+
+def options_with_defaults() -> dict[str, Any]:
+    """Every option of from_pretrained in transformers, declared or popped, with its default."""
+    found: dict[str, Any] = {}
+    for function in (PreTrainedModel.from_pretrained, transformers.models.auto.auto_factory._BaseAutoModelClass):
+        function = getattr(function, "from_pretrained", function)
+        stock = inspect.unwrap(function.__func__)
+        for parameter in inspect.signature(stock).parameters.values():
+            if parameter.default is not inspect.Parameter.empty:
+                found[parameter.name] = parameter.default
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(stock)))):
+            is_method = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            if not is_method or node.func.attr not in ("pop", "get") or len(node.args) != 2:
+                continue
+            if isinstance(node.func.value, ast.Name) and node.func.value.id == "kwargs":
+                name, default = node.args
+                if isinstance(name, ast.Constant):
+                    found.setdefault(name.value, ast.literal_eval(default))
+        documented = re.findall(
+            r"^ +([a-z_]+) \(`[^)]*?\*optional\*(?:, defaults to `([^`]*)`)?", stock.__doc__ or "", re.M
+        )
+        for name, default in documented:
+            found.setdefault(name, ast.literal_eval(default) if default else None)
+    return found
+
+
+DEFAULTS = {
+    **options_with_defaults(),
+    # Of wrappers and of earlier releases.
+    **dict.fromkeys(("low_cpu_mem_usage", "offload_state_dict", "from_tf", "from_flax", "mirror", "_fast_init")),
+    **dict.fromkeys(
+        ("attn_implementation", "experts_implementation", "dtype", "torch_dtype", "gguf_file", "code_revision")
+    ),
+    **dict.fromkeys(("kt_cpu_layers", "kt_gpu_experts")),
+}
+
+
+def test_the_defaults_are_read_from_transformers() -> None:
+    expected = {"quantization_config", "state_dict", "device_map", "token", "revision", "weights_only", "tp_plan"}
+    assert set(DEFAULTS) >= expected
+    assert len(DEFAULTS) > 35
+
+
+@pytest.mark.parametrize("option", DEFAULTS)
+def test_an_option_with_its_default_changes_nothing(v3: Example, option: str) -> None:
+    for given in ({option: DEFAULTS[option]}, {option: None}):
+        for name, options in (folder_and_gguf(v3), no_name(v3)):
+            if option in options or (option in ("weights_only", "revision", "adapter_name") and given[option] is None):
+                continue
+            assert_equals_stock(AutoModelForCausalLM.from_pretrained(name, **options, **given), v3)
+
+
+def test_all_defaults_at_once_change_nothing(v3: Example) -> None:
+    name, options = folder_and_gguf(v3)
+    model, _info = DeepseekV3ForCausalLM.from_pretrained(name, **{**DEFAULTS, **options, "output_loading_info": True})
+    assert_equals_stock(model, v3)
+
+
+@pytest.mark.parametrize("load", [AutoConfig.from_pretrained, AutoTokenizer.from_pretrained])
+@pytest.mark.parametrize("alone", [False, True])
+def test_options_of_configs_and_tokenizers_with_their_defaults_change_nothing(
+    v3: Example, load: Any, alone: bool
+) -> None:
+    name, options = no_name(v3) if alone else folder_and_gguf(v3)
+    hub = {"cache_dir": None, "force_download": False, "local_files_only": False, "token": None, "revision": "main"}
+    others = {"proxies": None, "subfolder": "", "trust_remote_code": None, "_from_auto": True}
+    only = {"use_fast": True, "tokenizer_type": None, "config": None} if load == AutoTokenizer.from_pretrained else {}
+    found = load(name, **options, **hub, **others, **only)
+    assert found.to_dict() == load(name, **options).to_dict() if not only else len(found) == len(load(name, **options))
+
+
+def test_an_adapter_in_the_models_folder_is_refused_with_what_to_do(v3: Example, tmp_path: Path) -> None:
+    """Stock transformers applies it; the model without it is another one."""
+    folder = shutil.copytree(v3.config_folder, tmp_path / "model")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(errors.UnsupportedOperationError, match=r"adapter_config\.json.*load_adapter"):
+        AutoModelForCausalLM.from_pretrained(folder, gguf_path=v3.gguf)
+
+
+def test_other_auto_classes_refuse_in_the_words_that_wrappers_look_for(v3: Example) -> None:
+    with pytest.raises(errors.UnsupportedModelError, match="Unrecognized configuration class"):
+        transformers.AutoModelForSeq2SeqLM.from_pretrained(v3.gguf)
 
 
 def test_a_default_device_of_torch_does_not_move_the_model() -> None:

@@ -240,7 +240,11 @@ def test_a_length_within_the_positions_is_left_alone(model: Any, caplog: pytest.
 
 @pytest.mark.parametrize(
     ("output", "way_out"),
-    [("output_attentions", 'attn_implementation="eager"'), ("output_router_logits", "op: torch")],
+    [
+        ("output_attentions", 'attn_implementation="eager"'),
+        ("output_router_logits", "op: torch"),
+        ("output_router_logits", 'kt_rules="observable"'),
+    ],
 )
 def test_outputs_of_replaced_modules_are_refused_with_a_way_to_get_them(
     model: Any, v3: Example, output: str, way_out: str

@@ -19,7 +19,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from transformers_kt.errors import UnsupportedModelError, UnsupportedOperationError
 from transformers_kt.families.from_gguf import generation_config_from_gguf, notes_from_gguf, tokenizer_from_gguf
 from transformers_kt.families.tensors import check_tensors
-from transformers_kt.integration.loaded_model import KtGenerationMixin, KtModelMixin
+from transformers_kt.integration.loaded_model import OBSERVABLE, KtGenerationMixin, KtModelMixin
 from transformers_kt.integration.quantizer import METHOD, KtConfig, LoadJob
 from transformers_kt.planning.decision import ModelRequest
 from transformers_kt.planning.device_map import PlacementRequest
@@ -42,6 +42,7 @@ _NOT_FOR_TOKENIZERS = (
     "dtype",
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+_ADAPTER = "adapter_config.json"
 _REFUSED_OPTIONS = {
     "quantization_config": "the weights of a GGUF are quantized already",
     "state_dict": "the weights come from the GGUF",
@@ -57,9 +58,11 @@ def load_auto_model(call: Call, request: Request) -> Any:
     def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         mapping = call.cls._model_mapping
         if type(config) not in mapping:
+            # Wrappers that probe one class after another look for transformers' own first words.
             raise UnsupportedModelError(
-                f"{call.cls.__name__} has no model for {type(config).__name__} ({request.name}); load "
-                "AutoModelForCausalLM, or AutoModel for the hidden states"
+                f"Unrecognized configuration class {type(config)} for this kind of AutoModel: {call.cls.__name__} has "
+                f"no model for {type(config).__name__} ({request.name}); load AutoModelForCausalLM, or AutoModel for "
+                "the hidden states"
             )
         found: type[PreTrainedModel] = _get_model_class(config, mapping)
         return found
@@ -109,8 +112,9 @@ def _load(
 ) -> Any:
     """What from_pretrained returns, loaded from the GGUF of ``request``. All checks come before memory is taken."""
     for key, reason in _REFUSED_OPTIONS.items():
-        if options.get(key) is not None:
+        if options.pop(key, None) is not None:
             raise UnsupportedOperationError(f"{key}= cannot be combined with a GGUF: {reason}. Leave it out")
+    _refuse_adapter(request)
     placement = PlacementRequest.read(
         request.rules, options.pop("device_map", None), options.pop("max_memory", None), *request.numbers
     )
@@ -140,6 +144,17 @@ def _load(
     if rest.get("generation_config") is None and model.can_generate():
         _restore_generation_config(model, request, checkpoint, trust_remote_code, rest)
     return result
+
+
+def _refuse_adapter(request: Request) -> None:
+    """Stock transformers applies an adapter that lies beside the config; to load without it is another model."""
+    if request.folder is None or not (found := folder_of(request.folder, request.hub) / _ADAPTER).is_file():
+        return
+    raise UnsupportedOperationError(
+        f"{found}: an adapter in the model's folder is not applied while loading. Move it to a folder of its own, load "
+        f'the model with kt_rules="{OBSERVABLE}", which keeps every linear layer, and attach the adapter with '
+        "model.load_adapter(folder)"
+    )
 
 
 def _modules() -> Modules:

@@ -13,6 +13,9 @@ from transformers_kt.errors import InputError, UnsupportedOperationError
 from transformers_kt.integration.loading import KtReport
 from transformers_kt.rules import TORCH
 
+OBSERVABLE = "observable"
+"""The bundled rules that keep every module under its own name."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -184,7 +187,7 @@ class InputGuard:
                     + (
                         'attn_implementation="eager"'
                         if "attentions" in output
-                        else "kt_rules that keep them (op: torch)"
+                        else f'kt_rules="{OBSERVABLE}", or rules of your own that keep them (op: torch)'
                     )
                 )
         for name in ("input_ids", "inputs_embeds"):
