@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers.cache_utils import Cache
 
 from transformers_kt.errors import InputError, UnsupportedOperationError
 from transformers_kt.integration.loading import KtReport
@@ -190,20 +192,29 @@ class InputGuard:
                         else f'kt_rules="{OBSERVABLE}", or rules of your own that keep them (op: torch)'
                     )
                 )
-        for name in ("input_ids", "inputs_embeds"):
-            if (given := kwargs.get(name)) is not None and not given.numel():
-                raise InputError(
-                    f"{name} is empty, of shape {tuple(given.shape)}; at least one token is needed, such as the one "
-                    "that begins a text (tokenizer.bos_token_id)"
-                )
-        input_ids = kwargs.get("input_ids")
+        input_ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        tokens = None
         if input_ids is not None:
+            tokens = _shape_of("input_ids", input_ids, ("batch", "tokens"), _IDS)
             self._check_ids(input_ids)
+        if embeddings is not None:
+            *shape, width = _shape_of("inputs_embeds", embeddings, ("batch", "tokens", "hidden"), _FLOATS)
+            if width != self._config.hidden_size:
+                raise InputError(
+                    f"inputs_embeds has shape {tuple(embeddings.shape)}; this model's embeddings are "
+                    f"{self._config.hidden_size} wide, as get_input_embeddings() gives them"
+                )
+            tokens = tokens or tuple(shape)
+        if tokens is not None:
+            _check_positions(kwargs.get("position_ids"), tokens)
+            _check_mask(kwargs.get("attention_mask"), tokens)
         last = self._last_position(kwargs, input_ids)
         if last >= self._positions:
             raise InputError(_too_long(last + 1, self._positions))
 
     def _check_ids(self, input_ids: torch.Tensor) -> None:
+        if not _has_values(input_ids):
+            return
         low, high = _extremes(input_ids)
         if low < 0 or high >= self._vocab_size:
             raise InputError(
@@ -214,14 +225,80 @@ class InputGuard:
     def _last_position(self, kwargs: Mapping[str, Any], input_ids: torch.Tensor | None) -> int:
         position_ids = kwargs.get("position_ids")
         if position_ids is not None:
-            low, high = _extremes(position_ids) if position_ids.numel() else (0, 0)
+            low, high = _extremes(position_ids) if position_ids.numel() and _has_values(position_ids) else (0, 0)
             if low < 0:
                 raise InputError(f"position_ids holds {low}; positions count from 0")
             return high
         past = kwargs.get("cache", kwargs.get("past_key_values"))  # the name changed in transformers 5.24
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         length = 0 if tokens is None else tokens.shape[1]
+        if past is not None and not isinstance(past, Cache):
+            raise InputError(
+                f"the cache is a {type(past).__name__}; a Cache of transformers is taken, such as DynamicCache(); of "
+                "pairs of keys and values, DynamicCache(pairs)"
+            )
         return length - 1 + (0 if past is None else int(past.get_seq_length()))
+
+
+_IDS = (torch.int64, torch.int32)  # as torch's embedding takes them
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_POSITIONS = (*_IDS, torch.int16, torch.int8, torch.uint8, *_FLOATS, torch.float64)
+
+
+def _shape_of(name: str, given: Any, axes: Sequence[str], dtypes: Collection[torch.dtype]) -> tuple[int, ...]:
+    """The shape of an argument; raises InputError where it has other axes, another dtype or no elements."""
+    if not isinstance(given, torch.Tensor):
+        raise InputError(f"{name} is a {type(given).__name__}; a tensor ({', '.join(axes)}) is taken")
+    shape = tuple(given.shape)
+    if len(shape) != len(axes):
+        raise InputError(f"{name} has shape {shape}; ({', '.join(axes)}) is taken")
+    if given.dtype not in dtypes:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise InputError(f"{name} is of dtype {given.dtype}, shape {shape}; {accepted} are taken")
+    if not given.numel():
+        raise InputError(
+            f"{name} is empty, of shape {shape}; at least one token is needed, such as the one that begins a text "
+            "(tokenizer.bos_token_id)"
+        )
+    return shape
+
+
+def _check_positions(positions: Any, tokens: tuple[int, ...]) -> None:
+    if positions is None:
+        return
+    length = tokens[1]
+    if (shape := _shape_of("position_ids", positions, ("batch", "tokens"), _POSITIONS)) not in (tokens, (1, length)):
+        raise InputError(f"position_ids has shape {shape} for tokens of shape {tokens}; (1, {length}) or {tokens} fits")
+    if positions.is_floating_point() and _has_values(positions) and bool((positions != positions.floor()).any()):
+        raise InputError(
+            f"position_ids of dtype {positions.dtype}, shape {shape}, holds fractions; this model rotates by whole "
+            "positions. Round them"
+        )
+
+
+def _check_mask(mask: Any, tokens: tuple[int, ...]) -> None:
+    if mask is None:
+        return
+    axes = "(batch, keys) or (batch, 1, tokens, keys)"
+    if not isinstance(mask, torch.Tensor):
+        raise InputError(f"attention_mask is a {type(mask).__name__}; a tensor {axes} is taken")
+    batch, length = tokens
+    shape = tuple(mask.shape)
+    if len(shape) == 2 and shape[0] == batch:
+        return
+    # Whole numbers in four dimensions are the ranges that our own mask function makes, and no mask of anybody else.
+    is_ranges = mask.dtype == torch.int32 and shape[1:] == (1, length, 2)
+    if len(shape) != 4 or shape[0] not in (1, batch) or shape[2] not in (1, length):
+        raise InputError(f"attention_mask has shape {shape} for tokens of shape {tokens}; {axes} is taken")
+    if not (is_ranges or mask.dtype == torch.bool or mask.is_floating_point()):
+        raise InputError(
+            f"attention_mask of shape {shape} is of dtype {mask.dtype}; in four dimensions bool or float is taken"
+        )
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    """False while somebody traces or exports, when tensors have shapes and nothing else."""
+    return not (torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.is_meta)
 
 
 def _extremes(ids: torch.Tensor) -> tuple[int, int]:

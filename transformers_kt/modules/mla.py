@@ -185,8 +185,9 @@ def visible_keys(mask: torch.Tensor, batch: int, tokens: int, keys: int, name: s
         hidden = mask <= torch.finfo(mask.dtype).min / 2
         if not bool((hidden | (mask == 0)).all()):
             raise InputError(
-                f"{name}: the 4D attention mask holds values between 0 and -inf; this attention can hide keys "
-                "(-inf or False) but not weigh them. Load with attn_implementation='eager' for such masks"
+                f"{name}: the attention mask of shape {tuple(mask.shape)} holds values between 0 and -inf; this "
+                "attention can hide keys (-inf or False) but not weigh them. Load with attn_implementation='eager' for "
+                "such masks"
             )
         mask = ~hidden
     return mask.expand(batch, tokens, keys)
@@ -212,6 +213,10 @@ def ranges_mask(
     ends = ends.to(torch.int32).expand(batch_size, q_length)
     starts = torch.zeros_like(ends)
     plain = mask_function is causal_mask_function
+    if attention_mask is not None:
+        # As transformers reads it: what a mask does not reach is hidden, what it has beyond the keys is nothing.
+        missing = max(0, kv_offset + kv_length - attention_mask.shape[-1])
+        attention_mask = nn.functional.pad(attention_mask.to(torch.bool), (0, missing))[:, : kv_offset + kv_length]
     if plain and attention_mask is not None and not bool(attention_mask.all()):
         shown = attention_mask[:, kv_offset:].to(torch.int32)
         counts = shown.sum(dim=-1)
