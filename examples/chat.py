@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Text
 
 import transformers_kt
 from transformers_kt.assets import bundled_model
+from transformers_kt.errors import InputError
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401  # gives input() line editing and a history
@@ -75,8 +76,18 @@ class Chat:
     def ask(self, question: str) -> None:
         """Print the answer and its timing. Raises `transformers_kt.KtError` if the question is too long."""
         self.messages.append({"role": "user", "content": question})
-        prompt, inputs = self._prompt()
+        prompt, inputs, dropped = self._prompt()
         tokens = inputs["input_ids"].shape[1]
+        if tokens > self._positions:
+            self.messages.pop()
+            raise InputError(
+                f"The question alone is {tokens} tokens long; this model has {self._positions} positions. Nothing was "
+                "forgotten: ask a shorter one."
+            )
+        if dropped:
+            turns = "turn was" if dropped == 1 else f"{dropped} turns were"
+            console.print(f"[no room for all: the oldest {turns} forgotten]", style="dim", markup=False)
+            del self.messages[: 2 * dropped]
         reused = self._reuse_cache(inputs["input_ids"][0].tolist())
         is_thinking = prompt.endswith(THINK)
         streamer = ThinkingStreamer(self.tokenizer, is_thinking)
@@ -110,17 +121,26 @@ class Chat:
     def _positions(self) -> int:
         return int(self.model.config.max_position_embeddings)
 
-    def _prompt(self) -> tuple[str, dict[str, torch.Tensor]]:
-        """The conversation as text and as tokens; the oldest turns are dropped where no room is left for an answer."""
-        while True:
-            text = self.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
-            if self.force_think and not text.endswith(THINK):
-                text += THINK
-            inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)
-            room = self._positions - inputs["input_ids"].shape[1]
-            if room >= min(self.max_new_tokens, self._positions // 2) or len(self.messages) == 1:
-                return text, inputs
-            del self.messages[:2]
+    def _prompt(self) -> tuple[str, dict[str, torch.Tensor], int]:
+        """The conversation as text and tokens, without the oldest turns where room is wanting, and how many these are.
+
+        Room is for a whole answer, but no more than half of the positions, or than a long question alone leaves.
+        """
+        wanted = min(self.max_new_tokens, self._positions // 2)
+        alone = self._tokens_from(len(self.messages) - 1)[1]["input_ids"].shape[1]
+        wanted = max(1, min(wanted, self._positions - alone))
+        for dropped in range(len(self.messages) // 2 + 1):
+            text, inputs = self._tokens_from(2 * dropped)
+            if self._positions - inputs["input_ids"].shape[1] >= wanted:
+                break
+        return text, inputs, dropped
+
+    def _tokens_from(self, first: int) -> tuple[str, dict[str, torch.Tensor]]:
+        """What is asked of the model when the conversation begins with message ``first``."""
+        text = self.tokenizer.apply_chat_template(self.messages[first:], tokenize=False, add_generation_prompt=True)
+        if self.force_think and not text.endswith(THINK):
+            text += THINK
+        return text, self.tokenizer(text, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)
 
     def _reuse_cache(self, ids: list[int]) -> int:
         """Cut the cache to what it has in common with the prompt ``ids``; the number of tokens left in it."""

@@ -13,6 +13,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import transformers_kt
 from transformers_kt import plan
 from transformers_kt.assets import bundled_model
 from transformers_kt.cli import build_app
@@ -109,3 +110,55 @@ def _parameters() -> Any:
 def test_the_package_installs_the_command() -> None:
     pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert '[project.scripts]\ntransformers-kt = "transformers_kt.cli:main"\n' in pyproject
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--gpu", "24GiB,foo"), "--gpu, entry 2, is 'foo'"),
+        (("--ram", "1xx"), "--ram is '1xx'"),
+        (("--bandwidth", "abc"), "--bandwidth abc; "),
+        (("--bandwidth", "1,2,3"), "--bandwidth 1,2,3; "),
+        (("--kt-cpu-layers", "99"), "--kt-cpu-layers 99; "),
+        (("--kt-gpu-experts", "99"), "--kt-gpu-experts 99; "),
+        (("--context", "0"), "--context 0; "),
+        (("--kt-rules", "nope"), "--kt-rules takes"),
+        (("--device-map", "cuda:7"), "Name more with --gpu, or pass --device-map cpu"),
+        (("--device-map", "disk"), "--device-map is 'disk'"),
+        (("--kt-cpu-layers", "1", "--kt-rules", "cpu"), "--kt-cpu-layers shapes the placement of --kt-rules auto"),
+    ],
+)
+def test_errors_speak_of_options(args: tuple[str, ...], said: str) -> None:
+    result = transformers_kt_command("plan", MODEL, *args)
+    assert said in result.stderr
+    assert not re.search(r"\w+_\w+\b=|gpus|\bkt_|device_map", result.stderr)
+    assert (result.returncode, result.stdout) == (1, "")
+
+
+def test_a_missing_model_and_a_wrong_file_are_told_in_the_same_words(tmp_path: Path) -> None:
+    assert "with --gguf-path (a file" in transformers_kt_command("plan", "nowhere").stderr
+    (tmp_path / "device_map").mkdir()
+    text = tmp_path / "device_map" / "README.md"
+    text.write_text("# transformers_kt")
+    said = transformers_kt_command("plan", str(text)).stderr
+    assert f"{text} is not a GGUF file: it starts with '# tr'" in said
+
+
+def test_the_version_is_told() -> None:
+    assert transformers_kt_command("--version").stdout == f"transformers-kt {transformers_kt.__version__}\n"
+
+
+@pytest.mark.parametrize(("picture", "said"), [("x.foo", ".png"), ("nowhere/x.png", "no folder")])
+def test_a_picture_that_cannot_be_written_is_refused_before_the_plan(tmp_path: Path, picture: str, said: str) -> None:
+    result = transformers_kt_command("plan", MODEL, "--plot", str(tmp_path / picture))
+    assert said in result.stderr
+    assert (result.returncode, result.stdout) == (1, "")
+
+
+def test_a_missing_matplotlib_is_told_before_the_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    asked: list[Any] = []
+    monkeypatch.setattr("transformers_kt.cli.plan.plan", lambda *args, **kwargs: asked.append(args))
+    with pytest.raises(KtError, match="pip install"):
+        run(MODEL, "--plot", str(tmp_path / "x.png"))
+    assert asked == []

@@ -15,9 +15,23 @@ _FAILED = 1  # 2 is a command line that is not understood
 
 def build_app() -> typer.Typer:
     """The application with all its commands."""
+    from importlib.metadata import version as version_of
+
     import typer
 
     from transformers_kt.cli.plan import plan_command
+
+    def print_version(wanted: bool) -> None:
+        if wanted:
+            print(f"transformers-kt {version_of('transformers-kt-experts')}")
+            raise typer.Exit
+
+    def common(
+        version: bool = typer.Option(
+            False, "--version", callback=print_version, is_eager=True, help="Print the version and leave."
+        ),
+    ) -> None:
+        pass
 
     app = typer.Typer(
         name="transformers-kt",
@@ -26,7 +40,7 @@ def build_app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    app.callback()(lambda: None)  # with a single command typer would do without its name
+    app.callback()(common)  # also, with a single command typer would do without its name
     app.command("plan", no_args_is_help=True)(plan_command)
     return app
 
@@ -36,5 +50,8 @@ def main() -> None:
     try:
         build_app()()
     except (KtError, OSError) as error:
-        print(f"transformers-kt: {error}", file=sys.stderr)
+        from transformers_kt.cli.plan import OPTIONS
+        from transformers_kt.cli.words import in_options
+
+        print(f"transformers-kt: {in_options(str(error), OPTIONS)}", file=sys.stderr)
         sys.exit(_FAILED)

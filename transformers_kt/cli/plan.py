@@ -9,6 +9,11 @@ import typer
 
 from transformers_kt.errors import InputError
 from transformers_kt.planning.plan import DEFAULT_CONTEXT, plan
+from transformers_kt.planning.report import require_plot
+
+_ARGUMENTS = ("gguf_path", "kt_rules", "device_map", "ram", "context", "bandwidth", "kt_cpu_layers", "kt_gpu_experts")
+OPTIONS = {"gpus": "--gpu", **{argument: f"--{argument.replace('_', '-')}" for argument in _ARGUMENTS}}
+"""Arguments of `plan`, as messages name them -> options of the command."""
 
 
 def plan_command(
@@ -44,6 +49,8 @@ def plan_command(
 
     Reads headers only. Neither the weights nor the hardware that is named need be there in full.
     """
+    if plot is not None:
+        require_plot(plot)
     report = plan(
         model,
         gguf_path=gguf_path,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from transformers_kt.errors import UnsupportedOperationError
+from transformers_kt.errors import InputError, UnsupportedOperationError
 from transformers_kt.planning.tables import grouped, new_table, rendered
 from transformers_kt.rules import AUTO
 from transformers_kt.text import format_bytes
@@ -125,15 +126,11 @@ class PlanReport:
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Write a picture (the ending says which kind: .png, .svg, .pdf) with a bar per device, and what lies on it.
 
-        Raises `UnsupportedOperationError` if matplotlib is not installed.
+        Raises what `require_plot` raises.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise UnsupportedOperationError(
-                "the picture of a plan needs matplotlib, which is not installed: "
-                "pip install 'transformers-kt-experts[plot]'"
-            ) from None
+        require_plot(path)
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(9, 1.8 + 0.6 * len(self.devices)), layout="constrained")
         axes = figure.add_subplot()
         names = [
@@ -206,3 +203,23 @@ def shortages(devices: tuple[DeviceUse, ...]) -> tuple[str, ...]:
         for use in devices
         if use.free < 0
     )
+
+
+def require_plot(path: str | os.PathLike[str]) -> None:
+    """Raises where `PlanReport.plot` could not write to ``path``.
+
+    UnsupportedOperationError if matplotlib is not installed, InputError if it writes no such file or there is no such
+    folder.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UnsupportedOperationError(
+            "the picture of a plan needs matplotlib, which is not installed: "
+            "pip install 'transformers-kt-experts[plot]'"
+        ) from None
+    file, known = Path(path), sorted(Figure().canvas.get_supported_filetypes())
+    if file.suffix[1:].lower() not in known:
+        raise InputError(f"the picture of a plan cannot be {file}; names that end in .{', .'.join(known)} are accepted")
+    if not file.parent.is_dir():
+        raise InputError(f"the picture of a plan cannot be {file}: there is no folder {file.parent}")
