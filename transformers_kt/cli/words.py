@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 
 _ELSEWHERE = r"(?<![\w/.\-])"  # not inside a path or a longer name
 
@@ -16,12 +17,20 @@ def in_options(message: str, options: Mapping[str, str]) -> str:
     """
     for argument, option in options.items():
         entry = re.compile(rf"{_ELSEWHERE}{argument}\[(\d+)\]")
-        message = entry.sub(lambda found, option=option: f"{option}, entry {int(found[1]) + 1},", message)
+        message = entry.sub(partial(_entry_of, option), message)
         message = re.sub(rf"{_ELSEWHERE}{argument}= \({option}\)", option, message)
         stated = rf"""{_ELSEWHERE}{argument}=(?:(["'])(?P<quoted>.*?)\1|(?P<bare>[^\s"',;:()]+))"""
-        message = re.sub(stated, lambda found, option=option: f"{option} {found['quoted'] or found['bare']}", message)
+        message = re.sub(stated, partial(_value_of, option), message)
         message = re.sub(rf"{_ELSEWHERE}{argument}=(?!\w)", option, message)
         # A plain word, such as ram, is an argument only where the message begins with it.
         where = _ELSEWHERE if "_" in argument else r"\A"
         message = re.sub(rf"{where}{argument}(?= )", option, message)
     return re.sub(r"\bb(?='[^']*')", "", message)
+
+
+def _entry_of(option: str, found: re.Match[str]) -> str:
+    return f"{option}, entry {int(found[1]) + 1},"
+
+
+def _value_of(option: str, found: re.Match[str]) -> str:
+    return f"{option} {found['quoted'] or found['bare']}"

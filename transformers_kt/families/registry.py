@@ -37,6 +37,24 @@ def dims_of(config: Any) -> Dims:
     return family_of(config).dims(config)
 
 
+def require_routable(config: Any) -> None:
+    """Raises UnsupportedModelError where a config's router could choose no experts, with the numbers that it names."""
+    make_router, experts = family_of(config).router, dims_of(config).experts
+    if make_router is None or not experts:
+        return
+    router = make_router(config)
+    groups_fit = router.groups > 0 and experts % router.groups == 0 and 0 < router.top_groups <= router.groups
+    # Sigmoid routers score a group by its two best experts.
+    groups_fit = groups_fit and not (router.sigmoid and router.groups > 1 and experts // router.groups < 2)
+    reachable = experts // router.groups * router.top_groups if groups_fit else 0
+    if not 0 < router.top_k <= reachable:
+        raise UnsupportedModelError(
+            f"the config routes each token to {router.top_k} experts (num_experts_per_tok) in {router.top_groups} "
+            f"(topk_group) of {router.groups} groups (n_group) of {experts} experts; groups of equal size, two at "
+            "least for a sigmoid router, and at least one expert, but no more than the chosen groups hold, are accepted"
+        )
+
+
 def mla_of(config: Any) -> MlaDims:
     """Raises AssertionError for a family without it, whose attention no operation stands for."""
     mla = family_of(config).mla

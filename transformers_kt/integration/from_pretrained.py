@@ -18,8 +18,9 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from transformers_kt.errors import UnsupportedModelError, UnsupportedOperationError
 from transformers_kt.families.from_gguf import generation_config_from_gguf, notes_from_gguf, tokenizer_from_gguf
+from transformers_kt.families.registry import require_routable
 from transformers_kt.families.tensors import check_tensors
-from transformers_kt.integration.loaded_model import OBSERVABLE, KtGenerationMixin, KtModelMixin
+from transformers_kt.integration.loaded_model import OBSERVABLE, KtGenerationMixin, KtModelMixin, Reload
 from transformers_kt.integration.quantizer import METHOD, KtConfig, LoadJob
 from transformers_kt.planning.decision import ModelRequest
 from transformers_kt.planning.device_map import PlacementRequest
@@ -67,7 +68,7 @@ def load_auto_model(call: Call, request: Request) -> Any:
         found: type[PreTrainedModel] = _get_model_class(config, mapping)
         return found
 
-    return _load(model_class, request, call.args, call.options)
+    return _load(model_class, request, call)
 
 
 def load_model(call: Call, request: Request) -> Any:
@@ -80,7 +81,7 @@ def load_model(call: Call, request: Request) -> Any:
             )
         return cls
 
-    return _load(model_class, request, call.args, call.options)
+    return _load(model_class, request, call)
 
 
 def load_config(call: Call, request: Request) -> Any:
@@ -107,10 +108,10 @@ def _has_tokenizer(folder: str, hub: Mapping[str, Any]) -> bool:
 def _load(
     model_class: Callable[[PreTrainedConfig], type[PreTrainedModel]],
     request: Request,
-    args: tuple[Any, ...],
-    options: dict[str, Any],
+    call: Call,
 ) -> Any:
     """What from_pretrained returns, loaded from the GGUF of ``request``. All checks come before memory is taken."""
+    args, options = call.args, dict(call.options)
     for key, reason in _REFUSED_OPTIONS.items():
         if options.pop(key, None) is not None:
             raise UnsupportedOperationError(f"{key}= cannot be combined with a GGUF: {reason}. Leave it out")
@@ -128,6 +129,7 @@ def _load(
     config, rest = resolved_config(request, given, options, checkpoint)
     config._attn_implementation = attention = _stock_attention(attention, config)
     notes = notes_from_gguf(checkpoint) if given is None and request.folder is None else ()
+    require_routable(config)
     slots = check_tensors(checkpoint, config)
     asked = ModelRequest(request.title, checkpoint, config, slots, rules, placement, attention, notes)
     result = _kt_class(model_class(config)).from_pretrained(
@@ -140,6 +142,7 @@ def _load(
         **rest,
     )
     model = result[0] if isinstance(result, tuple) else result
+    model.kt_reload = Reload.of(call, request)
     _restore_names(model, request.name)
     if rest.get("generation_config") is None and model.can_generate():
         _restore_generation_config(model, request, checkpoint, trust_remote_code, rest)

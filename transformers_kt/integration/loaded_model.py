@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -13,7 +15,11 @@ from transformers.cache_utils import Cache
 
 from transformers_kt.errors import InputError, UnsupportedOperationError
 from transformers_kt.integration.loading import KtReport
+from transformers_kt.planning.request import PLACEMENT_NUMBERS
 from transformers_kt.rules import TORCH
+
+if TYPE_CHECKING:
+    from transformers_kt.planning.request import Call, Request
 
 OBSERVABLE = "observable"
 """The bundled rules that keep every module under its own name."""
@@ -23,8 +29,9 @@ logger = logging.getLogger(__name__)
 
 def refuse_training(what: str) -> NoReturn:
     raise UnsupportedOperationError(
-        f"{what} is not possible: the weights are quantized GGUF blocks, whose kernels compute no gradients. Train the "
-        "original checkpoint with stock transformers and convert the result to GGUF"
+        f"{what} is not possible: the weights are quantized GGUF blocks, whose kernels compute no gradients. To "
+        "evaluate, where Trainer asks for training first, call model(input_ids, labels=...) under torch.no_grad(). "
+        "Train the original checkpoint with stock transformers and convert the result to GGUF"
     )
 
 
@@ -35,6 +42,32 @@ def _refuse_saving(model: Any, what: str) -> NoReturn:
     )
 
 
+class Reload(NamedTuple):
+    """How a model is loaded once more, as its pickle does in another process: the call, with plain values only."""
+
+    module: str
+    cls: str
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, call: Call, request: Request) -> Reload:
+        numbers = {
+            name: number for name, number in zip(PLACEMENT_NUMBERS, request.numbers, strict=True) if number is not None
+        }
+        source = {"gguf_path": request.gguf, "kt_rules": request.rules, **numbers, **request.hub}
+        kept = {name: value for name, value in call.options.items() if name != "output_loading_info"}
+        return cls(call.cls.__module__, call.cls.__name__, (request.folder, *call.args), {**kept, **source})
+
+    def __call__(self, state: Mapping[str, torch.Tensor], generation_config: Any) -> Any:
+        loader = getattr(importlib.import_module(self.module), self.cls)
+        model = loader.from_pretrained(*self.args, **self.options)
+        model.load_state_dict(state, strict=False)
+        if generation_config is not None:
+            model.generation_config = generation_config
+        return model
+
+
 _SMALL_SHARE = 0.01  # of the weights: norms and routers stay far below
 
 
@@ -42,7 +75,37 @@ class KtModelMixin:
     """What differs between a model filled from a GGUF and its stock class."""
 
     kt_report: KtReport
+    kt_reload: Reload
     _warned_of_length = False
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A pickle holds how the model was loaded, and the tensors that are torch's. It loads from the GGUF again.
+
+        So a spawned process gets a model of its own, as does who reads a file of torch.save.
+        """
+        state = dict(self.state_dict())  # type: ignore[attr-defined]
+        return self.kt_reload, (state, getattr(self, "generation_config", None))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied: Any = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def __copy__(self) -> Any:
+        copied: Any = type(self).__new__(type(self))
+        copied.__setstate__(dict(vars(self)))
+        return copied
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
+        named = str(attn_implementation)
+        ours = any(row.operation.startswith("attention") for row in self.kt_report.rows)
+        if ours and any(word in named for word in ("flex", "flash", "paged")):
+            raise UnsupportedOperationError(
+                f'set_attn_implementation("{named}") is not possible: the attention of this model was replaced when it '
+                f'was loaded. Load it with from_pretrained(..., attn_implementation="{named}")'
+            )
+        return super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
 
     @property
     def device(self) -> torch.device:
@@ -87,14 +150,16 @@ class KtModelMixin:
         )
 
     def train(self, mode: bool = True) -> Any:
-        if mode:
+        # What trains are torch's own modules: adapters, or what rules kept. Where a gradient would have to pass ours,
+        # the operator says so.
+        if mode and not any(parameter.requires_grad for parameter in self.parameters()):  # type: ignore[attr-defined]
             refuse_training("model.train()")
         return super().train(mode)  # type: ignore[misc]
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         if requires_grad:
             refuse_training("model.requires_grad_()")
-        return self
+        return super().requires_grad_(False)  # type: ignore[misc]
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> NoReturn:
         refuse_training("gradient checkpointing")
@@ -155,6 +220,12 @@ class KtGenerationMixin:
         Otherwise torch only chooses tokens. Its threads spin for milliseconds after comparing 100,000 logits and take
         cores from the kernels: 5 of 60 ms a token on two cores.
         """
+        asked = kwargs.get("generation_config") or getattr(self, "generation_config", None)
+        if kwargs.get("use_mtp", getattr(asked, "use_mtp", None)):
+            raise UnsupportedOperationError(
+                "use_mtp=True is not possible: the layer that predicts further tokens is not loaded from a GGUF. "
+                "generate(prompt_lookup_num_tokens=...) or generate(assistant_model=...) guess tokens ahead"
+            )
         left_to_torch = sum(row.nbytes for row in self.kt_report.rows if row.operation == TORCH)
         if left_to_torch > _SMALL_SHARE * self.kt_report.nbytes:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
@@ -164,6 +235,22 @@ class KtGenerationMixin:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             torch.set_num_threads(threads)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse_pages("init_continuous_batching()")
+
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse_pages("continuous batching")
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse_pages("generate_batch()")
+
+
+def _refuse_pages(what: str) -> NoReturn:
+    raise UnsupportedOperationError(
+        f"{what} is not possible: it keeps keys in pages, which this model's attention does not read. "
+        "generate() takes several prompts as one left-padded batch"
+    )
 
 
 # The first arguments of a base model's forward, in order.

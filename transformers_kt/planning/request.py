@@ -15,13 +15,13 @@ from transformers_kt.rules.files import AUTO, KtRules
 # Where from_pretrained looks for files. A GGUF is found by its own path, in a repository of its own.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _GGUF_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-_PLACEMENT_NUMBERS = ("kt_cpu_layers", "kt_gpu_experts")
+PLACEMENT_NUMBERS = ("kt_cpu_layers", "kt_gpu_experts")
 SOURCE_OPTIONS = (
     "pretrained_model_name_or_path",
     "gguf_path",
     "gguf_file",
     "kt_rules",
-    *_PLACEMENT_NUMBERS,
+    *PLACEMENT_NUMBERS,
     *HUB_OPTIONS,
 )
 """The options of which a `Request` is made."""
@@ -67,7 +67,7 @@ class Call(NamedTuple):
 
 def read_request(name: Any, options: Mapping[str, Any]) -> Request | None:
     """What ``from_pretrained(name, **options)`` asks of us; None if nothing."""
-    rules, numbers = options.get("kt_rules"), tuple(options.get(key) for key in _PLACEMENT_NUMBERS)
+    rules, numbers = options.get("kt_rules"), tuple(options.get(key) for key in PLACEMENT_NUMBERS)
     asks = any(given is not None for given in (options.get("gguf_path"), rules, *numbers))
     if not asks and not _is_gguf_alone(name):
         return None
