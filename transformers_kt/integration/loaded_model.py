@@ -76,6 +76,7 @@ class KtModelMixin:
 
     kt_report: KtReport
     kt_reload: Reload
+    kt_parameters: int
     _warned_of_length = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -118,6 +119,14 @@ class KtModelMixin:
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Bytes of memory that the weights hold, packed ones included."""
         return self.kt_report.nbytes
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """As of the stock model: those in GGUF blocks are counted, of which torch knows nothing."""
+        if only_trainable:
+            return int(super().num_parameters(only_trainable, exclude_embeddings))  # type: ignore[misc]
+        config: Any = self.config  # type: ignore[attr-defined]
+        excluded = config.vocab_size * config.hidden_size if exclude_embeddings else 0
+        return int(self.kt_parameters - excluded)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)

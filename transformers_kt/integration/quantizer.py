@@ -109,6 +109,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
             # which our attention reads too.
             model.config._attn_implementation = METHOD
         recorded = _recorded_modules(model)
+        self._parameters = sum(parameter.numel() for parameter in model.parameters())  # of the stock skeleton
         loading.apply_plan(model, decision.assignments, self._job.modules)
         self._lost_outputs = tuple(key for key, count in _recorded_modules(model).items() if count < recorded[key])
         for module in model.modules():
@@ -132,6 +133,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         fuse_decoder_layers(model)
         fuse_base_models(model)
         model.kt_report = KtReport(request.title, decision.plan.source, rows, decision.notes, tune_prefetch(model))
+        model.kt_parameters = self._parameters
         guard = InputGuard(model.config, self._lost_outputs)
         model.base_model.register_forward_pre_hook(guard, with_kwargs=True)
         if request.placement.device_map is not None or torch.accelerator.is_available():

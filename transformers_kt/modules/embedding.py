@@ -68,6 +68,14 @@ class KtEmbedding(KtModule):
         table: _EmbeddingTable = self._table.packed
         return table
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """float32 (num_embeddings, embedding_dim), dequantized at each call; to write into it changes nothing."""
+        ids = np.arange(self.num_embeddings, dtype=np.int64)
+        values = np.empty((self.num_embeddings, self.embedding_dim), np.float32)
+        self.table.gather(ids, values)
+        return torch.from_numpy(values)
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         assert self._table is not None
         out: torch.Tensor = ops.embedding(ids, self._table.number, self.embedding_dim)

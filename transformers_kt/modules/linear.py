@@ -57,6 +57,15 @@ class KtLinear(KtModule):
         self._weight = Handle(matrix)
         return int(matrix.nbytes)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """float32 (out_features, in_features), dequantized at each call; to write into it changes nothing.
+
+        Columns are products with unit vectors, which int8 holds to the last bits of float32.
+        """
+        columns = [self(torch.eye(self.in_features)[first : first + 256]) for first in range(0, self.in_features, 256)]
+        return torch.cat(columns).T.contiguous()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert self._weight is not None
         out: torch.Tensor = ops.linear(as_float32(x), self._weight.number, self.out_features)

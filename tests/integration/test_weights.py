@@ -1,0 +1,46 @@
+"""Weights that lie in GGUF blocks are counted, and can be read as the stock model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tiny_examples import Example
+from transformers import AutoModelForCausalLM
+
+
+@pytest.mark.usefixtures("either_operations")
+@pytest.mark.parametrize("kind", ["v2", "v3"])
+@pytest.mark.parametrize("exclude_embeddings", [False, True])
+def test_parameters_are_counted_as_in_the_stock_model(
+    kind: str, exclude_embeddings: bool, request: pytest.FixtureRequest
+) -> None:
+    example: Example = request.getfixturevalue(kind)
+    model = AutoModelForCausalLM.from_pretrained(example.folder, kt_rules="auto")
+    expected = example.stock.num_parameters(exclude_embeddings=exclude_embeddings)
+    assert model.num_parameters(exclude_embeddings=exclude_embeddings) == expected
+    assert model.num_parameters(only_trainable=True) == 0
+
+
+@pytest.mark.parametrize("name", ["v3-F32", "v2-F16", "v2-mixed", "v3-like-Q4_K_M", "v2-lite-like-Q4_K_M"])
+def test_the_weights_of_embeddings_and_head_are_those_of_the_file(
+    kt_model: Callable[[str], Any], gguf_file: Callable[[str], Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the real operations
+    model = kt_model(name)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(gguf_file(name)).tensors}
+
+    def expected(name: str) -> torch.Tensor:
+        tensor = stored[name]
+        return torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32))
+
+    embeddings = expected("token_embd.weight")
+    assert torch.equal(model.get_input_embeddings().weight, embeddings)
+    head = expected("output.weight") if "output.weight" in stored else embeddings
+    found = model.get_output_embeddings().weight
+    # A unit vector is 127 times 1/127 in int8: three roundings of 2^-24.
+    torch.testing.assert_close(found, head, rtol=1e-6, atol=1e-6 * float(head.abs().max()))
