@@ -12,6 +12,8 @@ import torch
 from tiny_examples import Example
 from transformers import AutoModelForCausalLM
 
+from transformers_kt.errors import UnsupportedOperationError
+
 
 @pytest.mark.usefixtures("either_operations")
 @pytest.mark.parametrize("kind", ["v2", "v3"])
@@ -44,3 +46,48 @@ def test_the_weights_of_embeddings_and_head_are_those_of_the_file(
     found = model.get_output_embeddings().weight
     # A unit vector is 127 times 1/127 in int8: three roundings of 2^-24.
     torch.testing.assert_close(found, head, rtol=1e-6, atol=1e-6 * float(head.abs().max()))
+
+
+def test_a_weight_that_is_written_into_is_refused(
+    kt_model: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    weight = kt_model("v2-mixed").get_output_embeddings().weight
+    for write in (
+        lambda: weight.mul_(2),
+        lambda: weight.__setitem__(0, 1.0),
+        lambda: setattr(weight, "data", weight * 2),
+    ):
+        with pytest.raises(UnsupportedOperationError, match="can be read but not changed"):
+            write()
+
+
+def test_lora_adds_its_product_to_the_packed_one(
+    gguf_file: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft")
+    monkeypatch.undo()
+    model = AutoModelForCausalLM.from_pretrained(None, gguf_path=gguf_file("v2-mixed"), kt_rules="observable")
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        config = peft.LoraConfig(r=4, target_modules=["o_proj"], init_lora_weights=False)
+        adapted = peft.get_peft_model(model, config).eval()
+        layer = model.model.layers[0].self_attn.o_proj
+        x = torch.randn(1, 3, layer.in_features)
+        adapter = layer.lora_B["default"](layer.lora_A["default"](x)) * layer.scaling["default"]
+        torch.testing.assert_close(layer(x), layer.base_layer(x) + adapter)
+        assert not torch.equal(adapted(ids).logits, before)
+        with adapted.disable_adapter():
+            assert torch.equal(adapted(ids).logits, before)
+    with pytest.raises(UnsupportedOperationError, match="leave adapters unmerged"):
+        adapted.merge_and_unload()
+
+
+def test_an_adapter_that_finds_no_layer_is_refused_with_the_rules_that_keep_it(
+    kt_model: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft")
+    monkeypatch.undo()
+    with pytest.raises(UnsupportedOperationError, match='kt_rules="observable"'):
+        kt_model("v2-mixed").add_adapter(peft.LoraConfig(r=4, target_modules=["o_proj"]))

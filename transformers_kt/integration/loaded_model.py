@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
@@ -40,6 +41,19 @@ def _refuse_saving(model: Any, what: str) -> NoReturn:
         f"{what} is not possible: the weights are the blocks of {model.config.quantization_config.gguf_path}, which "
         "safetensors files of transformers cannot hold. Copy that file; model.config and the tokenizer can be saved"
     )
+
+
+@contextlib.contextmanager
+def _way_out_for_adapters() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "not found in the base model" not in str(error):
+            raise
+        raise UnsupportedOperationError(
+            f"{error} Layers of this model are computed whole: their linear layers are there with "
+            f'kt_rules="{OBSERVABLE}"'
+        ) from error
 
 
 class Reload(NamedTuple):
@@ -169,6 +183,14 @@ class KtModelMixin:
         if requires_grad:
             refuse_training("model.requires_grad_()")
         return super().requires_grad_(False)  # type: ignore[misc]
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        with _way_out_for_adapters():
+            return super().add_adapter(*args, **kwargs)  # type: ignore[misc]
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        with _way_out_for_adapters():
+            return super().load_adapter(*args, **kwargs)  # type: ignore[misc]
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> NoReturn:
         refuse_training("gradient checkpointing")

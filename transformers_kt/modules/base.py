@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 import transformers_kt._C as _C
 from transformers_kt.backends.handles import register_object
+from transformers_kt.errors import UnsupportedOperationError
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 from transformers_kt.planning.operations import Operation
 
@@ -102,6 +103,22 @@ class Handle:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
         return self  # weights do not change: a copy of a model shares them
+
+
+class DequantizedWeight(torch.Tensor):
+    """The values of a packed weight, to read. Writing, as to merge adapters, is refused: it would change a copy."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        if (in_place or name in ("__set__", "__setitem__")) and isinstance(args[0], cls):
+            raise UnsupportedOperationError(
+                "the weight of a GGUF-backed module can be read but not changed; keep the module as torch's with "
+                "kt_rules (op: torch), or leave adapters unmerged"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 def as_float32(x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing_extensions import Self
 import transformers_kt._C as _C
 from transformers_kt.backends import schemas as ops
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
-from transformers_kt.modules.base import PIECE_BYTES, Handle, KtModule, TensorData
+from transformers_kt.modules.base import PIECE_BYTES, DequantizedWeight, Handle, KtModule, TensorData
 from transformers_kt.planning.operations import KERNEL_TYPES, OPERATIONS
 
 
@@ -70,11 +70,11 @@ class KtEmbedding(KtModule):
 
     @property
     def weight(self) -> torch.Tensor:
-        """float32 (num_embeddings, embedding_dim), dequantized at each call; to write into it changes nothing."""
+        """float32 (num_embeddings, embedding_dim), dequantized at each call; writing into it is refused."""
         ids = np.arange(self.num_embeddings, dtype=np.int64)
         values = np.empty((self.num_embeddings, self.embedding_dim), np.float32)
         self.table.gather(ids, values)
-        return torch.from_numpy(values)
+        return torch.from_numpy(values).as_subclass(DequantizedWeight)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         assert self._table is not None

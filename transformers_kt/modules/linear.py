@@ -14,6 +14,7 @@ from transformers_kt.families.base import Merge
 from transformers_kt.families.registry import family_of
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 from transformers_kt.modules.base import (
+    DequantizedWeight,
     Handle,
     KtModule,
     TensorData,
@@ -25,8 +26,10 @@ from transformers_kt.modules.base import (
 from transformers_kt.planning.operations import OPERATIONS
 
 
-class KtLinear(KtModule):
+class KtLinear(KtModule, nn.Linear):
     """``nn.Linear`` without bias: float32 (..., in_features) -> float32 (..., out_features).
+
+    It is one to libraries that look for linear layers: PEFT's LoRA adds its product to the packed one.
 
     A weight that its file holds in several tensors is put together in float32: of the halves of ``kv_b_proj`` one is
     stored transposed, so its blocks run along the other axis.
@@ -35,7 +38,8 @@ class KtLinear(KtModule):
     operation = OPERATIONS["linear_cpu"]
 
     def __init__(self, in_features: int, out_features: int, merge: Merge | None = None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not that of nn.Linear, which takes memory
+        self.register_parameter("bias", None)
         self._merge = merge
         self.in_features = in_features
         self.out_features = out_features
@@ -58,13 +62,16 @@ class KtLinear(KtModule):
         return int(matrix.nbytes)
 
     @property
-    def weight(self) -> torch.Tensor:
-        """float32 (out_features, in_features), dequantized at each call; to write into it changes nothing.
+    def weight(self) -> torch.Tensor | None:  # type: ignore[override]
+        """float32 (out_features, in_features), dequantized at each call; writing into it is refused.
 
         Columns are products with unit vectors, which int8 holds to the last bits of float32.
         """
+        if self._weight is None:  # None until loaded, for transformers initializes what nn.Linear has
+            return None
         columns = [self(torch.eye(self.in_features)[first : first + 256]) for first in range(0, self.in_features, 256)]
-        return torch.cat(columns).T.contiguous()
+        values: torch.Tensor = torch.cat(columns).T.contiguous().as_subclass(DequantizedWeight)
+        return values
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert self._weight is not None
