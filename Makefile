@@ -16,7 +16,8 @@ CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp)
 OTHER_CXX_FILES := $(wildcard tests/native/*.h tests/native/*.cpp tools/wheel/*.cpp) benchmarks/limits.cpp
 
 .DELETE_ON_ERROR:
-.PHONY: help demo chat test fuzz-files test-native lint bench bench-models wheel test-wheel clean
+.PHONY: help demo chat test fuzz-files test-native test-triton compile-kernels lint bench bench-models wheel \
+    test-wheel clean
 
 help:
 	@echo "make demo         set up .venv, then watch the bundled model think and answer"
@@ -24,6 +25,8 @@ help:
 	@echo "make test         run the tests"
 	@echo "make test-native  run tests/native under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
 	@echo "make fuzz-files   try 20,000 damaged files"
+	@echo "make test-triton  run the tests of GPU kernels, interpreted where there is no GPU"
+	@echo "make compile-kernels  compile the GPU kernels for GPUs that need not be here"
 	@echo "make lint         check formatting, style and types"
 	@echo "make bench        measure kernels and MoE layers; BENCH=--benchmark-compare sets them against the last run"
 	@echo "make bench-models measure a whole model, and its peers where they are installed"
@@ -57,6 +60,13 @@ test-transformers-%: $(VENV)/.installed-test
 # The tests try 2,000 of them.
 fuzz-files: $(VENV)/.installed-test
 	PYTHONPATH=tests/support $(BIN)/python tests/support/damaged_files.py
+
+# Kernels for GPUs, interpreted where there is none. Apart, because triton is a gigabyte.
+test-triton: $(VENV)/.installed-test $(VENV)/.installed-gpu
+	$(BIN)/python -m pytest tests/backends/test_triton_kernels.py tests/backends/test_triton_attention.py
+
+compile-kernels: $(VENV)/.installed-gpu
+	$(BIN)/python -W ignore tools/compile_kernels.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

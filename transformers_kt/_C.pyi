@@ -37,6 +37,10 @@ def nodes_of_threads(n: int) -> list[int]: ...
 def weight_types() -> list[tuple[str, int, int, int]]:
     """(name, ggml number, elements of a block, bytes of a block) of every type with kernels."""
 
+def panel_layouts() -> list[tuple[str, int, int, int, int, int, int]]:
+    """(name, elements and bytes of a block, units of a block, bytes of a unit, of a scale that stands apart from units,
+    blocks whose scales stand together) of every type with kernels."""
+
 def tune_prefetch(matrices: Sequence[PackedMatrix]) -> dict[str, float]: ...
 
 # ---- Matrices and operations -----------------------------------------------------------------------------------------
@@ -51,6 +55,9 @@ class PackedMatrix:
 
     def pack_floats(self, source: _Floats) -> None:
         """``source`` float32 (count, rows, cols), converted to F32 or F16."""
+
+    def read_panels(self, index: int, out: npt.NDArray[np.uint8]) -> None:
+        """``out`` uint8 (panels, panel bytes) becomes those of matrix ``index``, as they lie in memory."""
 
     prefetch: str
     """One of PREFETCHES; setting "" goes back to what suits the CPU and the kernels."""

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -424,6 +425,26 @@ py::list weight_types() {
   return types;
 }
 
+py::list panel_layouts() {
+  py::list layouts;
+  for (const WeightTypeInfo& info : kWeightTypeInfos) {
+    layouts.append(py::make_tuple(info.name, info.block_elements, info.block_bytes, info.unit_count, info.unit_bytes,
+                                  info.scale_bytes(), info.blocks_together()));
+  }
+  return layouts;
+}
+
+// All panels of matrix `index`, those of all nodes, as they lie in memory.
+void read_panels(const PackedMatrix& matrix, int64_t index, Bytes& out) {
+  require_shape(out, "out", {matrix.panels(), matrix.panel_bytes()});
+  if (index < 0 || index >= matrix.count()) {
+    throw std::invalid_argument("matrix " + std::to_string(index) + " of " + std::to_string(matrix.count()));
+  }
+  uint8_t* to = out.mutable_data();
+  const py::gil_scoped_release release;
+  matrix.read_panels(index, to);
+}
+
 py::tuple prefetch_names() {
   py::list names;
   for (const Prefetch strategy : kPrefetches) names.append(name_of(strategy));
@@ -471,12 +492,16 @@ PYBIND11_MODULE(_C, m) {
 
   m.attr("PANEL_ROWS") = kPanelRows;
   m.def("weight_types", &weight_types, "(name, ggml number, block elements, block bytes) of every type with kernels");
+  m.def(
+      "panel_layouts", &panel_layouts,
+      "(name, block elements, block bytes, units of a block, unit bytes, scale bytes, blocks together) of every type");
   m.attr("PREFETCHES") = prefetch_names();
 
   py::class_<PackedMatrix, std::shared_ptr<PackedMatrix>>(m, "PackedMatrix")
       .def(py::init(&make_matrix), py::arg("ggml_type"), py::arg("count"), py::arg("rows"), py::arg("cols"))
       .def("pack", &pack, py::arg("index"), py::arg("source").noconvert(), py::arg("row") = 0)
       .def("pack_floats", &pack_floats, py::arg("source").noconvert())
+      .def("read_panels", &read_panels, py::arg("index"), py::arg("out").noconvert())
       .def_property_readonly("type_name", [](const PackedMatrix& w) { return std::string(w.info().name); })
       .def_property_readonly("count", &PackedMatrix::count)
       .def_property_readonly("rows", &PackedMatrix::rows)

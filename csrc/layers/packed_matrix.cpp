@@ -123,4 +123,10 @@ void PackedMatrix::pack_floats(const float* source) {
   });
 }
 
+void PackedMatrix::read_panels(int64_t index, uint8_t* to) const {
+  parallel_for(panels_, [&](int64_t panel) {
+    std::memcpy(to + panel * panel_bytes(), this->panel(index, panel), static_cast<size_t>(panel_bytes()));
+  });
+}
+
 }  // namespace tkt

@@ -40,6 +40,9 @@ class PackedMatrix {
   // must be F32 or F16.
   void pack_floats(const float* source);
 
+  // Copies all panels of a matrix, those of all nodes, to panels() * panel_bytes() bytes.
+  void read_panels(int64_t index, uint8_t* to) const;
+
   const WeightTypeInfo& info() const { return info_; }
   int64_t count() const { return count_; }
   int64_t rows() const { return rows_; }

@@ -1,0 +1,182 @@
+"""Products of a matrix in panels with 1 to 8 activation rows: bound by memory, so that each word is read once.
+
+A program takes a panel of 16 rows and every ``SPLITS``-th run of blocks. Small matrices (kv_a of V3 is 36 panels) need
+the splits to fill a GPU; their partial sums are added by a second kernel in a fixed order, without atomics, so that the
+same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from transformers_kt.backends.gpu.panels import LAYOUTS
+from transformers_kt.backends.triton.unpack import (
+    KINDS,
+    block_start,
+    first_column,
+    scale_and_minimum,
+    sub_block,
+    vector,
+    weight,
+)
+
+MOST_ROWS = 8
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types whose panels are columns of 16 values -> their dtype."""
+_BLOCKS = {"Q4_0": 8, "IQ4_NL": 8, "MXFP4": 8, "Q5_0": 32, "Q8_0": 4, "Q4_K": 1, "Q5_K": 4, "Q6_K": 2}
+"""Blocks at once: 512 words of a set, 16 bytes to each of 128 threads."""
+COLUMNS = 64
+"""Columns at once, of the float types."""
+
+
+def gemv(
+    panels: torch.Tensor, type_name: str, x: torch.Tensor, out: torch.Tensor, partial: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``out`` float32 (tokens, rows) = ``x`` float32 or bfloat16 (tokens, cols) times the matrix, for at most 8 tokens.
+
+    ``partial`` float32 (splits, tokens, rows) is scratch for as many splits; without it one program does a panel.
+    Nothing is allocated. Sums are float32.
+    """
+    (tokens, cols), rows = x.shape, out.shape[1]
+    splits = 1 if partial is None else partial.shape[0]
+    to = out if partial is None else partial
+    grid = (panels.shape[0], splits)
+    padded = triton.next_power_of_2(tokens)
+    if type_name in FLOATS:
+        gemv_floats[grid](
+            panels.view(FLOATS[type_name]), x, to, tokens, rows, cols, x.stride(0), TOKENS=padded, COLUMNS=COLUMNS
+        )
+    else:
+        gemv_sets[grid](
+            panels.view(torch.int32),
+            x,
+            to,
+            tokens,
+            rows,
+            cols // LAYOUTS[type_name].block_elements,
+            x.stride(0),
+            panels.shape[1] // 4,
+            TOKENS=padded,
+            **constants(type_name),
+        )
+    if partial is not None:
+        values = tokens * rows
+        _add_splits[(triton.cdiv(values, 1024),)](partial, out, values, splits, SIZE=1024)
+    return out
+
+
+def constants(type_name: str) -> dict[str, Any]:
+    """What the kernels over sets are compiled for: the type, the shape of its blocks, how many of them at once."""
+    kind = KINDS[type_name]
+    return {
+        "ELEMENTS": LAYOUTS[type_name].block_elements,
+        "BLOCKS": _BLOCKS[type_name],
+        "KIND": type_name,
+        "CHUNKS": kind.chunks,
+        "SETS": kind.sets,
+        "SET_UNITS": kind.units,
+        "VECTORS": kind.vectors,
+        "HEAD": kind.head,
+        "UNITS": kind.block_units,
+        "SCALE_WORDS": kind.scale_words,
+        "TOGETHER": kind.together,
+    }
+
+
+@triton.jit
+def _add_splits(partial, out, values, splits, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    mask = at < values
+    total = tl.zeros((SIZE,), tl.float32)
+    for split in range(splits):
+        total += tl.load(partial + split * values + at, mask=mask, other=0.0)
+    tl.store(out + at, total, mask=mask)
+
+
+@triton.jit
+def gemv_floats(panels, x, out, tokens, rows, cols, x_stride, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
+    panel, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    token = tl.arange(0, TOKENS)[:, None, None]
+    lane = tl.arange(0, 16)[None, None, :]
+    own = panels + panel.to(tl.int64) * cols * 16
+    total = tl.zeros((TOKENS, COLUMNS, 16), tl.float32)
+    for first in range(split * COLUMNS, cols, splits * COLUMNS):
+        column = first + tl.arange(0, COLUMNS)[None, :, None]
+        w = tl.load(own + column * 16 + lane, mask=column < cols, other=0.0).to(tl.float32)
+        a = tl.load(x + token * x_stride + column, mask=(token < tokens) & (column < cols), other=0.0).to(tl.float32)
+        total += w * a
+    sums = tl.sum(total, axis=1)
+    _store_rows(out, sums, panel, split, tokens, rows, TOKENS)
+
+
+@triton.jit
+def _store_rows(out, sums, panel, split, tokens, rows, TOKENS: tl.constexpr):
+    token = tl.arange(0, TOKENS)[:, None]
+    row = panel * 16 + tl.arange(0, 16)[None, :]
+    tl.store(out + (split * tokens + token) * rows + row, sums, mask=(token < tokens) & (row < rows))
+
+
+@triton.jit
+def gemv_sets(
+    panels,
+    x,
+    out,
+    tokens,
+    rows,
+    blocks,
+    x_stride,
+    panel_words,
+    TOKENS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    KIND: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SETS: tl.constexpr,
+    SET_UNITS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    HEAD: tl.constexpr,
+    UNITS: tl.constexpr,
+    SCALE_WORDS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    panel_id, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    panel = panels.to(tl.pointer_type(tl.uint32), bitcast=True) + panel_id.to(tl.int64) * panel_words
+    part = tl.arange(0, BLOCKS * CHUNKS)[:, None, None]
+    set_ = tl.arange(0, SETS)[None, :, None]
+    lane = tl.arange(0, 16)[None, None, :]
+    token = tl.arange(0, TOKENS)[:, None, None, None]
+    chunk = part % CHUNKS
+    total = tl.zeros((TOKENS, BLOCKS * CHUNKS, SETS, 16), tl.float32)
+    for first in range(split * BLOCKS, blocks, splits * BLOCKS):
+        block = first + part // CHUNKS
+        mask = block < blocks
+        start = block_start(block, blocks, UNITS, SCALE_WORDS, TOGETHER)
+        words = panel + start + (HEAD + (chunk * SETS + set_) * SET_UNITS) * 16 + lane
+        w0 = tl.load(words, mask=mask, other=0)
+        w1, w2, w3, w4 = w0, w0, w0, w0
+        if SET_UNITS >= 3:
+            w1 = tl.load(words + 16, mask=mask, other=0)
+            w2 = tl.load(words + 32, mask=mask, other=0)
+        if SET_UNITS == 5:
+            w3 = tl.load(words + 48, mask=mask, other=0)
+            w4 = tl.load(words + 64, mask=mask, other=0)
+        for k in tl.static_range(VECTORS):
+            word = vector(w0, w1, w2, w3, w4, k, KIND)
+            scale, minimum = scale_and_minimum(
+                panel, block, start, sub_block(chunk, set_, k, KIND), lane, mask, UNITS, SCALE_WORDS, TOGETHER, KIND
+            )
+            column = block * ELEMENTS + first_column(chunk, set_, k, KIND)
+            own = x + token * x_stride + column[None]
+            present = (token < tokens) & mask[None]
+            product = tl.zeros((TOKENS, BLOCKS * CHUNKS, SETS, 16), tl.float32)
+            activations = tl.zeros((TOKENS, BLOCKS * CHUNKS, SETS, 1), tl.float32)
+            for i in tl.static_range(4):
+                a = tl.load(own + i, mask=present, other=0.0).to(tl.float32)
+                product += weight(word, i, KIND)[None] * a
+                activations += a
+            total += scale[None] * product - minimum[None] * activations
+    _store_rows(out, tl.sum(tl.sum(total, axis=1), axis=1), panel_id, split, tokens, rows, TOKENS)
