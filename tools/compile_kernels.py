@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from transformers_kt.backends.gpu.panels import LAYOUTS
-from transformers_kt.backends.triton import dequantize, gemv
+from transformers_kt.backends.triton import dequantize, gemv, mla_decode
 from transformers_kt.backends.triton.unpack import KINDS
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
@@ -72,10 +72,26 @@ def _element(name: str) -> str:
     return _DTYPES[gemv.FLOATS[name]]
 
 
+def _mla_decode() -> list[Kernel]:
+    """With the dimensions of every published DeepSeek model."""
+    strides = ["query_batch", "query_head", "latents_batch", "latents_key", "ropes_batch", "ropes_key"]
+    sizes = dict.fromkeys(("heads", "latent_dim", "rope_dim", *strides), "i32")
+    tensors = {"query": "*fp32", "latents": "*bf16", "ropes": "*bf16", "ranges": "*i32", "scratch": "*fp32"}
+    constants = {"LATENT": 512, "ROPE": 64, "TILE_HEADS": mla_decode.HEADS, "TILE_KEYS": mla_decode.KEYS}
+    splits = Kernel("mla splits", mla_decode.mla_splits, {**tensors, **sizes}, constants)
+    sizes = dict.fromkeys(("heads", "latent_dim", "splits", "out_batch", "out_head"), "i32")
+    merge = Kernel("mla merge", mla_decode.mla_merge, {"scratch": "*fp32", "out": "*fp32", **sizes}, {"LATENT": 512})
+    return [splits, merge]
+
+
 def compiled(kernel: Kernel, arch: int) -> Any:
     names = kernel.function.arg_names
     # What a call finds out of its arguments: pointers and strides are multiples of 16.
-    aligned = [name for name, kind in kernel.signature.items() if kind[0] == "*" or name in ("x_stride", "panel_words")]
+    aligned = [
+        name
+        for name, kind in kernel.signature.items()
+        if kind[0] == "*" or name.endswith(("_stride", "_words", "_key", "_dim"))
+    ]
     source = ASTSource(
         fn=kernel.function,
         signature={name: kernel.signature.get(name, "constexpr") for name in names},
@@ -101,7 +117,7 @@ def main() -> int:
     parser.add_argument("--type", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     options = parser.parse_args()
     refused = 0
-    for kernel in kernels(options.type):
+    for kernel in [*kernels(options.type), *_mla_decode()]:
         for arch in options.arch:
             result = compiled(kernel, arch)
             use, loads = resources(result.asm["cubin"]), re.findall(r"ld\.global[.\w]*", result.asm["ptx"])

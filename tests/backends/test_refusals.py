@@ -102,6 +102,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "PackedMatrix": (_C.PackedMatrix, {"ggml_type": Q8_0, "count": 2, "rows": 40, "cols": 64}),
     "PackedMatrix.pack": (packed(2, 16, 4).pack, {"index": 0, "source": np.zeros(16 * 4 * 4, np.uint8), "row": 0}),
     "PackedMatrix.pack_floats": (packed(2, 16, 4).pack_floats, {"source": floats(2, 16, 4)}),
+    "PackedMatrix.read_panels": (packed(2, 16, 4).read_panels, {"index": 0, "out": np.zeros((1, 256), np.uint8)}),
     "linear": (_C.linear, {"w": packed(1, INNER, HIDDEN), "x": floats(TOKENS, HIDDEN), "out": floats(TOKENS, INNER)}),
     "rms_norm": (_C.rms_norm, {"x": floats(3, 8), "weight": floats(8), "eps": 1e-6, "out": floats(3, 8)}),
     "embed": (
@@ -195,7 +196,15 @@ REFUSALS = (TypeError, ValueError, IndexError, MemoryError)
 
 def test_every_entry_of_the_module_is_among_the_calls() -> None:
     functions = {name for name, value in vars(_C).items() if callable(value) and not name.startswith("_")}
-    without_sizes = {"Attention", "cpu_features", "supported_isas", "isa", "thread_count", "topology", "weight_types"}
+    without_sizes = {
+        "Attention",
+        "cpu_features",
+        "supported_isas",
+        "isa",
+        "thread_count",
+        "topology",
+        "weight_types",
+    } | {"panel_layouts"}
     names_and_paths = {"use_topology", "tune_prefetch"}
     assert functions - without_sizes - names_and_paths == {call for call in CALLS if "." not in call}
     for call in CALLS:
@@ -228,7 +237,7 @@ def test_a_list_that_holds_none_is_refused(call: str, name: str) -> None:
 
 INTEGERS = [each for each in ARGUMENTS if type(CALLS[each.values[0]][1][each.values[1]]) is int]  # type: ignore[index]
 MAY_BE_ZERO = {("PackedMatrix", "ggml_type"), ("PackedMatrix.pack", "index"), ("PackedMatrix.pack", "row")}
-MAY_BE_ZERO |= {("embed", "ggml_type"), ("dequantize", "ggml_type")}
+MAY_BE_ZERO |= {("embed", "ggml_type"), ("dequantize", "ggml_type"), ("PackedMatrix.read_panels", "index")}
 
 
 @pytest.mark.parametrize("value", [*SIZES_OF_NOTHING, *OVERFLOWING])
