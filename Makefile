@@ -73,6 +73,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) $(OTHER_CXX_FILES)
+	@awk 'length > 120 { print FILENAME ":" FNR ": over 120 columns"; bad = 1 } END { exit bad }' $(CXX_FILES) \
+	    $(OTHER_CXX_FILES)
 
 # Options of pytest and pytest-benchmark: make bench BENCH="-k Q4_K --benchmark-compare"
 BENCH ?=

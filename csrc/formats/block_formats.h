@@ -1,5 +1,5 @@
-// The types of weights that have kernels, the panel layout that they are packed into, and the quantized activations that they
-// are multiplied with. What the bits of a block mean is in <type>.h.
+// The types of weights that have kernels, the panel layout that they are packed into, and the quantized activations
+// that they are multiplied with. What the bits of a block mean is in <type>.h.
 #pragma once
 
 #include <cstddef>
@@ -34,25 +34,26 @@ inline int64_t activation_row_bytes(ActivationFormat format, int64_t cols) {
 // ---- Types and their panel layout ---------------------------------------------------------------------------------
 //
 // A panel holds 16 rows, k-major, in exactly 16 times a row's bytes. A block is cut into `unit_count` units of
-// `unit_bytes`; a unit of the 16 rows stands together, lane = row. So 4 consecutive int8 (or 8 nibbles) of 16 rows fill one
-// 512-bit register.
+// `unit_bytes`; a unit of the 16 rows stands together, lane = row. So 4 consecutive int8 (or 8 nibbles) of 16 rows fill
+// one 512-bit register.
 //
 // Bytes stand in the order in which a product of one token first reads them: it is bound by memory, and then nothing is
 // faster than what the hardware's prefetchers make of a single ascending stream (benchmarks/JOURNAL.md, J10).
 // Therefore:
 // - f16 scales of blocks whose size is no multiple of 4, 32 bytes of a panel, lead two blocks at a time, so that units
-//   stay on 64-byte lines: scales of blocks 0 and 1, units of block 0, units of block 1, scales of blocks 2 and 3, ... A
-//   last block without a second is led by its own scales alone. Scales of one byte lead four blocks likewise.
-// - Lower and upper bits of 5- and 6-bit types, which stand apart in the file, come together in sets of units, one set after
-//   the other. A set holds vectors of 4 columns of all rows: 8 in 5 units in Q5_0 and Q5_K, 4 in 3 units in Q6_K. Byte by
-//   byte, from the lowest bit (v2:0-2 is bits 0 to 2 of vector 2):
+//   stay on 64-byte lines: scales of blocks 0 and 1, units of block 0, units of block 1, scales of blocks 2 and 3, ...
+//   A last block without a second is led by its own scales alone. Scales of one byte lead four blocks likewise.
+// - Lower and upper bits of 5- and 6-bit types, which stand apart in the file, come together in sets of units, one set
+//   after the other. A set holds vectors of 4 columns of all rows: 8 in 5 units in Q5_0 and Q5_K, 4 in 3 units in Q6_K.
+//   Byte by byte, from the lowest bit (v2:0-2 is bits 0 to 2 of vector 2):
 //   Q5_0, Q5_K: unit 0 is v0, v2:0-2; unit 1 v1, v7:3, v2:3-4; unit 2 v3, v5:0-2; unit 3 v4, v7:4, v5:3-4; unit 4 v6,
 //   v7:0-2.
 //   Q6_K: unit 0 is v0, v3:0-1; unit 1 v1, v3:2-3; unit 2 v2, v3:4-5.
-//   To take 8 vectors of 5 bits apart are 23 operations, 4 of 6 bits 11; with nibbles and upper bits beside them 35 and 17.
-// - Vectors 2 i and 2 i + 1 are group i of 4 columns of two blocks of 32: of Q5_0, the first and second 16 columns of one
-//   block; of Q5_K, blocks 2 c and 2 c + 1, a chunk c of two sets; of Q6_K, a block and the one 64 columns behind it, a chunk
-//   of four sets. Chunks follow each other as their columns do.
+//   To take 8 vectors of 5 bits apart are 23 operations, 4 of 6 bits 11; with nibbles and upper bits beside them 35 and
+//   17.
+// - Vectors 2 i and 2 i + 1 are group i of 4 columns of two blocks of 32: of Q5_0, the first and second 16 columns of
+//   one block; of Q5_K, blocks 2 c and 2 c + 1, a chunk c of two sets; of Q6_K, a block and the one 64 columns behind
+//   it, a chunk of four sets. Chunks follow each other as their columns do.
 
 constexpr int kPanelRows = 16;
 

@@ -1,5 +1,5 @@
-// Codebooks of the types whose quants are positions in a grid, as ggml defines them: 4 or 8 weights at once, the first in the
-// lowest byte.
+// Codebooks of the types whose quants are positions in a grid, as ggml defines them: 4 or 8 weights at once, the first
+// in the lowest byte.
 #pragma once
 
 #include <array>

@@ -8,9 +8,9 @@
 
 namespace tkt {
 
-// w[i] = d * scale[j] * q[i] - dmin * min[j] with j = i / sub_columns, for every type of ggml: quants of codebook types are the
-// integers that the codebook has at that place, and powers of two that a type multiplies by go into d. Scales and minima are
-// integers below 2^8 but for NVFP4, whose scales are E4M3 numbers.
+// w[i] = d * scale[j] * q[i] - dmin * min[j] with j = i / sub_columns, for every type of ggml: quants of codebook types
+// are the integers that the codebook has at that place, and powers of two that a type multiplies by go into d. Scales
+// and minima are integers below 2^8 but for NVFP4, whose scales are E4M3 numbers.
 struct DecodedBlock {
   int8_t q[256];
   float scale[16];

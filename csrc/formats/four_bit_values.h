@@ -1,4 +1,5 @@
-// What the quants of 4 bits stand for that are positions in a table, as ggml and the OCP microscaling formats define it.
+// What the quants of 4 bits stand for that are positions in a table, as ggml and the OCP microscaling formats define
+// it.
 #pragma once
 
 #include <cstdint>

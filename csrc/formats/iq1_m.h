@@ -8,8 +8,9 @@
 
 namespace tkt {
 
-// 256 weights in 16 sub-blocks of 16, 1.75 bits each: w = d * (2 sc + 1) * (weight of the grid, -1, 0 or 1, plus or minus 1/8).
-// For 8 weights: qs and 3 bits of a nibble of qh, its place in the grid; the nibble's highest bit, whether 1/8 is taken away.
+// 256 weights in 16 sub-blocks of 16, 1.75 bits each: w = d * (2 sc + 1) * (weight of the grid, -1, 0 or 1, plus or
+// minus 1/8). For 8 weights: qs and 3 bits of a nibble of qh, its place in the grid; the nibble's highest bit, whether
+// 1/8 is taken away.
 // scales: 4 times 3 bits of sc in each, and a quarter of d, an f16, in the upper 4.
 struct BlockIQ1_M {
   uint8_t qs[32];

@@ -8,9 +8,9 @@
 
 namespace tkt {
 
-// 256 weights in 8 sub-blocks of 32, 1.5625 bits each: w = d * (2 sc + 1) * (weight of the grid, -1, 0 or 1, plus or minus 1/8).
-// For 8 weights: qs and 3 bits of qh, its place in the grid. qh of a sub-block: 4 times 3 bits, sc, and in the highest bit
-// whether 1/8 is taken away.
+// 256 weights in 8 sub-blocks of 32, 1.5625 bits each: w = d * (2 sc + 1) * (weight of the grid, -1, 0 or 1, plus or
+// minus 1/8). For 8 weights: qs and 3 bits of qh, its place in the grid. qh of a sub-block: 4 times 3 bits, sc, and in
+// the highest bit whether 1/8 is taken away.
 struct BlockIQ1_S {
   uint16_t d;
   uint8_t qs[32];

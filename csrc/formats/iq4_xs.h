@@ -9,8 +9,8 @@
 namespace tkt {
 
 // 256 weights in 8 sub-blocks of 32, 4.25 bits each: w = d * (sc[j] - 32) * kValuesIQ4[q].
-// The low 4 bits of sc[j] are nibble j of scales_l, the upper 2 bits 2 j and 2 j + 1 of scales_h. Quants of a sub-block as in
-// Q4_0.
+// The low 4 bits of sc[j] are nibble j of scales_l, the upper 2 bits 2 j and 2 j + 1 of scales_h. Quants of a sub-block
+// as in Q4_0.
 struct BlockIQ4_XS {
   uint16_t d;
   uint16_t scales_h;

@@ -8,8 +8,8 @@
 
 namespace tkt {
 
-// 64 weights in 4 sub-blocks of 16, 4.5 bits each: w = d[j] / 2 * kValuesE2M1[q], d an unsigned E4M3 number. Of a sub-block's
-// 8 bytes the low nibbles are weights 0 to 7, the high ones 8 to 15.
+// 64 weights in 4 sub-blocks of 16, 4.5 bits each: w = d[j] / 2 * kValuesE2M1[q], d an unsigned E4M3 number. Of a
+// sub-block's 8 bytes the low nibbles are weights 0 to 7, the high ones 8 to 15.
 struct BlockNVFP4 {
   uint8_t d[4];
   uint8_t qs[32];

@@ -18,8 +18,9 @@ typedef uint64_t FourRows __attribute__((vector_size(16)));  // what every x86-6
 
 void store_word(uint8_t* p, uint64_t word) { std::memcpy(p, &word, sizeof(word)); }
 
-// A line is read for each 144 bytes of 16 rows: too irregular for the prefetchers, which do read ahead when all rows of the
-// panel, mostly less than L2 holds, pass once. One core of Zen 3, GB/s without and with: Q4_K 4.4 and 4.9, Q6_K 1.7 and 3.3.
+// A line is read for each 144 bytes of 16 rows: too irregular for the prefetchers, which do read ahead when all rows of
+// the panel, mostly less than L2 holds, pass once. One core of Zen 3, GB/s without and with: Q4_K 4.4 and 4.9, Q6_K 1.7
+// and 3.3.
 void touch(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) {
     // Read, though nobody uses it.
@@ -63,7 +64,8 @@ void pack_blocks(const uint8_t* source, int64_t blocks, uint8_t* panel) {
       for (int u = 0; u < kUnits; ++u) store_word(to + unit_place(type, u) * kPanelRows * 4 + lane * 4, units[u]);
     }
   }
-  // In a pass of its own, of 4 rows at once, because reading what was just stored in pieces of 8 bytes would wait for it.
+  // In a pass of its own, of 4 rows at once, because reading what was just stored in pieces of 8 bytes would wait for
+  // it.
   if constexpr (set_units(type) > 1) {
     constexpr int kVectors = kPanelRows * 4 / sizeof(FourRows);
     for (int64_t b = 0; b < blocks; ++b) {
@@ -85,8 +87,8 @@ void pack_whole_blocks(const WeightTypeInfo& info, const uint8_t* source, int64_
   }
 }
 
-// Types of one column to a block: as many columns of as many rows as fill a word are transposed. F32, as above: 1.3 and 5.1;
-// with touch() 3.6.
+// Types of one column to a block: as many columns of as many rows as fill a word are transposed. F32, as above: 1.3 and
+// 5.1; with touch() 3.6.
 template <typename Value>
 void pack_columns(const uint8_t* source, int64_t cols, uint8_t* panel) {
   constexpr int kBytes = sizeof(Value);

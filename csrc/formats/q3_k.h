@@ -9,8 +9,8 @@ namespace tkt {
 
 // 256 weights in 16 sub-blocks of 16, 3.4375 bits each: w = d * (sc[j] - 32) * (q - 4).
 // qs: the low 2 bits as in Q2_K; bit j of hmask[i] is bit 2 of weight 32 j + i.
-// scales: sc[0..7] have their low 4 bits in the low nibbles of bytes 0-7, sc[8..15] in the high ones; bits 2k and 2k + 1 of
-// byte 8 + i are the upper bits of sc[4 k + i].
+// scales: sc[0..7] have their low 4 bits in the low nibbles of bytes 0-7, sc[8..15] in the high ones; bits 2k and 2k +
+// 1 of byte 8 + i are the upper bits of sc[4 k + i].
 struct BlockQ3_K {
   uint8_t hmask[32];
   uint8_t qs[64];

@@ -9,8 +9,8 @@
 namespace tkt {
 
 // 256 weights in 8 sub-blocks of 32, 4.5 bits each: w = d * sc[j] * q - dmin * m[j].
-// scales: 8 pairs (sc, m) of 6 bits: bytes 0-3 hold sc[0..3], bytes 4-7 m[0..3] in their low 6 bits; bytes 8-11 hold the
-// low 4 bits of sc[4..7] and m[4..7]; their upper 2 bits sit in the top of bytes 0-3 and 4-7.
+// scales: 8 pairs (sc, m) of 6 bits: bytes 0-3 hold sc[0..3], bytes 4-7 m[0..3] in their low 6 bits; bytes 8-11 hold
+// the low 4 bits of sc[4..7] and m[4..7]; their upper 2 bits sit in the top of bytes 0-3 and 4-7.
 // qs: 4 chunks of 32 bytes; chunk c: low nibbles = sub-block 2c, high nibbles = sub-block 2c + 1.
 struct BlockQ4_K {
   uint16_t d;

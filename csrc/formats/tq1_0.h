@@ -7,9 +7,9 @@
 
 namespace tkt {
 
-// 256 weights of -1, 0 or 1, 1.6875 bits each: w = d * (q - 1). A byte is a fraction of 256 whose digits in base 3 are 5 weights,
-// 4 in qh. Digit n of byte i is weight 32 n + i of the first 160 (bytes 0-31), 16 n + i of the next 80 (bytes 32-47), 4 n + i
-// of the last 16 (qh).
+// 256 weights of -1, 0 or 1, 1.6875 bits each: w = d * (q - 1). A byte is a fraction of 256 whose digits in base 3 are
+// 5 weights, 4 in qh. Digit n of byte i is weight 32 n + i of the first 160 (bytes 0-31), 16 n + i of the next 80
+// (bytes 32-47), 4 n + i of the last 16 (qh).
 struct BlockTQ1_0 {
   uint8_t qs[48];
   uint8_t qh[4];

@@ -1,4 +1,5 @@
-// Blocks of a panel that stand whole in it (block_formats.h) as bytes and scales, for kernels that multiply any such type.
+// Blocks of a panel that stand whole in it (block_formats.h) as bytes and scales, for kernels that multiply any such
+// type.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +8,8 @@
 
 namespace tkt {
 
-// Where the weights of 16 rows go. Those of 4 columns of all rows stand together, lane = row, `group_bytes` from those of the
-// next 4; scales and minima are of 16 columns, and of all rows too, `scale_floats` from those of the next 16.
+// Where the weights of 16 rows go. Those of 4 columns of all rows stand together, lane = row, `group_bytes` from those
+// of the next 4; scales and minima are of 16 columns, and of all rows too, `scale_floats` from those of the next 16.
 struct UnpackedRowsTarget {
   uint8_t* weights;
   int64_t group_bytes;

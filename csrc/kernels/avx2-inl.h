@@ -19,17 +19,17 @@ namespace {
 
 struct V : Avx2Primitives {
   static constexpr bool kAddsIn16Bits = true;
-  // One core of Zen 3, 12 and 48 tokens: Q4_K 4 and 6% faster, Q5_K 0 and 5, Q6_K 5 and 10. One token, weights from memory,
-  // two cores: Q4_K 2% and Q5_K 1% faster.
+  // One core of Zen 3, 12 and 48 tokens: Q4_K 4 and 6% faster, Q5_K 0 and 5, Q6_K 5 and 10. One token, weights from
+  // memory, two cores: Q4_K 2% and Q5_K 1% faster.
   static constexpr bool kFoldsScales = true;
   // Likewise Q5_0 15 and 29% faster, Q4_0 1 and 10. Not Q8_0, whose bytes need no unpacking: 9 and 4% slower.
   static constexpr bool kUnpacks32Wide = true;
   TKT_INLINE I pair_products(I w, I a) {
     return {_mm256_maddubs_epi16(w.low, a.low), _mm256_maddubs_epi16(w.high, a.high)};
   }
-  // gcc regroups long sums of integers into trees, whose many leaves then wait in memory; an empty asm keeps them chains.
-  // Sums of pairs of Q4_K: 189 stack accesses in a tile instead of 981, 272 GOPS instead of 202 on one core of Zen 5; Q4_0
-  // 297 instead of 220.
+  // gcc regroups long sums of integers into trees, whose many leaves then wait in memory; an empty asm keeps them
+  // chains. Sums of pairs of Q4_K: 189 stack accesses in a tile instead of 981, 272 GOPS instead of 202 on one core of
+  // Zen 5; Q4_0 297 instead of 220.
   TKT_INLINE I chained(I sum) {
     __asm__("" : "+x"(sum.low), "+x"(sum.high));
     return sum;

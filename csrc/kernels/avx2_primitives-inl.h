@@ -1,4 +1,5 @@
-// Primitives on 256-bit registers, shared by the ISAs that have them; products of bytes differ and stand in each ISA's file.
+// Primitives on 256-bit registers, shared by the ISAs that have them; products of bytes differ and stand in each ISA's
+// file.
 
 // 16 lanes as two 256-bit registers.
 struct Avx2Primitives {
@@ -8,14 +9,15 @@ struct Avx2Primitives {
   struct I {
     __m256i low, high;
   };
-  // 16 registers, two to a panel: 6 tokens are 12 sums, weights and an activation. K-quants hold scaled sums beside them.
-  // GOPS of one core of Zen 5 for 4 and 6 tokens, AVX2: F16 97 and 122, Q5_0 146 and 176, Q4_K 272 and 223, Q5_K 171 and
-  // 62; AVX-VNNI: Q5_0 198 and 237, Q4_K 328 and 319, Q6_K 238 and 195. Tiles of 2 or 3 gain nowhere.
+  // 16 registers, two to a panel: 6 tokens are 12 sums, weights and an activation. K-quants hold scaled sums beside
+  // them. GOPS of one core of Zen 5 for 4 and 6 tokens, AVX2: F16 97 and 122, Q5_0 146 and 176, Q4_K 272 and 223, Q5_K
+  // 171 and 62; AVX-VNNI: Q5_0 198 and 237, Q4_K 328 and 319, Q6_K 238 and 195. Tiles of 2 or 3 gain nowhere.
   static constexpr int kTileTokens = 6;
   static constexpr int kTileTokensK = 4;
   static constexpr int kTilePanels = 1;
   static constexpr bool kTouchesNextLine = false;
-  // 12 chains of fma, where 8 would just hide the latency: one core of Zen 3, 512 keys, 32.4 and 29.8 ms for 128 tokens.
+  // 12 chains of fma, where 8 would just hide the latency: one core of Zen 3, 512 keys, 32.4 and 29.8 ms for 128
+  // tokens.
   static constexpr int kScoreKeys = 6;
   static constexpr int kShuffledKeys = 0;  // a broadcast serves two registers
   static constexpr int kScoreGroups = 1;

@@ -39,8 +39,8 @@ struct GemvArgs {
   Prefetch prefetch;
 };
 
-// One split of MLA attention for groups of up to 16 query heads of one token, lane = head. Groups may be of different tokens
-// that see the same keys from the first on, some fewer than others.
+// One split of MLA attention for groups of up to 16 query heads of one token, lane = head. Groups may be of different
+// tokens that see the same keys from the first on, some fewer than others.
 struct AttentionSplitArgs {
   int groups;                         // 1..kAttentionGroups
   const float* query;                 // [groups][latent_dim + rope_dim][16], already times the softmax scale
@@ -57,8 +57,8 @@ struct AttentionSplitArgs {
   float* states;   // out [groups][attention_state_floats(latent_dim)]
 };
 
-// Softmax state of 16 heads: max[16], the largest score; sum[16], of exp(score - max); context[16][latent_dim], the sum of
-// exp(score - max) * latent.
+// Softmax state of 16 heads: max[16], the largest score; sum[16], of exp(score - max); context[16][latent_dim], the sum
+// of exp(score - max) * latent.
 constexpr int64_t attention_state_floats(int64_t latent_dim) { return 16 * (2 + latent_dim); }
 
 struct KernelTable {
@@ -66,27 +66,27 @@ struct KernelTable {
   uint32_t required_features;  // CpuFeature bits
 
   // Integer products are exact; a_j is the activation block of 32 that sub-block j meets, d_j its scale.
-  // K-quants, per block: S = 0; for each j: S = fma(float(P_j), d_j, S), where P_j is sc[j] * dot(q_j, a_j), for Q6_K the
-  // sum of its two sub-blocks of 16 in a_j; acc = fma(d, S, acc). Q4_K and Q5_K also: M = 0; M = fma(m[j], d_sum_j, M);
-  // acc = fma(-dmin, M, acc).
-  // Types whose blocks stand whole in a panel, per block of n activation blocks of 32: S as above over n blocks, where P_j is
-  // fma(p1, s1, p0 * s0) of the products p and scales s of 16 columns each, as floats, which makes no difference where those
-  // are integers; acc = fma(d, S, acc). Q2_K, Q4_1 and Q5_1 also: M = 0; M = fma(fma(m1, -sum1, m0 * -sum0), d_j, M);
-  // acc = fma(dmin, M, acc).
-  // Other 32-wide types, per block: acc = fma(d * d_j, float(dot(q, a_j)), acc). Float types: acc = fma(w, x, acc), column by
-  // column.
+  // K-quants, per block: S = 0; for each j: S = fma(float(P_j), d_j, S), where P_j is sc[j] * dot(q_j, a_j), for Q6_K
+  // the sum of its two sub-blocks of 16 in a_j; acc = fma(d, S, acc). Q4_K and Q5_K also: M = 0; M = fma(m[j], d_sum_j,
+  // M); acc = fma(-dmin, M, acc).
+  // Types whose blocks stand whole in a panel, per block of n activation blocks of 32: S as above over n blocks, where
+  // P_j is fma(p1, s1, p0 * s0) of the products p and scales s of 16 columns each, as floats, which makes no difference
+  // where those are integers; acc = fma(d, S, acc). Q2_K, Q4_1 and Q5_1 also: M = 0; M = fma(fma(m1, -sum1, m0 *
+  // -sum0), d_j, M); acc = fma(dmin, M, acc).
+  // Other 32-wide types, per block: acc = fma(d * d_j, float(dot(q, a_j)), acc). Float types: acc = fma(w, x, acc),
+  // column by column.
   void (*dot[kWeightTypes])(const DotArgs& args);
 
-  // The same numbers. One call for a long stretch of memory: what a core does between two panels, be it 50 ns, it does not
-  // ask memory for weights.
+  // The same numbers. One call for a long stretch of memory: what a core does between two panels, be it 50 ns, it does
+  // not ask memory for weights.
   void (*gemv[kWeightTypes])(const GemvArgs& args);
 
   // d = amax / 127, q = round-to-nearest-even(x * (127 / amax)); all zero where amax < 1e-30 (127 / amax overflows).
   // A block with a value that is not finite has q = 0 and d = NaN, so that every product with it is NaN.
   void (*quantize_q8)(const float* x, int64_t cols, uint8_t* row);
 
-  // out = weight * (x * (1 / sqrt(sum(x^2) / n + eps))). Squares are summed in 16 lanes (element i in lane i % 16) by fma,
-  // lanes by a tree: l += l + 8, l += l + 4, l += l + 2, l += l + 1. x and out may be the same.
+  // out = weight * (x * (1 / sqrt(sum(x^2) / n + eps))). Squares are summed in 16 lanes (element i in lane i % 16) by
+  // fma, lanes by a tree: l += l + 8, l += l + 4, l += l + 2, l += l + 1. x and out may be the same.
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
 
   // out = (gate / (1 + exp(-gate))) * up
@@ -101,8 +101,8 @@ struct KernelTable {
   // score = fma over latent_dim, then rope_dim, in order.
   void (*score_split)(const AttentionSplitArgs& args);
 
-  // weight = exp(score - max); columns [first, end) of the context, keys summed in order. `first` is a multiple of 16, `end`
-  // too or latent_dim. Max and sum are written by the call that has the first column.
+  // weight = exp(score - max); columns [first, end) of the context, keys summed in order. `first` is a multiple of 16,
+  // `end` too or latent_dim. Max and sum are written by the call that has the first column.
   void (*sum_split)(const AttentionSplitArgs& args, int first, int end);
 
   // Merges heads [first, first + count) of a split into a state whose context has no others:

@@ -33,29 +33,31 @@ TKT_INLINE void prefetch_burst(const uint8_t* words, int first, int end, Prefetc
   TKT_UNROLL for (int line = first; line < end; ++line) V::prefetch_to_l2(words + line * 64 + kBurstBytes);
 }
 
-// Per line: one prefetch with each line, among the instructions that compute it, so that a core that looks 256 instructions ahead,
-// 10 lines, has more misses under way. Two cores of Zen 3, one token, GB/s against without: Q4_K 1.14, Q5_K 1.17, Q6_K 1.16, Q8_0
-// 1.12, Q5_0 and Q4_0 1.19; 1 and 2 KB are about as good. Several lines in one place, which is also what gcc makes of prefetches
-// that it may move, are slower than none there: they wait for the few buffers that misses have. Tiles of more than
-// Words::kPerLineTokens tokens do not prefetch: Q4_K loses 4% with 4 tokens. Floats, with few instructions to a line, lose 2 to 6% with one.
+// Per line: one prefetch with each line, among the instructions that compute it, so that a core that looks 256
+// instructions ahead, 10 lines, has more misses under way. Two cores of Zen 3, one token, GB/s against without: Q4_K
+// 1.14, Q5_K 1.17, Q6_K 1.16, Q8_0 1.12, Q5_0 and Q4_0 1.19; 1 and 2 KB are about as good. Several lines in one place,
+// which is also what gcc makes of prefetches that it may move, are slower than none there: they wait for the few
+// buffers that misses have. Tiles of more than Words::kPerLineTokens tokens do not prefetch: Q4_K loses 4% with 4
+// tokens. Floats, with few instructions to a line, lose 2 to 6% with one.
 constexpr int64_t kPerLineBytes = 1536;
 TKT_INLINE void prefetch_line(const uint8_t* line, Prefetch prefetch) {
   if (prefetch == Prefetch::kPerLine) V::prefetch_here(line + kPerLineBytes);
 }
 
-// Left to the hardware: on AVX-512 one token reads a little of the line that comes next. Why that helps is not known, only that it
-// does, where asking in bursts hurts. Share of the read bandwidth of one core of Zen 4 with bursts, without both, with this:
-// Q4_K 0.73, 0.85, 0.98, Q5_K 0.55, 0.78, 0.98, Q6_K 0.7, 0.95, 0.95; two lines ahead is as good, four are not. Behind the last
-// line of all lies kReadPast (memory.h).
+// Left to the hardware: on AVX-512 one token reads a little of the line that comes next. Why that helps is not known,
+// only that it does, where asking in bursts hurts. Share of the read bandwidth of one core of Zen 4 with bursts,
+// without both, with this: Q4_K 0.73, 0.85, 0.98, Q5_K 0.55, 0.78, 0.98, Q6_K 0.7, 0.95, 0.95; two lines ahead is as
+// good, four are not. Behind the last line of all lies kReadPast (memory.h).
 TKT_INLINE void touch(const uint8_t* p, Prefetch prefetch) {
   if (V::kTouchesNextLine && prefetch == Prefetch::kHardware) (void)*reinterpret_cast<const volatile uint32_t*>(p);
 }
 
-// The activations of the 256 columns after these, all lines at once: rows that do not stay in L1 while panels stream through it
-// come from L2, and there they wait behind the weights that memory has yet to give. One token, one core of Zen 4, 7,168 columns,
-// share of the read bandwidth: Q4_K 0.79 and 0.95, Q5_K 0.71 and 0.95, Q6_K 0.80 and 0.98; two tokens, two cores, Q6_K 0.66 and
-// 0.84. They must be prefetched some 30 lines of weights ahead, no more and no less: after 70 they are gone again. Three and four
-// tokens of 2,048 columns lose up to 7%, of 7,168 they gain 5 to 16. Floats, whose rows are four times as long, gain nothing.
+// The activations of the 256 columns after these, all lines at once: rows that do not stay in L1 while panels stream
+// through it come from L2, and there they wait behind the weights that memory has yet to give. One token, one core of
+// Zen 4, 7,168 columns, share of the read bandwidth: Q4_K 0.79 and 0.95, Q5_K 0.71 and 0.95, Q6_K 0.80 and 0.98; two
+// tokens, two cores, Q6_K 0.66 and 0.84. They must be prefetched some 30 lines of weights ahead, no more and no less:
+// after 70 they are gone again. Three and four tokens of 2,048 columns lose up to 7%, of 7,168 they gain 5 to 16.
+// Floats, whose rows are four times as long, gain nothing.
 constexpr int64_t kLongRow = 4096;
 template <int T>
 TKT_INLINE void prefetch_next_activations(const ActivationQ8* these, int64_t cols) {
@@ -232,13 +234,14 @@ TKT_INLINE void add_groups_k(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uint
   }
 }
 
-// sums += scale * dot of the sub-blocks of an activation block, from `part` of two, or of one. Bounds: a sub-block of 32
-// gives at most 32 * 31 * 127 * 63 < 2^23; two of 16 in Q6_K give 2 * 16 * 32 * 127 * 128 < 2^24. Floats hold such sums
-// exactly, and multiply in one operation where integers take Intel two: 64 tokens, one core of Emerald Rapids, Q4_K 336 and
-// 371 GOPS, Q6_K 274 and 328.
+// sums += scale * dot of the sub-blocks of an activation block, from `part` of two, or of one. Bounds: a sub-block of
+// 32 gives at most 32 * 31 * 127 * 63 < 2^23; two of 16 in Q6_K give 2 * 16 * 32 * 127 * 128 < 2^24. Floats hold such
+// sums exactly, and multiply in one operation where integers take Intel two: 64 tokens, one core of Emerald Rapids,
+// Q4_K 336 and 371 GOPS, Q6_K 274 and 328.
 template <class Words, int T, int R, int block, int part>
 TKT_INLINE void add_sub_blocks(V::F (&sums)[T][R], const typename Words::Scales (&scales)[R], int half,
-                               const uint8_t* const (&words)[R], const ActivationQ8* const (&act)[T], Prefetch prefetch) {
+                               const uint8_t* const (&words)[R], const ActivationQ8* const (&act)[T],
+                               Prefetch prefetch) {
   constexpr int kChunk = Words::kRun == 1 ? block / 2 : block % 2;
   constexpr int kNibble = Words::kRun == 1 ? block % 2 : block / 2;
   V::I dot[T][R];
@@ -287,8 +290,9 @@ TKT_INLINE void add_minima(V::F (&minima)[T], const Scales& scales, int half, co
   if constexpr (j < 3) add_minima<Scales, T, j + 1>(minima, scales, half, act);
 }
 
-// Loops over halves of a super-block: all of it unrolled would be 45 KB of code for Q6_K and 4 tokens, and most of what a
-// compiler has to do; loops over chunks would need the scales in memory, at 3 to 7% of the time of 2 to 6 tokens on AVX-512.
+// Loops over halves of a super-block: all of it unrolled would be 45 KB of code for Q6_K and 4 tokens, and most of what
+// a compiler has to do; loops over chunks would need the scales in memory, at 3 to 7% of the time of 2 to 6 tokens on
+// AVX-512.
 template <class Words, int T, int R>
 TKT_INLINE void dot_tile_k(const DotArgs& args, int token, Prefetch prefetch) {
   using Scales = typename Words::Scales;
@@ -381,8 +385,10 @@ TKT_INLINE void add_chunk(V::I (&sums)[4], const typename Words::Scales& scales,
     if constexpr (half > 0) {
       TKT_UNROLL for (int n = 0; n < 2; ++n) dot[n] = sums[kBlocks[n] % 4];
     } else if constexpr (Words::kOffsetLog2 >= 0) {
-      dot[0] = Isa::widen_pairs(Isa::broadcast_pair(act[kBlocks[0]].neg_sum16), scales.template offset_pair<kBlocks[0]>());
-      dot[1] = Isa::widen_pairs(Isa::broadcast_pair(act[kBlocks[1]].neg_sum16), scales.template offset_pair<kBlocks[1]>());
+      const V::I offsets[2] = {scales.template offset_pair<kBlocks[0]>(), scales.template offset_pair<kBlocks[1]>()};
+      TKT_UNROLL for (int n = 0; n < 2; ++n) {
+        dot[n] = Isa::widen_pairs(Isa::broadcast_pair(act[kBlocks[n]].neg_sum16), offsets[n]);
+      }
     }
   } else if constexpr (Words::kOffsetLog2 >= 0) {
     TKT_UNROLL for (int n = 0; n < 2; ++n) {
@@ -471,7 +477,7 @@ TKT_INLINE void dot_tile_float(const DotArgs& args, int token, Prefetch prefetch
   }
 }
 
-// ---- Any type --------------------------------------------------------------------------------------------------------
+// ---- Any type -------------------------------------------------------------------------------------------------------
 
 template <class Words, int T, int R>
 TKT_INLINE void dot_tile(const DotArgs& args, int token, Prefetch prefetch) {

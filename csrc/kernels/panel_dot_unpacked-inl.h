@@ -1,18 +1,18 @@
-// Products of many tokens, of types that must be unpacked: 256 columns of a panel become bytes in L1 once, and every tile of
-// tokens runs over them; between blocks the sums wait in the caller's `out`. Rules as for panel_dot-inl.h, which comes
-// before it.
+// Products of many tokens, of types that must be unpacked: 256 columns of a panel become bytes in L1 once, and every
+// tile of tokens runs over them; between blocks the sums wait in the caller's `out`. Rules as for panel_dot-inl.h,
+// which comes before it.
 //
-// Dot products, multiplications and fma share two pipes of a core of Zen 5: per 32 columns of an output, Q4_K and Q5_K need
-// 8 dot products, a product with the scale, and an fma each for the sum and for the minimum, Q6_K two products and one fma.
-// So this order of work can reach 71% of the dot products' peak (1,008 GOPS). Measured at 64 tokens, 7,168 columns, with
-// every tile unpacking for itself and so: Q4_K 580 and 650 GOPS, Q5_K 510 and 645, Q6_K 470 and 620. 32-wide types need less
-// unpacking, so that only 16 registers make it pay (V::kUnpacks32Wide).
+// Dot products, multiplications and fma share two pipes of a core of Zen 5: per 32 columns of an output, Q4_K and Q5_K
+// need 8 dot products, a product with the scale, and an fma each for the sum and for the minimum, Q6_K two products and
+// one fma. So this order of work can reach 71% of the dot products' peak (1,008 GOPS). Measured at 64 tokens, 7,168
+// columns, with every tile unpacking for itself and so: Q4_K 580 and 650 GOPS, Q5_K 510 and 645, Q6_K 470 and 620.
+// 32-wide types need less unpacking, so that only 16 registers make it pay (V::kUnpacks32Wide).
 
-// From how many tokens on it pays. With 32 registers: two cores of Zen 4, weights from memory, 6 tokens Q4_K 345 and 250, Q6_K 335
-// and 225, 12 the same within noise. With 16, where tiles that unpack for themselves run out of them: two cores of Zen 3, against
-// those, 3, 4, 5, 6, 8 and 10 tokens Q4_K 0.92, 0.88, 1.06, 1.12, 1.06, 1.24; Q5_K 0.97, 1.00, 1.36, 1.19, 1.23, 1.40; Q6_K 1.10,
-// 1.36, 1.28, 1.47, 1.83, 1.84; Q5_0 0.84, 0.85, 0.88, 0.92, 1.03, 1.07; Q4_0 0.81, 0.78, 0.77, 0.83, 0.93, 0.91.
-// With 16 and VNNI it has not been measured, hence kFoldsScales, which is AVX2 alone.
+// From how many tokens on it pays. With 32 registers: two cores of Zen 4, weights from memory, 6 tokens Q4_K 345 and
+// 250, Q6_K 335 and 225, 12 the same within noise. With 16, where tiles that unpack for themselves run out of them: two
+// cores of Zen 3, against those, 3, 4, 5, 6, 8 and 10 tokens Q4_K 0.92, 0.88, 1.06, 1.12, 1.06, 1.24; Q5_K 0.97, 1.00,
+// 1.36, 1.19, 1.23, 1.40; Q6_K 1.10, 1.36, 1.28, 1.47, 1.83, 1.84; Q5_0 0.84, 0.85, 0.88, 0.92, 1.03, 1.07; Q4_0 0.81,
+// 0.78, 0.77, 0.83, 0.93, 0.91. With 16 and VNNI it has not been measured, hence kFoldsScales, which is AVX2 alone.
 template <class Words>
 constexpr int unpack_tokens() {
   return V::kFoldsScales ? Words::kUnpackTokensOf16Registers : 12;
@@ -132,13 +132,16 @@ TKT_INLINE void add_unpacked_halves(V::F (&sums)[T][R], const UnpackedBlock<R>& 
       sums[t][r] = half == 0 ? V::mul(of_half, scale) : V::fma(of_half, scale, sums[t][r]);
     }
   }
-  if constexpr ((half + 1) * Words::kSubColumns < 32) add_unpacked_halves<Words, T, R, half + 1>(sums, unpacked, b, act);
+  if constexpr ((half + 1) * Words::kSubColumns < 32) {
+    add_unpacked_halves<Words, T, R, half + 1>(sums, unpacked, b, act);
+  }
 }
 
-// The same sums, which are exact either way, where sums of 16 bits are widened by a multiplication: it takes the scale along.
-// Sums of Q6_K stay under 4 * 2 * 32,004 * 128 = 2^25 on the way to less than 2^24.
+// The same sums, which are exact either way, where sums of 16 bits are widened by a multiplication: it takes the scale
+// along. Sums of Q6_K stay under 4 * 2 * 32,004 * 128 = 2^25 on the way to less than 2^24.
 template <class Words, int T, int R, int half>
-TKT_INLINE void add_folded_halves(V::I (&dot)[T][R], const UnpackedBlock<R>& unpacked, int b, const int8_t* const (&q)[T]) {
+TKT_INLINE void add_folded_halves(V::I (&dot)[T][R], const UnpackedBlock<R>& unpacked, int b,
+                                  const int8_t* const (&q)[T]) {
   constexpr int kGroups = Words::kSubColumns / 4;
   V::I narrow[T][R];
   V::I factors[R];
@@ -222,7 +225,7 @@ TKT_NOINLINE void dot_tile_unpacked_k(const UnpackedBlock<R>& unpacked, const Do
   }
 }
 
-// ---- 32-wide types ---------------------------------------------------------------------------------------------------
+// ---- 32-wide types --------------------------------------------------------------------------------------------------
 
 template <class Words, int R, int position>
 TKT_INLINE void unpack_groups_32(UnpackedBlock<R>& unpacked, int b, int r, const uint8_t* words) {
@@ -278,8 +281,8 @@ TKT_NOINLINE void dot_tile_unpacked_32(const UnpackedBlock<R>& unpacked, const D
 
 // ---- Tiling over tokens -------------------------------------------------------------------------------------------
 
-// Asks for what is unpacked next, a few lines before each tile: all of them at once would wait for each other. Two threads,
-// 64 tokens: Q4_K 1,105 and 1,210 GOPS; Q6_K, whose separate scales nobody asked for, 980 and 1,150.
+// Asks for what is unpacked next, a few lines before each tile: all of them at once would wait for each other. Two
+// threads, 64 tokens: Q4_K 1,105 and 1,210 GOPS; Q6_K, whose separate scales nobody asked for, 980 and 1,150.
 template <class Words, int R>
 struct NextBlocks {
   const uint8_t* words[R];
@@ -297,11 +300,11 @@ struct NextBlocks {
   }
 };
 
-// One of the tiles of at most kTokens that share all tokens evenly: 7 = 4 + 3, 13 = 5 + 4 + 4; 9 = 3 + 3 + 3 and 5 = 3 + 2
-// where kTokens is 4.
+// One of the tiles of at most kTokens that share all tokens evenly: 7 = 4 + 3, 13 = 5 + 4 + 4; 9 = 3 + 3 + 3 and 5 = 3
+// + 2 where kTokens is 4.
 template <class Words, int kTokens, int R, int T>
-TKT_INLINE void dot_even_tile(const UnpackedBlock<R>& unpacked, const DotArgs& args, int64_t block, int count, int token,
-                              int tokens) {
+TKT_INLINE void dot_even_tile(const UnpackedBlock<R>& unpacked, const DotArgs& args, int64_t block, int count,
+                              int token, int tokens) {
   static_assert(unpack_tokens<Words>() >= 3 && kTokens >= 4 && kTokens <= 6, "smaller tiles would be needed");
   constexpr int kSmallest = unpack_tokens<Words>() < 6 ? 2 : 3;
   if constexpr (T > kSmallest) {

@@ -1,5 +1,5 @@
-// The oracle: every entry of the kernel table as plain loops, sharing nothing with the vector code but the block formats
-// and the constants of exp. Rows are taken back out of their panel and decoded as ggml defines them.
+// The oracle: every entry of the kernel table as plain loops, sharing nothing with the vector code but the block
+// formats and the constants of exp. Rows are taken back out of their panel and decoded as ggml defines them.
 
 #include <cmath>
 #include <cstring>
@@ -26,7 +26,8 @@ int sum_of(const int8_t* values, int n) {
   return sum;
 }
 
-// `product` of sub-blocks of 16 or 32 columns in the activation block of 32 that starts at `column`, times their scales.
+// `product` of sub-blocks of 16 or 32 columns in the activation block of 32 that starts at `column`, times their
+// scales.
 float scaled_products(const DecodedBlock& w, int column, const ActivationQ8& a) {
   float sum = 0.0f;
   const int columns = w.sub_columns < 32 ? w.sub_columns : 32;

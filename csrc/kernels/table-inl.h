@@ -1,4 +1,5 @@
-// The table of an ISA. Included last, inside the ISA's namespace; TKT_ISA_NAME and TKT_ISA_FEATURES are set by its header.
+// The table of an ISA. Included last, inside the ISA's namespace; TKT_ISA_NAME and TKT_ISA_FEATURES are set by its
+// header.
 
 #include "kernels/products-inl.h"
 

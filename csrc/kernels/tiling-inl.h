@@ -1,10 +1,11 @@
-// The dot and gemv functions of a KernelTable: which of the loop nests of panel_dot-inl.h and panel_dot_unpacked-inl.h a type
-// takes for how many tokens. Rules as for those, which come before it.
+// The dot and gemv functions of a KernelTable: which of the loop nests of panel_dot-inl.h and panel_dot_unpacked-inl.h
+// a type takes for how many tokens. Rules as for those, which come before it.
 
-// ---- One token -------------------------------------------------------------------------------------------------------
+// ---- One token ------------------------------------------------------------------------------------------------------
 
-// One token is bound by memory, and memory likes one stream: quantized panels are read one after the other (Q4_K on one core of
-// Zen 5: 30 GB/s instead of 23). Floats are read two at a time, because a single chain of fma reaches 26 GB/s of F16.
+// One token is bound by memory, and memory likes one stream: quantized panels are read one after the other (Q4_K on one
+// core of Zen 5: 30 GB/s instead of 23). Floats are read two at a time, because a single chain of fma reaches 26 GB/s
+// of F16.
 template <class Words, Prefetch prefetch>
 static inline void gemv_prefetching(const GemvArgs& args) {
   constexpr int kAtOnce = Words::kColumns == 1 ? 2 : 1;
@@ -36,11 +37,12 @@ static void gemv(const GemvArgs& args) {
   }
 }
 
-// ---- Few tokens: in as few tiles as there can be, which share the tokens evenly (7 = 3 + 4, so that none has just one and
-// unpacks weights for it alone). Only the first prefetches: the others find the panels in L2. -------------------------------
+// ---- Few tokens: in as few tiles as there can be, which share the tokens evenly (7 = 3 + 4, so that none has just one
+// and unpacks weights for it alone). Only the first prefetches: the others find the panels in L2.
+// -------------------------------
 
-// A function of its own for each size: compilers take far longer over one that holds them all. Per line is a constant, because a
-// branch at each line costs what prefetching gives.
+// A function of its own for each size: compilers take far longer over one that holds them all. Per line is a constant,
+// because a branch at each line costs what prefetching gives.
 template <class Words, int T, int R>
 TKT_NOINLINE void dot_tile_per_line(const DotArgs& args, int token) {
   dot_tile<Words, T, R>(args, token, Prefetch::kPerLine);
@@ -74,7 +76,7 @@ static inline void dot_few(const DotArgs& args, Prefetch prefetch) {
   }
 }
 
-// ---- Any number ------------------------------------------------------------------------------------------------------
+// ---- Any number -----------------------------------------------------------------------------------------------------
 
 template <class Words>
 static void dot(const DotArgs& args) {

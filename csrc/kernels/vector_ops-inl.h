@@ -164,8 +164,8 @@ struct Rows {
   const float* const* next;
   int next_keys;
 
-  // How many floats after row `key` the row that comes `distance` rows later is; rows of a cache are evenly spaced, so that
-  // this holds for its neighbours too.
+  // How many floats after row `key` the row that comes `distance` rows later is; rows of a cache are evenly spaced, so
+  // that this holds for its neighbours too.
   int64_t ahead(int key, int distance) const {
     const int later = key + distance;
     if (later < keys) return here[later] - here[key];
@@ -175,9 +175,9 @@ struct Rows {
 
 // scores[group][key] += query * rows[key] over `dim` columns, in order, of M groups. Blocked so that what is used again
 // stays in L1: 128 columns of 16 queries are 8 KB (all 576 of DeepSeek are 36), and the rows of the next 32 keys arrive
-// in L2 while these are worked on. Whole splits, keys from memory, without asking ahead, with lines asked for L1, for L2:
-// two cores of Zen 4 140, 170, 200 GFLOPS (of 234); one core of Zen 5 190, 198, not measured. There 16 keys at a time take
-// 230 GFLOPS from L2 and 170 from memory, 8 keys 215 from L2.
+// in L2 while these are worked on. Whole splits, keys from memory, without asking ahead, with lines asked for L1, for
+// L2: two cores of Zen 4 140, 170, 200 GFLOPS (of 234); one core of Zen 5 190, 198, not measured. There 16 keys at a
+// time take 230 GFLOPS from L2 and 170 from memory, 8 keys 215 from L2.
 template <int M, int K>
 static inline void score_rows(const float* query, int query_stride, const Rows& rows, int dim, float* scores) {
   constexpr int kColumns = 128;
@@ -237,9 +237,9 @@ static inline MaxAndSum weigh(const float* scores, int keys, float* weights) {
   return {max, sum};
 }
 
-// context[head][column] = sum of weights[key][head] * rows[key][column] over keys in order, for H heads and N vectors of
-// columns. A lane is a column here: one vector of a row serves H heads and one weight N vectors, 10 loads for 16 fma; with
-// a lane per head it takes 17 (154 GFLOPS on one core of Zen 5, rows in L2; this 240).
+// context[head][column] = sum of weights[key][head] * rows[key][column] over keys in order, for H heads and N vectors
+// of columns. A lane is a column here: one vector of a row serves H heads and one weight N vectors, 10 loads for 16
+// fma; with a lane per head it takes 17 (154 GFLOPS on one core of Zen 5, rows in L2; this 240).
 template <int N, int H>
 static inline void sum_columns(const float* weights, const float* const* rows, int keys, int column, int stride,
                                float* context) {

@@ -19,7 +19,8 @@ struct MXFP4Words {
   static constexpr int kOffsetLog2 = 4;
   static constexpr int kPerLineTokens = 2;
   static constexpr int kUnpackTokensOf16Registers = 12;
-  // 2^(e - 128) as a product of two powers of two that are both normal numbers, so that e = 0, a denormal, is no exception.
+  // 2^(e - 128) as a product of two powers of two that are both normal numbers, so that e = 0, a denormal, is no
+  // exception.
   static V::F load_scales(const uint8_t* p) {
     const V::I e = V::load_bytes(p);
     const V::I half = V::template shift_right<1>(e);

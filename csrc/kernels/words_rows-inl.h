@@ -1,5 +1,6 @@
-// Types whose blocks stand whole in a panel, by rows: a block of 16 rows is decoded to signed bytes in L1 (formats/unpack_rows.h),
-// then all tokens run over it. One loop serves them all, so that a type costs its decoder alone.
+// Types whose blocks stand whole in a panel, by rows: a block of 16 rows is decoded to signed bytes in L1
+// (formats/unpack_rows.h), then all tokens run over it. One loop serves them all, so that a type costs its decoder
+// alone.
 
 template <int R>
 struct UnpackedRows {
@@ -56,8 +57,8 @@ TKT_INLINE void add_row_halves(V::F (&sums)[T][R], const UnpackedRows<R>& rows, 
 }
 
 template <int T, int R>
-TKT_NOINLINE void dot_rows_tile(const UnpackedRows<R>& rows, const DotArgs& args, int64_t block, int blocks32, bool minima_too,
-                                int token) {
+TKT_NOINLINE void dot_rows_tile(const UnpackedRows<R>& rows, const DotArgs& args, int64_t block, int blocks32,
+                                bool minima_too, int token) {
   const ActivationQ8* act[T];
   V::F acc[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {

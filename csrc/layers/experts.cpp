@@ -41,8 +41,8 @@ class ExpertRuns {
     const int64_t chosen = routed != nullptr ? tokens * top_k : 0;
     tokens_.resize(static_cast<size_t>(chosen + (shared != nullptr ? tokens : 0)));
     weights_.resize(static_cast<size_t>(chosen));
-    // Sorted by expert and then by token, in one list: one for each of 256 experts, and the like below, cost a token of V3
-    // some 10 us a layer.
+    // Sorted by expert and then by token, in one list: one for each of 256 experts, and the like below, cost a token of
+    // V3 some 10 us a layer.
     std::vector<int64_t> order(static_cast<size_t>(chosen));
     std::iota(order.begin(), order.end(), 0);
     std::sort(order.begin(), order.end(), [indices = indices](int64_t a, int64_t b) {
@@ -222,9 +222,9 @@ void down(const KernelTable& table, const std::vector<ExpertRun>& runs, const st
   }
 }
 
-// Several pairs of panels take an expert's activations from L2 one after the other (all experts' are 14 MB for 512 tokens
-// of V3): the first of them takes 1.9 times as long as the others. Two cores of Zen 5 take 355 ms for 512 tokens with 1
-// pair, 341 with 4, 328 with 8, 322 with 16. Enough groups stay for every thread.
+// Several pairs of panels take an expert's activations from L2 one after the other (all experts' are 14 MB for 512
+// tokens of V3): the first of them takes 1.9 times as long as the others. Two cores of Zen 5 take 355 ms for 512 tokens
+// with 1 pair, 341 with 4, 328 with 8, 322 with 16. Enough groups stay for every thread.
 int64_t down_pairs_at_once(const PackedMatrix& w) {
   constexpr int64_t kMostPairs = 16;
   constexpr int64_t kGroupsPerThread = 8;
@@ -235,8 +235,8 @@ int64_t down_pairs_at_once(const PackedMatrix& w) {
 // The runs' intermediate results in the formats of their down matrices: row r of all is row r - first_row of its run.
 class DownInputs {
  public:
-  // Row r of the results is at intermediate + r * stride, once prepare(r, n, that row), n being its width, was called, on
-  // any thread.
+  // Row r of the results is at intermediate + r * stride, once prepare(r, n, that row), n being its width, was called,
+  // on any thread.
   template <typename Prepare>
   DownInputs(const std::vector<ExpertRun>& runs, float* intermediate, int64_t rows, int64_t stride,
              const Prepare& prepare) {
@@ -283,8 +283,8 @@ void sum_runs(const KernelTable& table, const ExpertRuns& runs, const float* res
 }
 
 // Few tokens are bound by reading the weights, which is fastest in long stretches: matrix by matrix, each thread some
-// neighbouring panels. Gate and up panels in turns, or an output panel of one expert after the other, break off after 15
-// to 130 KB, and the prefetchers begin anew: one V3 layer, one token, two cores of Zen 4 37 GB/s, and 44 like this.
+// neighbouring panels. Gate and up panels in turns, or an output panel of one expert after the other, break off after
+// 15 to 130 KB, and the prefetchers begin anew: one V3 layer, one token, two cores of Zen 4 37 GB/s, and 44 like this.
 void run_few(const ExpertRuns& runs, const float* x, int64_t tokens, float* out) {
   const KernelTable& table = kernels();
   const InputFormats inputs(runs.all(), x, tokens);

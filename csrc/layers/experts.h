@@ -14,8 +14,8 @@ namespace tkt {
 // The three may have different types.
 class ExpertWeights {
  public:
-  // Throws std::invalid_argument where the shapes do not belong together: gate and up are intermediate x hidden, down is
-  // hidden x intermediate, counts are equal.
+  // Throws std::invalid_argument where the shapes do not belong together: gate and up are intermediate x hidden, down
+  // is hidden x intermediate, counts are equal.
   ExpertWeights(std::shared_ptr<PackedMatrix> gate, std::shared_ptr<PackedMatrix> up,
                 std::shared_ptr<PackedMatrix> down);
 

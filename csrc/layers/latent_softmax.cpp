@@ -187,8 +187,8 @@ class LatentAttention {
     });
   }
 
-  // Each task takes one bundle over one split, or with parts > 1, bundles having one group each, first some of its keys and
-  // then some of its columns; splits are then merged in the same order as above.
+  // Each task takes one bundle over one split, or with parts > 1, bundles having one group each, first some of its keys
+  // and then some of its columns; splits are then merged in the same order as above.
   void splits_in_parallel(const std::vector<Bundle>& bundles, int64_t groups, int64_t parts) const {
     struct Group {
       int64_t keys;
@@ -240,8 +240,8 @@ class LatentAttention {
                rows_of(after), scratch.floats(), split_states.floats() + task.state * state_floats());
       });
     }
-    // At 4,096 keys the splits of a token are 1 MB: merged by one thread they would hold up the others. A few are merged
-    // sooner than another thread gets to it.
+    // At 4,096 keys the splits of a token are 1 MB: merged by one thread they would hold up the others. A few are
+    // merged sooner than another thread gets to it.
     constexpr size_t kFewSplits = 4;
     const int64_t heads_per_task = tasks.size() > kFewSplits * bundles.size() ? 2 : kLanes;
     const int64_t tasks_per_group = kLanes / heads_per_task;
@@ -287,8 +287,10 @@ class LatentAttention {
     return args;
   }
 
-  // States of splits of bundles of one group each, so that bundle i has queries i. The keys are read twice, once for each
-  // loop: with 100 keys of V3 and 64 threads one waits 28 us for the two, and 196 for a task of 4 groups and all keys (Zen 3).
+  // States of splits of bundles of one group each, so that bundle i has queries i. The keys are read twice, once for
+  // each
+  // loop: with 100 keys of V3 and 64 threads one waits 28 us for the two, and 196 for a task of 4 groups and all keys
+  // (Zen 3).
   template <typename RowsOf>
   void attend_in_parts(const std::vector<SplitTask>& tasks, int64_t parts, const RowsOf& rows_of, const float* queries,
                        float* states) const {

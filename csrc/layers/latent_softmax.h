@@ -21,9 +21,9 @@ struct TokenRange {
   int64_t per_sequence;
 };
 
-// contexts[count][heads][latent_dim] = softmax(scale * queries . keys) . latents, for queries[count][heads][latent_dim +
-// rope_dim], and a cache of latents and rotary keys. The context of a query that sees no key is 0. On all threads; the same bits however tokens are divided over
-// calls.
+// contexts[count][heads][latent_dim] = softmax(scale * queries . keys) . latents, for queries[count][heads][latent_dim
+// + rope_dim], and a cache of latents and rotary keys. The context of a query that sees no key is 0. On all threads;
+// the same bits however tokens are divided over calls.
 void attend_latents(const LatentDims& dims, const float* queries, const TokenRange& tokens, const Cache& cache,
                     const Visibility& visibility, float* contexts);
 

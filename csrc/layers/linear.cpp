@@ -18,8 +18,8 @@ int64_t buffer_bytes(ActivationFormat format, int64_t rows, int64_t cols) {
 
 int64_t tile_count(const LinearTask& task) { return (task.tokens + kTaskTokens - 1) / kTaskTokens; }
 
-// Panels of each matrix of a task that lie on a node, taken `at_once`: 1 or 2. None on nodes that were not there when the
-// matrix was packed.
+// Panels of each matrix of a task that lie on a node, taken `at_once`: 1 or 2. None on nodes that were not there when
+// the matrix was packed.
 struct NodePanels {
   PanelRange panels;
   int64_t at_once;
@@ -93,7 +93,8 @@ void run_takes(const KernelTable& table, const LinearTask& task, const NodePanel
   }
 }
 
-// Panels that a thread takes at once: one where there are so few that threads would go without. V3's router has 8 pairs.
+// Panels that a thread takes at once: one where there are so few that threads would go without. V3's router has 8
+// pairs.
 int64_t panels_at_once(const std::vector<LinearTask>& tasks) {
   constexpr int64_t kPairsPerThread = 2;
   int64_t pairs = 0;

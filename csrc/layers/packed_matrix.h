@@ -23,21 +23,22 @@ struct PanelRange {
 };
 
 // `count` matrices of rows x cols of one type: the experts of a layer, the heads of an attention, or just one. Owns its
-// memory: ceil(rows / 16) * 16 rows per matrix, each of exactly the bytes it has in the file. Of every matrix each NUMA node
-// has some neighbouring panels, in proportion to its cores: all nodes' memory is read at once, and nothing is there twice.
+// memory: ceil(rows / 16) * 16 rows per matrix, each of exactly the bytes it has in the file. Of every matrix each NUMA
+// node has some neighbouring panels, in proportion to its cores: all nodes' memory is read at once, and nothing is
+// there twice.
 class PackedMatrix {
  public:
   // Throws std::invalid_argument where a size is not positive, cols is no multiple of the type's block, or the bytes
   // overflow; std::bad_alloc where memory is refused.
   PackedMatrix(WeightType type, int64_t count, int64_t rows, int64_t cols);
 
-  // Packs panels `panels` of the matrices [first_index, first_index + count) from their GGUF rows on all threads. The caller
-  // has checked that `source` holds these, one after the other. Much at once: a call for each expert of V2-Lite (1.6 MB)
-  // would take most new pages from the system on one thread while the other waits.
+  // Packs panels `panels` of the matrices [first_index, first_index + count) from their GGUF rows on all threads. The
+  // caller has checked that `source` holds these, one after the other. Much at once: a call for each expert of V2-Lite
+  // (1.6 MB) would take most new pages from the system on one thread while the other waits.
   void pack(int64_t first_index, int64_t count, PanelRange panels, const uint8_t* source);
 
-  // Packs the matrices [0, count) whose rows are given as floats in source[index][row][col], converted to the type, which
-  // must be F32 or F16.
+  // Packs the matrices [0, count) whose rows are given as floats in source[index][row][col], converted to the type,
+  // which must be F32 or F16.
   void pack_floats(const float* source);
 
   // Copies all panels of a matrix, those of all nodes, to panels() * panel_bytes() bytes.
@@ -62,8 +63,8 @@ class PackedMatrix {
   Prefetch prefetch() const;
   void set_prefetch(std::optional<Prefetch> strategy);
 
-  // Nodes of the topology() in which the matrix was made, by position. Panels 2n and 2n + 1 are on the same one; a node may
-  // have none.
+  // Nodes of the topology() in which the matrix was made, by position. Panels 2n and 2n + 1 are on the same one; a node
+  // may have none.
   int nodes() const { return static_cast<int>(parts_.size()); }
   PanelRange panels_of_node(int node) const { return parts_[static_cast<size_t>(node)].panels; }
   // The same counted in pairs; a last one may have a single panel.
