@@ -91,6 +91,15 @@ def dequantize(ggml_type: int, data: npt.NDArray[np.uint8], out: _Floats) -> Non
 def rope_table(positions: npt.NDArray[np.int64], inv_freq: _Floats, scaling: float, table: _Floats) -> None:
     """``positions`` int64 (n,), ``inv_freq`` float32 (dim / 2,) -> ``table`` float32 (n, dim): cosines, then sines."""
 
+def failing_loop(tasks: int, failing: int) -> None: ...
+
+class Job:
+    """What was submitted; dropping it waits for it."""
+
+    def is_done(self) -> bool: ...
+    def wait(self) -> None:
+        """Raises what the job raised."""
+
 class Experts:
     """``gate`` and ``up`` (count, intermediate, hidden), ``down`` (count, hidden, intermediate)."""
 
@@ -101,6 +110,9 @@ class Experts:
 
     def forward_routed(self, x: _Floats, indices: npt.NDArray[np.int64], weights: _Floats, out: _Floats) -> None:
         """``x`` and ``out`` float32 (tokens, hidden), ``indices`` int64 and ``weights`` float32 (tokens, top_k)."""
+
+    def submit_routed(self, x: _Floats, indices: npt.NDArray[np.int64], weights: _Floats, out: _Floats) -> Job:
+        """``forward_routed`` beside the calling thread; no array may be touched before the job is done."""
 
     def forward_mlp(self, x: _Floats, out: _Floats) -> None:
         """``x`` and ``out`` float32 (tokens, hidden); for a single expert."""

@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <memory>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "bindings/arrays.h"
+#include "bindings/gil.h"
 #include "bindings/machine.h"
 #include "formats/panel_layout.h"
 #include "formats/row_decoder.h"
@@ -26,6 +28,7 @@
 #include "layers/packed_matrix.h"
 #include "layers/row_ops.h"
 #include "layers/tune_prefetch.h"
+#include "machine/thread_pool.h"
 
 namespace py = pybind11;
 
@@ -66,14 +69,14 @@ void pack(PackedMatrix& matrix, int64_t index, const Bytes& source, int64_t row)
   }
   require_shape(source, "source bytes", {rows * matrix.row_bytes()});
   const uint8_t* data = source.data();
-  const py::gil_scoped_release release;
+  const ReleaseGil release;
   matrix.pack(index, matrices, {row / kPanelRows, (end + kPanelRows - 1) / kPanelRows}, data);
 }
 
 void pack_floats(PackedMatrix& matrix, const Floats& source) {
   require_shape(source, "source", {matrix.count(), matrix.rows(), matrix.cols()});
   const float* data = source.data();
-  const py::gil_scoped_release release;
+  const ReleaseGil release;
   matrix.pack_floats(data);
 }
 
@@ -83,7 +86,7 @@ void linear_op(const PackedMatrix& w, const Floats& x, Floats& out) {
   if (w.count() != 1) throw std::invalid_argument("linear takes one matrix, got " + std::to_string(w.count()));
   const float* from = x.data();
   float* to = out.mutable_data();
-  const py::gil_scoped_release release;
+  const ReleaseGil release;
   linear(w, 0, from, tokens, to);
 }
 
@@ -94,7 +97,7 @@ void rms_norm_op(const Floats& x, const Floats& weight, float eps, Floats& out) 
   const float* from = x.data();
   const float* scale = weight.data();
   float* to = out.mutable_data();
-  const py::gil_scoped_release release;
+  const ReleaseGil release;
   rms_norm_rows(from, scale, eps, rows, width, to);
 }
 
@@ -116,7 +119,7 @@ void embed_op(int ggml_type, const Bytes& data, const Int64s& ids, Floats& out) 
   }
   const uint8_t* matrix = data.data();
   float* to = out.mutable_data();
-  const py::gil_scoped_release release;
+  const ReleaseGil release;
   embed_rows(info, matrix, id, tokens, cols, to);
 }
 
@@ -130,7 +133,20 @@ void dequantize_op(int ggml_type, const Bytes& data, Floats& out) {
   dequantize_row(info.type, data.data(), out.size(), out.mutable_data());
 }
 
-void routed_experts_op(const ExpertWeights& experts, const Floats& x, const Int64s& indices, const Floats& weights,
+// A call of routed experts, checked.
+struct RoutedCall {
+  const ExpertWeights* experts;
+  std::vector<int32_t> indices;
+  const float* weights;
+  int64_t top_k;
+  const float* x;
+  int64_t tokens;
+  float* out;
+
+  void run() const { run_experts(*experts, {indices.data(), weights, top_k}, nullptr, x, tokens, out); }
+};
+
+RoutedCall routed_call(const ExpertWeights& experts, const Floats& x, const Int64s& indices, const Floats& weights,
                        Floats& out) {
   const int64_t tokens = rows_of(x, "x", experts.hidden());
   require_shape(out, "out", {tokens, experts.hidden()});
@@ -149,11 +165,55 @@ void routed_experts_op(const ExpertWeights& experts, const Floats& x, const Int6
     }
     chosen[i] = static_cast<int32_t>(e);
   }
-  const float* from = x.data();
-  const float* scale = weights.data();
-  float* to = out.mutable_data();
-  const py::gil_scoped_release release;
-  run_experts(experts, {chosen.data(), scale, top_k}, nullptr, from, tokens, to);
+  return {&experts, std::move(chosen), weights.data(), top_k, x.data(), tokens, out.mutable_data()};
+}
+
+void routed_experts_op(const ExpertWeights& experts, const Floats& x, const Int64s& indices, const Floats& weights,
+                       Floats& out) {
+  const RoutedCall call = routed_call(experts, x, indices, weights, out);
+  const ReleaseGil release;
+  call.run();
+}
+
+// A job with the arrays it works on.
+class BoundJob {
+ public:
+  BoundJob(Job job, std::vector<py::object> holds) : job_(std::move(job)), holds_(std::move(holds)) {}
+  BoundJob(BoundJob&&) = default;
+  BoundJob(const BoundJob&) = delete;
+  ~BoundJob() {
+    if (holds_.empty() || job_.is_done()) return;
+    const ReleaseGil release;
+    try {
+      job_.wait();
+    } catch (...) {
+      // Nobody asked.
+    }
+  }
+
+  bool is_done() const { return job_.is_done(); }
+  void wait() const {
+    const ReleaseGil release;
+    job_.wait();
+  }
+
+ private:
+  Job job_;
+  std::vector<py::object> holds_;
+};
+
+BoundJob submit_routed_op(const std::shared_ptr<ExpertWeights>& experts, const Floats& x, const Int64s& indices,
+                          const Floats& weights, Floats& out) {
+  RoutedCall call = routed_call(*experts, x, indices, weights, out);
+  return {submit([experts, call = std::move(call)] { call.run(); }), {x, weights, out}};
+}
+
+// A loop of which one task throws.
+void failing_loop_op(int64_t tasks, int64_t failing) {
+  const ReleaseGil release;
+  parallel_for(tasks, [failing](int64_t task) {
+    if (task == failing) throw std::bad_alloc();
+  });
 }
 
 void mlp_op(const ExpertWeights& mlp, const Floats& x, Floats& out) {
@@ -162,7 +222,7 @@ void mlp_op(const ExpertWeights& mlp, const Floats& x, Floats& out) {
   if (mlp.count() != 1) throw std::invalid_argument("an MLP is one expert, got " + std::to_string(mlp.count()));
   const float* from = x.data();
   float* to = out.mutable_data();
-  const py::gil_scoped_release release;
+  const ReleaseGil release;
   run_mlp(mlp, from, tokens, to);
 }
 
@@ -188,7 +248,7 @@ void moe_op(const MoeBlock& moe, const Floats& x, Floats& out, Floats& logits) {
   const float* from = x.data();
   float* to = out.mutable_data();
   float* scores = logits.mutable_data();
-  const py::gil_scoped_release release;
+  const ReleaseGil release;
   moe.forward(from, tokens, to, scores);
 }
 
@@ -224,7 +284,7 @@ void project_keys_op(const MlaAttention& attention, const Floats& x, const Float
   const int64_t tokens = rows_of(x, "x", attention.shape().hidden);
   const CacheRows rows = dense_rows(attention.shape(), tokens, rope_table, latents, ropes);
   const LayerInput in{x.data(), rope_table.data(), 1, tokens};
-  const py::gil_scoped_release release;
+  const ReleaseGil release;
   attention.project_keys(in, rows);
 }
 
@@ -304,7 +364,7 @@ void attend_op(const MlaAttention& attention, const Floats& x, const Floats& rop
   const LayerInput in = layer_input(attention.shape(), x, rope_table, cache, cache.room, out);
   const Visibility visibility = visibility_of(in, cache.room, ranges, mask);
   float* to = out.mutable_data();
-  const py::gil_scoped_release release;
+  const ReleaseGil release;
   attention.attend(in, {cache.rows, cache.room}, visibility, to);
 }
 
@@ -321,7 +381,7 @@ void layer_project_keys_op(const DecoderLayer& layer, const Floats& x, const Flo
   const CacheRows rows = dense_rows(layer.shape(), tokens, rope_table, first, second);
   const LayerInput in{x.data(), rope_table.data(), 1, tokens};
   const float* norm = input_norm.data();
-  const py::gil_scoped_release release;
+  const ReleaseGil release;
   layer.project_keys(in, norm, rows);
 }
 
@@ -335,7 +395,7 @@ void layer_forward_op(const DecoderLayer& layer, const Floats& x, const Floats& 
   const LayerNorms norms = norms_of(layer, input_norm, post_norm);
   if (kAppends) require_room(in, cache.room);
   float* to = out.mutable_data();
-  const py::gil_scoped_release release;
+  const ReleaseGil release;
   if (kAppends) {
     layer.append_and_forward(in, norms, {cache.rows, cache.room}, visibility, to);
   } else {
@@ -387,7 +447,7 @@ class BoundStack {
     require_room(in, keys);
     const Visibility visibility = visibility_of(in, keys, ranges, mask);
     float* to = out.mutable_data();
-    const py::gil_scoped_release release;
+    const ReleaseGil release;
     stack_.append_and_forward(in, buffers.rows(), keys, visibility, to);
   }
 
@@ -465,7 +525,7 @@ py::dict tune_prefetch_op(const std::vector<std::shared_ptr<PackedMatrix>>& matr
   }
   std::vector<PrefetchSpeed> found;
   {
-    const py::gil_scoped_release release;
+    const ReleaseGil release;
     found = tune_prefetch(matrices);
   }
   py::dict speeds;
@@ -489,6 +549,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of transformers_kt; use the Python modules instead of this.";
 
   bind_machine(m);
+  bind_gil();
 
   m.attr("PANEL_ROWS") = kPanelRows;
   m.def("weight_types", &weight_types, "(name, ggml number, block elements, block bytes) of every type with kernels");
@@ -530,11 +591,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("rope_table", &rope_table_op, py::arg("positions").noconvert(), py::arg("inv_freq").noconvert(),
         py::arg("scaling"), py::arg("table").noconvert());
 
+  m.def("failing_loop", &failing_loop_op, py::arg("tasks"), py::arg("failing"),
+        "for tests: a parallel loop whose task `failing` is refused memory");
+
+  py::class_<BoundJob>(m, "Job").def("is_done", &BoundJob::is_done).def("wait", &BoundJob::wait);
   py::class_<ExpertWeights, std::shared_ptr<ExpertWeights>>(m, "Experts")
       .def(py::init<std::shared_ptr<PackedMatrix>, std::shared_ptr<PackedMatrix>, std::shared_ptr<PackedMatrix>>(),
            py::arg("gate"), py::arg("up"), py::arg("down"))
       .def_property_readonly("matrices", &ExpertWeights::matrices, "gate, up, down")
       .def("forward_routed", &routed_experts_op, py::arg("x").noconvert(), py::arg("indices").noconvert(),
+           py::arg("weights").noconvert(), py::arg("out").noconvert())
+      .def("submit_routed", &submit_routed_op, py::arg("x").noconvert(), py::arg("indices").noconvert(),
            py::arg("weights").noconvert(), py::arg("out").noconvert())
       .def("forward_mlp", &mlp_op, py::arg("x").noconvert(), py::arg("out").noconvert());
 

@@ -124,6 +124,15 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
             "out": floats(TOKENS, HIDDEN),
         },
     ),
+    "Experts.submit_routed": (
+        experts(EXPERTS).submit_routed,
+        {
+            "x": floats(TOKENS, HIDDEN),
+            "indices": np.tile(np.arange(TOP_K), (TOKENS, 1)),
+            "weights": floats(TOKENS, TOP_K),
+            "out": floats(TOKENS, HIDDEN),
+        },
+    ),
     "Experts.forward_mlp": (experts(1).forward_mlp, {"x": floats(3, HIDDEN), "out": floats(3, HIDDEN)}),
     "MoeBlock": (moe, {"router": packed(1, EXPERTS, HIDDEN), "routed": experts(EXPERTS), **ROUTER}),
     "MoeBlock.forward": (
@@ -196,15 +205,8 @@ REFUSALS = (TypeError, ValueError, IndexError, MemoryError)
 
 def test_every_entry_of_the_module_is_among_the_calls() -> None:
     functions = {name for name, value in vars(_C).items() if callable(value) and not name.startswith("_")}
-    without_sizes = {
-        "Attention",
-        "cpu_features",
-        "supported_isas",
-        "isa",
-        "thread_count",
-        "topology",
-        "weight_types",
-    } | {"panel_layouts"}
+    without_sizes = {"Attention", "Job", "cpu_features", "supported_isas", "isa", "thread_count", "topology"}
+    without_sizes |= {"weight_types", "panel_layouts", "failing_loop"}
     names_and_paths = {"use_topology", "tune_prefetch"}
     assert functions - without_sizes - names_and_paths == {call for call in CALLS if "." not in call}
     for call in CALLS:
@@ -212,7 +214,7 @@ def test_every_entry_of_the_module_is_among_the_calls() -> None:
         assert not method or hasattr(getattr(_C, owner), method)
     for name in {each for each in functions if isinstance(getattr(_C, each), type)}:
         methods = {key for key, value in vars(getattr(_C, name)).items() if type(value).__name__ == "instancemethod"}
-        assert {f"{name}.{key}" for key in methods if not key.startswith("_")} <= set(CALLS)
+        assert {f"{name}.{key}" for key in methods if not key.startswith("_")} <= {*CALLS, "Job.is_done", "Job.wait"}
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -314,6 +314,116 @@ def test_the_interpreter_runs_on_while_kernels_compute() -> None:
     assert turns > 5
 
 
+# ---- Bodies that throw ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_memory_refused_in_a_loop_is_a_memory_error_and_the_pool_goes_on(
+    matrix: Any, expected: np.ndarray, threads: int
+) -> None:
+    """In whichever thread: the first tasks are the caller's, the last ones a worker's."""
+    set_thread_count(threads)
+    for tasks in (1, 2, 1000):
+        for failing in {0, tasks // 2, tasks - 1}:
+            for _ in range(20):
+                with pytest.raises(MemoryError):
+                    _C.failing_loop(tasks, failing)
+            np.testing.assert_array_equal(multiply(matrix, X), expected)
+
+
+# ---- Signals ---------------------------------------------------------------------------------------------------------
+
+# The promise is a second; a test machine that does ten other things needs several for the same.
+ANSWER_S = 5.0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_ctrl_c_ends_a_long_call_and_the_next_one_computes(threads: int) -> None:
+    code = f"""
+import os, signal, threading, time
+import numpy as np
+{LOAD_EXTENSION}
+_C.use_topology("no-sysfs", range(8))
+_C.set_thread_count({threads})
+w = _C.PackedMatrix(0, 1, 8192, 8192)
+x, out = np.zeros((8192, 8192), "float32"), np.zeros((8192, 8192), "float32")  # ten seconds and more
+sent = []
+def send():
+    sent.append(time.monotonic())
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Timer(0.3, send).start()
+try:
+    _C.linear(w, x, out)
+    print("was not interrupted")
+except KeyboardInterrupt:
+    print("late" if time.monotonic() - sent[0] > {ANSWER_S} else "interrupted")
+out = np.ones((1, 8192), "float32")
+_C.linear(w, x[:1], out)
+print(out.any())
+"""
+    assert in_fresh_process(code).split() == ["interrupted", "False"]
+
+
+def test_a_signal_handler_may_compute_and_ask_in_the_middle_of_a_call() -> None:
+    code = f"""
+import signal, time
+import numpy as np
+{LOAD_EXTENSION}
+_C.use_topology("no-sysfs", range(8))
+_C.set_thread_count(2)
+_C.select_isa("scalar")
+w = _C.PackedMatrix(0, 1, 1024, 1024)
+x = np.ones((256, 1024), "float32")
+w.pack_floats(x[None, :1] * np.ones((1, 1024, 1), "float32"))
+inside = []
+def handle(*_):
+    out = np.zeros((1, 1024), "float32")
+    _C.linear(w, x[:1], out)
+    _C.set_thread_count(3)
+    inside.append((_C.thread_count(), bool((out == 1024).all())))
+signal.signal(signal.SIGALRM, handle)
+signal.setitimer(signal.ITIMER_REAL, 0.05)
+outs = []
+while not inside:
+    outs.append(np.zeros((256, 1024), "float32"))
+    _C.linear(w, x, outs[-1])
+print(inside[0], all((out == 1024).all() for out in outs))
+"""
+    assert in_fresh_process(code) == "(3, True) True"
+
+
+# ---- Jobs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_computes_what_the_call_does_beside_other_callers(matrix: Any, expected: np.ndarray) -> None:
+    random = np.random.default_rng(3)
+    parts = [_C.PackedMatrix(0, 4, *shape) for shape in ((96, 64), (96, 64), (64, 96))]
+    for part in parts:
+        part.pack_floats(random.standard_normal((part.count, part.rows, part.cols)).astype(np.float32))
+    experts = _C.Experts(*parts)
+    x = random.standard_normal((5, 64)).astype(np.float32)
+    indices = np.stack([random.permutation(4)[:2] for _ in range(5)])
+    weights = random.random((5, 2)).astype(np.float32)
+    whole = np.zeros_like(x)
+    experts.forward_routed(x, indices, weights, whole)
+    assert np.abs(whole).max() > 1
+    for _ in range(20):
+        outs = [np.zeros_like(x) for _ in range(3)]
+        jobs = [experts.submit_routed(x, indices, weights, out) for out in outs]
+        np.testing.assert_array_equal(multiply(matrix, X), expected)
+        for job, out in zip(jobs, outs, strict=True):
+            job.wait()
+            assert job.is_done()
+            np.testing.assert_array_equal(out, whole)
+
+
+def test_a_job_that_is_dropped_is_waited_for() -> None:
+    experts = _C.Experts(*(_C.PackedMatrix(0, 1, 512, 512) for _ in range(3)))
+    x, out = np.ones((64, 512), np.float32), np.ones((64, 512), np.float32)
+    experts.submit_routed(x, np.zeros((64, 1), np.int64), np.ones((64, 1), np.float32), out)
+    assert not out.any()
+
+
 # ---- Forks -----------------------------------------------------------------------------------------------------------
 
 
@@ -424,6 +534,44 @@ def test_a_child_of_multiprocessing_computes(matrix: Any, expected: np.ndarray) 
     finally:
         process.kill()
     np.testing.assert_array_equal(queue.get(), expected)
+
+
+# ---- Exit ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_interpreter_exits_quietly_while_threads_generate() -> None:
+    """Each child of a process that has loaded a model exits at another moment of what its three threads compute."""
+    children = 12
+    code = f"""
+import os, sys, threading, time
+import transformers_kt
+from transformers import AutoModelForCausalLM
+from transformers_kt.assets import bundled_model
+import torch
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(bundled_model(), kt_rules="auto")
+ids = torch.tensor([[1, 2, 3]])
+
+def generate():
+    while True:
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, min_new_tokens=40)
+
+codes = []
+for index in range({children}):
+    child = os.fork()
+    if child == 0:
+        for _ in range(3):
+            threading.Thread(target=generate, daemon=True).start()
+        time.sleep(0.2 + 0.013 * index)
+        sys.exit(0)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(codes)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.stdout.strip() == str([0] * children), done.stderr
+    assert "rror" not in done.stderr, done.stderr
 
 
 # ---- Which kernels ---------------------------------------------------------------------------------------------------

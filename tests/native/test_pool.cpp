@@ -1,6 +1,9 @@
 // The thread pool: each task once, whoever calls, and while its size changes.
 #include <atomic>
+#include <chrono>
 #include <memory>
+#include <new>
+#include <stdexcept>
 #include <thread>
 
 #include "check.h"
@@ -109,6 +112,118 @@ TEST(each_task_of_each_node_runs_once) {
         }
       }
     }
+  }
+}
+
+TEST(what_a_body_throws_comes_out_of_the_loop_and_the_pool_goes_on) {
+  const Machine machine({8});
+  for (const int threads : {1, 2, 8}) {
+    tkt::set_thread_count(threads);
+    for (int64_t failing = 0; failing < 100; ++failing) {
+      std::vector<int> runs(100);
+      bool thrown = false;
+      try {
+        parallel_for(100, [&](int64_t task) {
+          ++runs[static_cast<size_t>(task)];
+          if (task >= failing) throw std::bad_alloc();
+        });
+      } catch (const std::bad_alloc&) {
+        thrown = true;
+      }
+      CHECK(thrown);
+      for (const int count : runs) CHECK(count <= 1);
+      check_each_task_runs_once(100);
+    }
+  }
+}
+
+TEST(a_loop_inside_a_body_runs_on_that_thread) {
+  const Machine machine({8});
+  tkt::set_thread_count(4);
+  parallel_for(20, [](int64_t) {
+    const std::thread::id here = std::this_thread::get_id();
+    std::vector<std::thread::id> ids(50);
+    parallel_for(50, [&](int64_t task) { ids[static_cast<size_t>(task)] = std::this_thread::get_id(); });
+    for (const std::thread::id id : ids) CHECK(id == here);
+  });
+}
+
+std::atomic<int> starts{0};
+thread_local bool has_started = false;
+
+TEST(each_thread_is_set_up_once_and_before_its_first_task) {
+  const Machine machine({8});
+  tkt::set_thread_count(8);
+  starts.store(0);
+  tkt::set_start_hook([] {
+    has_started = true;
+    ++starts;
+  });
+  std::atomic<int> strangers{0};
+  for (int loop = 0; loop < 50; ++loop) {
+    parallel_for(1000, [&](int64_t) {
+      if (!has_started) ++strangers;
+    });
+  }
+  tkt::set_start_hook(nullptr);
+  CHECK(strangers.load() == 0);
+  CHECK(starts.load() >= 1 && starts.load() <= 8) << "but " << starts.load();
+}
+
+TEST(jobs_run_beside_loops_of_the_thread_that_submitted_them) {
+  const Machine machine({8});
+  tkt::set_thread_count(4);
+  for (int round = 0; round < 50; ++round) {
+    std::vector<int> results(3);  // no atomics: wait() must order them
+    std::vector<tkt::Job> jobs;
+    for (size_t i = 0; i < results.size(); ++i) {
+      jobs.push_back(tkt::submit([&results, i] {
+        check_each_task_runs_once(100);
+        results[i] = 1;
+      }));
+    }
+    check_each_task_runs_once(100);
+    for (size_t i = 0; i < jobs.size(); ++i) {
+      jobs[i].wait();
+      CHECK(jobs[i].is_done());
+      CHECK(results[i] == 1);
+    }
+  }
+}
+
+TEST(what_a_job_throws_comes_out_of_its_wait) {
+  const tkt::Job failing = tkt::submit([] { throw std::bad_alloc(); });
+  const tkt::Job next = tkt::submit([] { check_each_task_runs_once(10); });
+  bool thrown = false;
+  try {
+    failing.wait();
+  } catch (const std::bad_alloc&) {
+    thrown = true;
+  }
+  CHECK(thrown);
+  next.wait();
+}
+
+std::atomic<int> polls{0};
+
+TEST(a_poll_may_end_a_loop_of_any_length) {
+  const Machine machine({8});
+  for (const int threads : {1, 4}) {
+    tkt::set_thread_count(threads);
+    tkt::restart_poll_clock();
+    tkt::set_poll_hook([] {
+      if (++polls == 2) throw std::runtime_error("stop");
+    });
+    polls.store(0);
+    bool thrown = false;
+    try {
+      parallel_for(100000, [](int64_t) { std::this_thread::sleep_for(std::chrono::milliseconds(1)); });
+    } catch (const std::runtime_error&) {
+      thrown = true;
+    }
+    tkt::set_poll_hook(nullptr);
+    CHECK(thrown);
+    check_each_task_runs_once(1000);
   }
 }
 

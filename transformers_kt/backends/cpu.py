@@ -11,6 +11,7 @@ import torch
 import transformers_kt._C as _C
 from transformers_kt.backends import schemas
 from transformers_kt.backends.handles import object_of
+from transformers_kt.backends.library import kt_library
 from transformers_kt.errors import UnsupportedOperationError
 
 
@@ -151,7 +152,7 @@ def _layer_append_and_forward(
     return out
 
 
-_library: Any = torch.library.Library("kt", "IMPL")  # type: ignore[no-untyped-call]
+_library = kt_library("IMPL")
 for _operator, _kernel in {
     schemas.linear: _linear,
     schemas.rms_norm: _rms_norm,

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-_library: Any = torch.library.Library("kt", "DEF")  # type: ignore[no-untyped-call]
+from transformers_kt.backends.library import kt_library
+
+_library = kt_library("DEF")
 
 
 def computes_at_once() -> bool:

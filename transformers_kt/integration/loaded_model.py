@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from transformers_kt.errors import InputError, UnsupportedOperationError
 from transformers_kt.integration.loading import KtReport
+from transformers_kt.integration.torch_threads import one_torch_thread
 from transformers_kt.planning.request import PLACEMENT_NUMBERS
 from transformers_kt.rules import TORCH
 
@@ -260,12 +261,8 @@ class KtGenerationMixin:
         left_to_torch = sum(row.nbytes for row in self.kt_report.rows if row.operation == TORCH)
         if left_to_torch > _SMALL_SHARE * self.kt_report.nbytes:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with one_torch_thread():
             return super().generate(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            torch.set_num_threads(threads)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         _refuse_pages("init_continuous_batching()")
