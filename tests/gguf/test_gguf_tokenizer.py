@@ -253,6 +253,15 @@ def test_each_pre_tokenizer_cuts_as_its_models_do(pre: str, text: str, cut: list
     assert pieces(pre, text) == cut
 
 
+@settings(deadline=None, max_examples=50)
+@given(text=PIECES)
+def test_a_tokenizer_that_the_converter_calls_joyai_llm_is_that_of_deepseek_v3(text: str) -> None:
+    # As it names the tokenizer of R1: what the original makes of a text does not depend on the name.
+    renamed = tokenizer_from_gguf({**FACTS, "tokenizer.ggml.pre": "joyai-llm"})
+    assert_same(renamed, text)
+    assert pieces("joyai-llm", text) == pieces("deepseek-v3", text)
+
+
 @pytest.mark.parametrize("pre", ["deepseek-v3", "deepseek-llm", "deepseek-coder", "gpt-2", "default"])
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=PIECES)

@@ -24,12 +24,14 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoProcessor,
     AutoTokenizer,
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     GenerationConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     pipeline,
 )
 
@@ -94,7 +96,17 @@ def gguf_named_twice(example: Example) -> tuple[Any, dict[str, Any]]:
     return str(example.gguf), {"gguf_path": str(example.gguf)}
 
 
+def folder_whose_only_weights_are_a_gguf(example: Example) -> tuple[Any, dict[str, Any]]:
+    return str(example.folder), {}
+
+
+def folder_and_gguf_file(example: Example) -> tuple[Any, dict[str, Any]]:
+    return example.folder, {"gguf_file": f"{example.folder.name}.gguf"}
+
+
 FORMS = [
+    folder_whose_only_weights_are_a_gguf,
+    folder_and_gguf_file,
     folder_and_gguf,
     folder_and_gguf_without_rules,
     paths_in_place_of_strings,
@@ -668,6 +680,87 @@ def test_two_different_ggufs_are_refused(v3: Example, v2: Example) -> None:
         AutoModelForCausalLM.from_pretrained(v3.gguf, gguf_path=v2.gguf)
 
 
+# --- Other classes of transformers that take a folder ---
+
+
+@pytest.mark.parametrize("form", [gguf_in_the_models_place_and_nothing_else, folder_with_nothing_but_a_gguf, no_name])
+def test_what_takes_a_folder_takes_a_gguf(form: Any, v3: Example) -> None:
+    name, options = form(v3)
+    processor = AutoProcessor.from_pretrained(name, **options)
+    assert processor("Hello, ü")["input_ids"] == AutoTokenizer.from_pretrained(v3.gguf)("Hello, ü")["input_ids"]
+    stated = GenerationConfig.from_pretrained(name, **options)
+    expected = AutoModelForCausalLM.from_pretrained(v3.gguf).generation_config
+    assert stated.to_diff_dict() == expected.to_diff_dict()
+    assert stated.eos_token_id == EOS
+    assert type(DeepseekV3Config.from_pretrained(name, **options)) is DeepseekV3Config
+    assert PreTrainedTokenizerFast.from_pretrained(name, **options).eos_token_id == EOS
+
+
+def test_a_generation_config_of_a_gguf_takes_options_as_one_of_a_folder_does(v3: Example, tmp_path: Path) -> None:
+    GenerationConfig.from_pretrained(v3.gguf).save_pretrained(tmp_path)
+    for options in ({"max_new_tokens": 7}, {"max_new_tokens": 7, "foo": 1, "return_unused_kwargs": True}):
+        found, expected = (
+            GenerationConfig.from_pretrained(pretrained_model_name=name, **options) for name in (v3.gguf, tmp_path)
+        )
+        assert found == expected
+    assert (found[0].max_new_tokens, found[0].eos_token_id) == (7, EOS)
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_the_folders_own_generation_config_is_preferred(v3: Example, tmp_path: Path, with_config: bool) -> None:
+    folder = shutil.copytree(v3.folder, tmp_path / "model")
+    if not with_config:
+        (folder / "config.json").unlink()
+    assert GenerationConfig.from_pretrained(folder).temperature == 0.6
+    assert AutoProcessor.from_pretrained(folder).eos_token_id == EOS
+
+
+def test_a_folder_with_weights_of_its_own_is_left_to_transformers(v3: Example, tmp_path: Path) -> None:
+    v3.stock.save_pretrained(tmp_path)
+    shutil.copy(v3.gguf, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(model) is DeepseekV3ForCausalLM
+    assert_equals_stock(model, v3)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"model_type": "llama"}', '{"model_type": ["deepseek_v3"]}', "[1]", "{", "\udcff"]
+)
+def test_a_folder_of_a_model_that_we_do_not_know_is_left_to_transformers(
+    v3: Example, tmp_path: Path, content: str
+) -> None:
+    shutil.copy(v3.gguf, tmp_path)
+    (tmp_path / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert request.read_request(tmp_path, {}) is None
+    assert request.read_request(tmp_path, {"gguf_file": v3.gguf.name}) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "kind"),
+    [
+        ("image_processing_auto", "AutoImageProcessor", "image processor"),
+        ("video_processing_auto", "AutoVideoProcessor", "video processor"),
+        ("feature_extraction_auto", "AutoFeatureExtractor", "feature extractor"),
+    ],
+)
+def test_what_prepares_images_and_sound_is_refused_in_transformers_words(
+    v3: Example, module: str, name: str, kind: str
+) -> None:
+    # Wrappers go on from transformers' own error for a folder without such a file, which is an OSError.
+    owner = getattr(importlib.import_module(f"transformers.models.auto.{module}"), name)
+    for given in (v3.gguf, v3.config_folder):
+        with pytest.raises(OSError, match=f"Can't load {kind} for '{given}'") as caught:
+            owner.from_pretrained(given)
+        assert isinstance(caught.value, errors.KtError) == (given == v3.gguf)
+
+
+def test_a_class_that_the_gguf_does_not_make_is_refused_with_the_auto_class(v3: Example) -> None:
+    with pytest.raises(errors.UnsupportedModelError, match=r"DeepseekV3Config, which is no LlamaConfig; load AutoConf"):
+        transformers.LlamaConfig.from_pretrained(v3.gguf)
+    with pytest.raises(errors.UnsupportedModelError, match=r"which is no \w+; load AutoTokenizer"):
+        transformers.LlamaTokenizerFast.from_pretrained(v3.gguf)
+
+
 # --- pipeline ---
 
 
@@ -694,6 +787,21 @@ def test_pipeline_takes_a_gguf_where_peft_is_installed(v3: Example, monkeypatch:
     assert by_file.model.kt_report.nbytes
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        gguf_in_the_models_place_and_nothing_else,
+        folder_with_nothing_but_a_gguf,
+        folder_whose_only_weights_are_a_gguf,
+    ],
+)
+def test_pipeline_needs_no_task_for_a_gguf(form: Any, v3: Example) -> None:
+    name, _options = form(v3)
+    generator = pipeline(model=str(name))
+    assert generator.task == "text-generation"
+    assert generated(generator, "Hello,").startswith("Hello,")
+
+
 def test_pipeline_leaves_the_model_on_the_cpu_of_a_machine_with_an_accelerator(
     v3: Example, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -714,6 +822,9 @@ def entries() -> dict[str, Any]:
         "auto": AutoModelForCausalLM,
         "config": AutoConfig,
         "tokenizer": AutoTokenizer,
+        "processor": AutoProcessor,
+        "config class": transformers.PreTrainedConfig,
+        "generation config": GenerationConfig,
     }
 
 
@@ -732,7 +843,7 @@ def test_calls_without_our_arguments_reach_transformers_untouched(
     monkeypatch.setattr(from_pretrained, "load_config", lambda *args: pytest.fail("ours"))
     hooks.wrap(owner, "load_config")
     token, config = object(), object()
-    for name in (str(v3.folder), "some/model", "some/model-GGUF", Path("nowhere")):
+    for name in (str(v3.config_folder), "some/model", "some/model-GGUF", Path("nowhere")):
         assert owner.from_pretrained(name, 1, config=config, gguf_file="x.gguf", token=token) == "stock"
         assert seen.pop() == (owner, (name, 1), {"config": config, "gguf_file": "x.gguf", "token": token})
         assert owner.from_pretrained(pretrained_model_name_or_path=name) == "stock"

@@ -7,6 +7,7 @@ fills them.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from transformers_kt.errors import UnsupportedModelError, UnsupportedOperationError
+from transformers_kt.errors import CheckpointNotFoundError, UnsupportedModelError, UnsupportedOperationError
 from transformers_kt.families.from_gguf import generation_config_from_gguf, notes_from_gguf, tokenizer_from_gguf
 from transformers_kt.families.registry import require_routable
 from transformers_kt.families.tensors import check_tensors
@@ -97,6 +98,53 @@ def load_tokenizer(call: Call, request: Request) -> Any:
         return call.stock(call.cls, request.folder, *call.args, **request.hub, **call.options)
     known = {key: value for key, value in call.options.items() if key not in _NOT_FOR_TOKENIZERS and key[0] != "_"}
     return tokenizer_from_gguf(request.open(), name_or_path=request.gguf, **known)
+
+
+def load_config_of_class(call: Call, request: Request) -> Any:
+    """As `load_config`, for a class of configs that the caller names."""
+    if request.folder is not None:
+        return call.stock(call.cls, request.folder, *call.args, **request.hub, **call.options)
+    loaded = load_config(call, request)
+    _require_class(loaded[0] if isinstance(loaded, tuple) else loaded, call, request, "AutoConfig")
+    return loaded
+
+
+def load_tokenizer_of_class(call: Call, request: Request) -> Any:
+    """As `load_tokenizer`, for a class of tokenizers that the caller names."""
+    if request.folder is not None or (Path(request.gguf).is_dir() and _has_tokenizer(request.gguf, request.hub)):
+        return call.stock(call.cls, request.name, *call.args, **request.hub, **call.options)
+    tokenizer = load_tokenizer(call, request)
+    _require_class(tokenizer, call, request, "AutoTokenizer")
+    return tokenizer
+
+
+def _require_class(loaded: Any, call: Call, request: Request, auto_class: str) -> None:
+    if not isinstance(loaded, call.cls):
+        raise UnsupportedModelError(
+            f"{request.name} makes a {type(loaded).__name__}, which is no {call.cls.__name__}; load {auto_class}"
+        )
+
+
+def load_generation_config(call: Call, request: Request) -> Any:
+    """From the folder's file where there is one, or where the folder has the config; else from the GGUF."""
+    options = dict(call.options)
+    file_name = call.args[0] if call.args else options.pop("config_file_name", None)
+    where = request.folder or request.gguf
+    if request.folder is not None or (Path(where) / (file_name or "generation_config.json")).is_file():
+        return call.stock(call.cls, where, file_name, *call.args[1:], **request.hub, **options)
+    stated = generation_config_from_gguf(request.open()).to_diff_dict()
+    return call.cls.from_dict(stated, **{key: value for key, value in options.items() if key[0] != "_"})
+
+
+def refuse_media(call: Call, request: Request) -> Any:
+    """What prepares images, sound or video. No model that we load has such a part; a folder may say what it likes."""
+    if request.folder is not None:
+        return call.stock(call.cls, request.folder, *call.args, **request.hub, **call.options)
+    kind = re.sub("([A-Z])", r" \1", call.cls.__name__.removeprefix("Auto")).strip().lower()
+    raise CheckpointNotFoundError(  # with transformers' own first words
+        f"Can't load {kind} for '{request.name}': a GGUF holds a language model. Its text is prepared by AutoTokenizer "
+        "or AutoProcessor"
+    )
 
 
 def _has_tokenizer(folder: str, hub: Mapping[str, Any]) -> bool:

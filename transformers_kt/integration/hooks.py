@@ -17,7 +17,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from transformers_kt.planning.request import SOURCE_OPTIONS, Call, read_request, without
+from transformers_kt.planning.request import NAME_OPTIONS, SOURCE_OPTIONS, Call, read_request, without
 
 WRAPPED = "_wrapped_by_transformers_kt"
 _LOADERS_OF_MODELS = ("load_model", "load_auto_model")
@@ -41,7 +41,8 @@ def wrap(owner: Any, loader: str) -> None:
 
     @functools.wraps(stock)
     def from_pretrained(cls: type, *args: Any, **options: Any) -> Any:
-        request = read_request(args[0] if args else options.get("pretrained_model_name_or_path"), options)
+        named = args or [options[key] for key in NAME_OPTIONS if key in options]
+        request = read_request(named[0] if named else None, options)
         if request is None:
             if loader in _LOADERS_OF_MODELS:
                 _loaders()  # a folder saved with our quantization_config is refused with our words
@@ -67,26 +68,49 @@ def _wrap_auto_models(module: Any) -> None:
             wrap(auto_class, "load_auto_model")
 
 
-def _skip_adapter_search(module: Any) -> None:
-    """Where PEFT is installed, ``pipeline`` looks for an adapter beside its model, and takes a file for a hub id."""
-    stock = getattr(module, "find_adapter_config_file", None)
+def _answer_for_pipelines(module: Any) -> None:
+    """``pipeline`` asks the hub about its model; of a GGUF on this machine we know the answers.
+
+    Without a task it asks for that, and where PEFT is installed for an adapter.
+    """
+    _answer(module, "get_task", "text-generation")
+    _answer(module, "find_adapter_config_file", None)
+
+
+def _answer(module: Any, name: str, answer: Any) -> None:
+    """Let the function ``name``, whose first argument is a model's name, give ``answer`` where the model is for us."""
+    stock = getattr(module, name, None)
     if stock is None or hasattr(stock, WRAPPED):
         return
 
     @functools.wraps(stock)
-    def find_adapter_config_file(model_id: Any, *args: Any, **options: Any) -> Any:
-        return None if read_request(model_id, {}) is not None else stock(model_id, *args, **options)
+    def answered(model: Any, *args: Any, **options: Any) -> Any:
+        return answer if read_request(model, {}) is not None else stock(model, *args, **options)
 
-    setattr(find_adapter_config_file, WRAPPED, True)
-    module.find_adapter_config_file = find_adapter_config_file
+    setattr(answered, WRAPPED, True)
+    setattr(module, name, answered)
 
 
 _WRAPPERS: Mapping[str, Callable[[Any], None]] = {
-    "transformers.pipelines": _skip_adapter_search,
+    "transformers.pipelines": _answer_for_pipelines,
     "transformers.modeling_utils": lambda module: wrap(module.PreTrainedModel, "load_model"),
     "transformers.models.auto.modeling_auto": _wrap_auto_models,
     "transformers.models.auto.configuration_auto": lambda module: wrap(module.AutoConfig, "load_config"),
     "transformers.models.auto.tokenization_auto": lambda module: wrap(module.AutoTokenizer, "load_tokenizer"),
+    # The processor of a language model is its tokenizer.
+    "transformers.models.auto.processing_auto": lambda module: wrap(module.AutoProcessor, "load_tokenizer"),
+    "transformers.configuration_utils": lambda module: wrap(module.PreTrainedConfig, "load_config_of_class"),
+    "transformers.tokenization_utils_base": lambda module: wrap(
+        module.PreTrainedTokenizerBase, "load_tokenizer_of_class"
+    ),
+    "transformers.generation.configuration_utils": lambda module: wrap(
+        module.GenerationConfig, "load_generation_config"
+    ),
+    "transformers.models.auto.image_processing_auto": lambda module: wrap(module.AutoImageProcessor, "refuse_media"),
+    "transformers.models.auto.video_processing_auto": lambda module: wrap(module.AutoVideoProcessor, "refuse_media"),
+    "transformers.models.auto.feature_extraction_auto": lambda module: wrap(
+        module.AutoFeatureExtractor, "refuse_media"
+    ),
 }
 """Module of transformers -> what wraps its classes or functions."""
 

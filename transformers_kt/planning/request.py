@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers_kt.errors import CheckpointError, CheckpointNotFoundError
+from transformers_kt.families.registry import families
 from transformers_kt.gguf.checkpoint import Checkpoint, open_checkpoint
 from transformers_kt.rules.files import AUTO, KtRules
 
@@ -16,8 +18,10 @@ from transformers_kt.rules.files import AUTO, KtRules
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _GGUF_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 PLACEMENT_NUMBERS = ("kt_cpu_layers", "kt_gpu_experts")
+NAME_OPTIONS = ("pretrained_model_name_or_path", "pretrained_model_name")
+"""What from_pretrained calls its first argument."""
 SOURCE_OPTIONS = (
-    "pretrained_model_name_or_path",
+    *NAME_OPTIONS,
     "gguf_path",
     "gguf_file",
     "kt_rules",
@@ -69,7 +73,7 @@ def read_request(name: Any, options: Mapping[str, Any]) -> Request | None:
     """What ``from_pretrained(name, **options)`` asks of us; None if nothing."""
     rules, numbers = options.get("kt_rules"), tuple(options.get(key) for key in PLACEMENT_NUMBERS)
     asks = any(given is not None for given in (options.get("gguf_path"), rules, *numbers))
-    if not asks and not _is_gguf_alone(name):
+    if not asks and not _is_for_us(name, options):
         return None
     hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
     name = None if name is None else os.fspath(name)
@@ -113,14 +117,40 @@ def _gguf_at(name: str | None, gguf_file: str | None, hub: Mapping[str, Any]) ->
     )
 
 
-def _is_gguf_alone(name: Any) -> bool:
-    """Whether ``name`` can be nothing but a GGUF: such a file, or a folder with one and without config."""
+# Weights that transformers finds in a folder by itself.
+_STOCK_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
+
+
+def _is_for_us(name: Any, options: Mapping[str, Any]) -> bool:
+    """Whether ``name`` leads to a GGUF that transformers does not load, without an argument of ours.
+
+    It does as such a file, as a folder with one and without config, and as the folder of a model that we know whose
+    only weights are a GGUF, or whose GGUF is named by ``gguf_file``.
+    """
     if not isinstance(name, str | os.PathLike):
         return False
     path = Path(name)
     if ".gguf" in path.name and not path.is_dir():  # also a part of a file or a pipe, which opening it refuses
         return path.exists()
-    return path.is_dir() and not (path / "config.json").exists() and next(path.glob("*.gguf"), None) is not None
+    if not path.is_dir() or next(path.glob("*.gguf"), None) is None:
+        return False
+    if not (path / "config.json").exists():
+        return True
+    if options.get("subfolder") or options.get("state_dict") is not None or not _is_known(path / "config.json"):
+        return False
+    if options.get("gguf_file") is not None:
+        return Path(path, options["gguf_file"]).is_file()
+    return not any(found for pattern in _STOCK_WEIGHTS for found in path.glob(pattern))
+
+
+def _is_known(config: Path) -> bool:
+    """Whether the config is of a family that we compute. One that cannot be read is left to transformers."""
+    try:
+        facts = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    known = [model_type for family in families() for model_type in family.model_types]
+    return isinstance(facts, dict) and facts.get("model_type") in known
 
 
 def _has_config(name: str, hub: Mapping[str, Any]) -> bool:

@@ -21,14 +21,18 @@ _EAST_ASIAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"  # in deepseek-llm an
 _HAN_AND_KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"  # in deepseek-v3
 _SINGLE_DIGITS = r"\p{N}"
 
+_V3 = (
+    r"\p{N}{1,3}",
+    _HAN_AND_KANA,
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+    "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
+
 TOKENIZERS: Mapping[str, tuple[str, ...]] = {
-    "deepseek-v3": (
-        r"\p{N}{1,3}",
-        _HAN_AND_KANA,
-        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
-        "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
-        "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
-    ),
+    "deepseek-v3": _V3,
+    # llama.cpp's converter names a tokenizer by the ids of one text, and gives R1's this name.
+    "joyai-llm": _V3,
     "deepseek-llm": (
         "[\r\n]",
         rf"\s?[{_CASED_LETTERS}]+",
