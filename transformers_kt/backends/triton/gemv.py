@@ -19,6 +19,7 @@ from transformers_kt.backends.triton.unpack import (
     block_start,
     first_column,
     scale_and_minimum,
+    set_words,
     sub_block,
     vector,
     weight,
@@ -155,15 +156,8 @@ def gemv_sets(
         block = first + part // CHUNKS
         mask = block < blocks
         start = block_start(block, blocks, UNITS, SCALE_WORDS, TOGETHER)
-        words = panel + start + (HEAD + (chunk * SETS + set_) * SET_UNITS) * 16 + lane
-        w0 = tl.load(words, mask=mask, other=0)
-        w1, w2, w3, w4 = w0, w0, w0, w0
-        if SET_UNITS >= 3:
-            w1 = tl.load(words + 16, mask=mask, other=0)
-            w2 = tl.load(words + 32, mask=mask, other=0)
-        if SET_UNITS == 5:
-            w3 = tl.load(words + 48, mask=mask, other=0)
-            w4 = tl.load(words + 64, mask=mask, other=0)
+        at = panel + start + (HEAD + (chunk * SETS + set_) * SET_UNITS) * 16 + lane
+        w0, w1, w2, w3, w4 = set_words(at, mask, SET_UNITS)
         for k in tl.static_range(VECTORS):
             word = vector(w0, w1, w2, w3, w4, k, KIND)
             scale, minimum = scale_and_minimum(

@@ -104,6 +104,20 @@ def looked_up(nibble, V0: tl.constexpr, V4: tl.constexpr, V8: tl.constexpr, V12:
 
 
 @triton.jit
+def set_words(at, mask, SET_UNITS: tl.constexpr):
+    """The words of a set whose first is ``at``: five, of which a type with fewer has copies of the first."""
+    w0 = tl.load(at, mask=mask, other=0)
+    w1, w2, w3, w4 = w0, w0, w0, w0
+    if SET_UNITS >= 3:
+        w1 = tl.load(at + 16, mask=mask, other=0)
+        w2 = tl.load(at + 32, mask=mask, other=0)
+    if SET_UNITS == 5:
+        w3 = tl.load(at + 48, mask=mask, other=0)
+        w4 = tl.load(at + 64, mask=mask, other=0)
+    return w0, w1, w2, w3, w4
+
+
+@triton.jit
 def vector(w0, w1, w2, w3, w4, K: tl.constexpr, KIND: tl.constexpr):
     """Vector ``K`` of a set: a word of 4 weights as unsigned bytes (Q8_0: signed ones)."""
     if KIND == "Q8_0":
