@@ -38,13 +38,13 @@ class Kernel(NamedTuple):
     function: Any
     signature: dict[str, str]
     constants: dict[str, Any]
+    warps: int = 4
 
 
 def kernels(types: list[str]) -> list[Kernel]:
     found = []
     for name in types:
-        for tokens in (1, 2, 4, 8):
-            found.append(_gemv(name, tokens))
+        found += [_gemv(name, tokens) for tokens in sorted({gemv.padded_tokens(name, n) for n in (1, 2, 4, 8)})]
         found.append(_dequantize(name))
     return found
 
@@ -56,7 +56,8 @@ def _gemv(name: str, tokens: int) -> Kernel:
         constants = {"TOKENS": tokens, "COLUMNS": gemv.COLUMNS}
         return Kernel(f"gemv {name} x{tokens}", gemv.gemv_floats, signature, constants)
     signature = {"panels": "*i32", "x": "*bf16", "out": "*fp32", **sizes, "blocks": "i32", "panel_words": "i32"}
-    return Kernel(f"gemv {name} x{tokens}", gemv.gemv_sets, signature, {"TOKENS": tokens, **gemv.constants(name)})
+    constants = {"TOKENS": tokens, **gemv.constants(name)}
+    return Kernel(f"gemv {name} x{tokens}", gemv.gemv_sets, signature, constants, gemv.warps(name))
 
 
 def _dequantize(name: str) -> Kernel:
@@ -98,7 +99,9 @@ def compiled(kernel: Kernel, arch: int) -> Any:
         constexprs={(names.index(name),): value for name, value in kernel.constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": False})
+    return triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": False, "num_warps": kernel.warps}
+    )
 
 
 def resources(cubin: bytes) -> dict[str, int]:

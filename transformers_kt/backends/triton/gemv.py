@@ -30,6 +30,8 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types whose panels are columns of 16 values -> their dtype."""
 _BLOCKS = {"Q4_0": 8, "IQ4_NL": 8, "MXFP4": 8, "Q5_0": 32, "Q8_0": 4, "Q4_K": 1, "Q5_K": 4, "Q6_K": 2}
 """Blocks at once: 512 words of a set, 16 bytes to each of 128 threads."""
+_WARPS = {"Q5_0": 8}
+"""Where four spill: the 8 vectors of a set of Q5_0 are unpacked at once."""
 COLUMNS = 64
 """Columns at once, of the float types."""
 
@@ -46,7 +48,7 @@ def gemv(
     splits = 1 if partial is None else partial.shape[0]
     to = out if partial is None else partial
     grid = (panels.shape[0], splits)
-    padded = triton.next_power_of_2(tokens)
+    padded = padded_tokens(type_name, tokens)
     if type_name in FLOATS:
         gemv_floats[grid](
             panels.view(FLOATS[type_name]), x, to, tokens, rows, cols, x.stride(0), TOKENS=padded, COLUMNS=COLUMNS
@@ -63,11 +65,22 @@ def gemv(
             panels.shape[1] // 4,
             TOKENS=padded,
             **constants(type_name),
+            num_warps=warps(type_name),
         )
     if partial is not None:
         values = tokens * rows
         _add_splits[(triton.cdiv(values, 1024),)](partial, out, values, splits, SIZE=1024)
     return out
+
+
+def padded_tokens(type_name: str, tokens: int) -> int:
+    """The tokens that the kernel is compiled for: a power of two."""
+    padded: int = triton.next_power_of_2(tokens)
+    return 8 if type_name == "Q5_0" and padded == 4 else padded  # 4 take 272 bytes of stack on sm_89, 8 none
+
+
+def warps(type_name: str) -> int:
+    return _WARPS.get(type_name, 4)
 
 
 def constants(type_name: str) -> dict[str, Any]:
