@@ -91,3 +91,25 @@ def test_an_adapter_that_finds_no_layer_is_refused_with_the_rules_that_keep_it(
     monkeypatch.undo()
     with pytest.raises(UnsupportedOperationError, match='kt_rules="observable"'):
         kt_model("v2-mixed").add_adapter(peft.LoraConfig(r=4, target_modules=["o_proj"]))
+
+
+def test_prompt_tuning_runs_where_rules_keep_the_embedding(
+    gguf_file: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As rules/observable.yaml says. PEFT looks the embedding up among the parameters of torch."""
+    peft = pytest.importorskip("peft")
+    monkeypatch.undo()
+    rules = [
+        {"match": {"name": "embed_tokens$"}, "replace": {"op": "torch"}},
+        {"match": {"name": ""}, "replace": {"op": "auto"}},
+    ]
+    model = AutoModelForCausalLM.from_pretrained(None, gguf_path=gguf_file("v2-mixed"), kt_rules=rules)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        tuned = peft.get_peft_model(model, config).eval()
+        embedded = torch.cat([tuned.get_prompt(1), model.get_input_embeddings()(ids)], dim=1)
+        assert torch.equal(tuned(input_ids=ids).logits, model(inputs_embeds=embedded).logits)
+        greedy: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+        found = tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **greedy)
+        assert found[0, ids.shape[1] :].tolist() == model.generate(inputs_embeds=embedded, **greedy)[0].tolist()
