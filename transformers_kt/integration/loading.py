@@ -141,8 +141,8 @@ def fill(
 
 
 class _Reader:
-    """Hands out stored tensors or pieces of them, looks them over for damage, and tells the progress bar when they have
-    been used."""
+    """Hands out stored tensors or pieces of them, looks them over for damage, and tells the progress bar of a piece
+    when the next is asked for. One thread at a time calls it."""
 
     def __init__(self, source: TensorSource, progress: ProgressBar) -> None:
         self._source, self._progress = source, progress
