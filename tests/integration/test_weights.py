@@ -89,6 +89,8 @@ def test_an_adapter_that_finds_no_layer_is_refused_with_the_rules_that_keep_it(
 ) -> None:
     peft = pytest.importorskip("peft")
     monkeypatch.undo()
+    # transformers 5.24 asks for PEFT 0.22 here, which was not on PyPI when 5.24 came out.
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", peft.__version__)
     with pytest.raises(UnsupportedOperationError, match='kt_rules="observable"'):
         kt_model("v2-mixed").add_adapter(peft.LoraConfig(r=4, target_modules=["o_proj"]))
 
@@ -96,20 +98,28 @@ def test_an_adapter_that_finds_no_layer_is_refused_with_the_rules_that_keep_it(
 def test_prompt_tuning_runs_where_rules_keep_the_embedding(
     gguf_file: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As rules/observable.yaml says. PEFT looks the embedding up among the parameters of torch."""
+    """As rules/observable.yaml says. PEFT looks the embedding up among the parameters of torch.
+
+    What it generates is compared with a model of torch's modules alone: PEFT 0.21 counts a token's place wrongly from
+    the second on under transformers 5.24, so that both differ from the same embeddings given by hand.
+    """
     peft = pytest.importorskip("peft")
     monkeypatch.undo()
-    rules = [
+    torch_alone = [{"match": {"name": ""}, "replace": {"op": "torch"}}]
+    torch_embedding = [
         {"match": {"name": "embed_tokens$"}, "replace": {"op": "torch"}},
         {"match": {"name": ""}, "replace": {"op": "auto"}},
     ]
-    model = AutoModelForCausalLM.from_pretrained(None, gguf_path=gguf_file("v2-mixed"), kt_rules=rules)
     ids = torch.arange(3, 20)[None]
-    with torch.no_grad():
-        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-        tuned = peft.get_peft_model(model, config).eval()
-        embedded = torch.cat([tuned.get_prompt(1), model.get_input_embeddings()(ids)], dim=1)
-        assert torch.equal(tuned(input_ids=ids).logits, model(inputs_embeds=embedded).logits)
-        greedy: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
-        found = tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **greedy)
-        assert found[0, ids.shape[1] :].tolist() == model.generate(inputs_embeds=embedded, **greedy)[0].tolist()
+    generated = []
+    for rules in (torch_alone, torch_embedding):
+        model = AutoModelForCausalLM.from_pretrained(None, gguf_path=gguf_file("v2-mixed"), kt_rules=rules)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+            tuned = peft.get_peft_model(model, config).eval()
+            embedded = torch.cat([tuned.get_prompt(1), model.get_input_embeddings()(ids)], dim=1)
+            assert torch.equal(tuned(input_ids=ids).logits, model(inputs_embeds=embedded).logits)
+            greedy: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+            generated.append(tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **greedy).tolist())
+    assert generated[0] == generated[1]

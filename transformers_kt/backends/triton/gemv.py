@@ -1,8 +1,8 @@
 """Products of a matrix in panels with 1 to 8 activation rows: bound by memory, so that each word is read once.
 
-A program takes a panel of 16 rows and every ``SPLITS``-th run of blocks. Small matrices (kv_a of V3 is 36 panels) need
-the splits to fill a GPU; their partial sums are added by a second kernel in a fixed order, without atomics, so that the
-same input gives the same bits.
+A program takes a panel of 16 rows and every ``SPLITS``-th run of blocks. Small matrices (the largest models' kv_a is 36
+panels) need the splits to fill a GPU; their partial sums are added by a second kernel in a fixed order, without
+atomics, so that the same input gives the same bits.
 """
 
 from __future__ import annotations
