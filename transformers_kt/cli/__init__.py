@@ -19,6 +19,7 @@ def build_app() -> typer.Typer:
 
     import typer
 
+    from transformers_kt.cli.inspect import inspect_command
     from transformers_kt.cli.plan import plan_command
 
     def print_version(wanted: bool) -> None:
@@ -38,9 +39,11 @@ def build_app() -> typer.Typer:
         help="Mixture-of-experts models from GGUF files in transformers.",
         no_args_is_help=True,
         add_completion=False,
+        rich_markup_mode="markdown",  # lines of a paragraph are one
         pretty_exceptions_enable=False,
     )
     app.callback()(common)  # also, with a single command typer would do without its name
+    app.command("inspect", no_args_is_help=True)(inspect_command)
     app.command("plan", no_args_is_help=True)(plan_command)
     return app
 

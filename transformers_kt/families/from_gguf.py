@@ -69,5 +69,15 @@ def tokenizer_from_gguf(source: Checkpoint | GgufFile | Mapping[str, Any], **opt
     """
     from transformers_kt.gguf.tokenizer import build_tokenizer
 
-    rules = {name: cuts for family in families() for name, cuts in family.tokenizers.items()}
-    return build_tokenizer(source, rules, **options)
+    return build_tokenizer(source, _tokenizer_rules(), **options)
+
+
+def require_tokenizer(source: Checkpoint | GgufFile | Mapping[str, Any]) -> None:
+    """Raise what `tokenizer_from_gguf` would raise, but for merges that do not fit, without transformers."""
+    from transformers_kt.gguf.tokenizer import require_vocabulary
+
+    require_vocabulary(source, _tokenizer_rules())
+
+
+def _tokenizer_rules() -> dict[str, tuple[str, ...]]:
+    return {name: cuts for family in families() for name, cuts in family.tokenizers.items()}

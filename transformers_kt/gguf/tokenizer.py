@@ -7,18 +7,20 @@ tokens (those of a turn's speaker) into control tokens, which `skip_special_toke
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Split
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
-from transformers import PreTrainedTokenizerFast
 
 from transformers_kt.errors import GgufFormatError, UnsupportedModelError
 from transformers_kt.gguf.checkpoint import Checkpoint
 from transformers_kt.gguf.facts import NO_TOKEN
 from transformers_kt.gguf.reader import GgufFile, StringArray
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _MODEL = "gpt2"  # tokenizer.ggml.model of byte-level BPE
 _CONTROL, _USER_DEFINED = 3, 4  # values in tokenizer.ggml.token_type
@@ -44,10 +46,9 @@ def build_tokenizer(
     back the text that was encoded, byte for byte. Raises `UnsupportedModelError` for any tokenizer but byte-level ones
     that ``rules`` has, `GgufFormatError` where the vocabulary contradicts itself.
     """
-    name, metadata = "the GGUF metadata", source
-    if isinstance(source, (Checkpoint, GgufFile)):
-        name, metadata = str(source.path), source.metadata
-    vocabulary = _Vocabulary(name, cast("Mapping[str, Any]", metadata), {**rules, **_COMMON_RULES})
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = _vocabulary(source, rules)
     described: dict[str, Any] = {
         **vocabulary.named_tokens(),
         "add_bos_token": vocabulary.flag("add_bos_token"),
@@ -57,6 +58,18 @@ def build_tokenizer(
         **options,
     }
     return PreTrainedTokenizerFast(tokenizer_object=vocabulary.backend(), **described)
+
+
+def require_vocabulary(source: Checkpoint | GgufFile | Mapping[str, Any], rules: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise what `build_tokenizer` would raise, but for what only building the merges shows: a second of work."""
+    _vocabulary(source, rules).named_tokens()
+
+
+def _vocabulary(source: Checkpoint | GgufFile | Mapping[str, Any], rules: Mapping[str, tuple[str, ...]]) -> _Vocabulary:
+    name, metadata = "the GGUF metadata", source
+    if isinstance(source, (Checkpoint, GgufFile)):
+        name, metadata = str(source.path), source.metadata
+    return _Vocabulary(name, cast("Mapping[str, Any]", metadata), {**rules, **_COMMON_RULES})
 
 
 # A merge makes a token, and few tokens are made in several ways: vocabularies converted from tiktoken have 2.2.
