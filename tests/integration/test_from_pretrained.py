@@ -732,7 +732,8 @@ def test_a_folder_of_a_model_that_we_do_not_know_is_left_to_transformers(
     shutil.copy(v3.gguf, tmp_path)
     (tmp_path / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     assert request.read_request(tmp_path, {}) is None
-    assert request.read_request(tmp_path, {"gguf_file": v3.gguf.name}) is None
+    # gguf_file= makes the file the source of the config, as it does for transformers.
+    assert AutoConfig.from_pretrained(tmp_path, gguf_file=v3.gguf.name).model_type == "deepseek_v3"
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,21 @@ def open_checkpoint(gguf_path: str | Path, **hub: Unpack[HubOptions]) -> Checkpo
     return Checkpoint([GgufFile(shard) for shard in paths])
 
 
+def is_hub_name(text: str) -> bool:
+    """Whether ``text`` has the form "org/repo:wanted", which `open_checkpoint` looks up on the hub."""
+    return _HUB.fullmatch(text) is not None
+
+
+def cached_file(repo: str, name: str, **hub: Unpack[HubOptions]) -> Path | None:
+    """The file ``name`` of a hub repository, downloaded unless the cache has it; None where it cannot be had."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, name, **hub))
+    except Exception:  # of the network, the hub, the name: whoever asked for the file then says it better
+        return None
+
+
 class _Shard(NamedTuple):
     stem: str  # with the folder
     number: int  # from 1

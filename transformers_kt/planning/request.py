@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers_kt.errors import CheckpointError, CheckpointNotFoundError
+from transformers_kt.errors import CheckpointError, CheckpointNotFoundError, KtError
 from transformers_kt.families.registry import families
-from transformers_kt.gguf.checkpoint import Checkpoint, open_checkpoint
+from transformers_kt.gguf.checkpoint import Checkpoint, cached_file, is_hub_name, open_checkpoint
+from transformers_kt.gguf.reader import GgufFile
 from transformers_kt.rules.files import AUTO, KtRules
 
 # Where from_pretrained looks for files. A GGUF is found by its own path, in a repository of its own.
@@ -82,9 +83,11 @@ def read_request(name: Any, options: Mapping[str, Any]) -> Request | None:
         folder = _folder_beside(name, gguf, hub)
     else:
         gguf = _gguf_at(name, options.get("gguf_file"), hub)
-        # For transformers, too, gguf_file= on the hub is the source of config and tokenizer.
-        is_on_hub = options.get("gguf_file") is not None and not Path(gguf).exists()
-        folder = None if is_on_hub else _folder_with_config(name, hub)
+        folder = _folder_with_config(name, hub)
+        if options.get("gguf_file") is not None and folder is not None:
+            # For transformers such a file is the source of config and tokenizer. A folder's own are better, where they
+            # are of a model that we know.
+            folder = folder if _is_known(folder_of(folder, hub) / "config.json") else None
     # A revision is one of the repository that the name says.
     left_out = () if options.get("gguf_path") is None else ("revision",)
     gguf_hub = {key: hub[key] for key in _GGUF_HUB_OPTIONS if key in hub and key not in left_out}
@@ -108,7 +111,9 @@ def _gguf_at(name: str | None, gguf_file: str | None, hub: Mapping[str, Any]) ->
     if name is not None:
         path = Path(name)
         if gguf_file is not None:
-            return str(folder_of(name, hub) / gguf_file) if path.is_dir() else f"{name}:{gguf_file}"
+            return (
+                str(folder_of(name, hub) / gguf_file) if path.is_dir() else f"{name}:{_in_repository(gguf_file, hub)}"
+            )
         if path.exists() or ":" in name:
             return name
     raise CheckpointNotFoundError(
@@ -122,25 +127,46 @@ _STOCK_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.ind
 
 
 def _is_for_us(name: Any, options: Mapping[str, Any]) -> bool:
-    """Whether ``name`` leads to a GGUF that transformers does not load, without an argument of ours.
+    """Whether ``name`` leads to a GGUF that transformers does not load, or only dequantized, without an argument of
+    ours.
 
-    It does as such a file, as a folder with one and without config, and as the folder of a model that we know whose
-    only weights are a GGUF, or whose GGUF is named by ``gguf_file``.
+    It does as such a file, as hub "org/repo:file.gguf", as a folder with a GGUF and without config, as the folder of a
+    model that we know whose only weights are a GGUF, and where ``gguf_file`` names a GGUF of an architecture that we
+    know.
     """
     if not isinstance(name, str | os.PathLike):
         return False
     path = Path(name)
+    if options.get("gguf_file") is not None:
+        return _is_of_known_architecture(name, options)
     if ".gguf" in path.name and not path.is_dir():  # also a part of a file or a pipe, which opening it refuses
-        return path.exists()
+        return path.exists() or is_hub_name(os.fspath(name))
     if not path.is_dir() or next(path.glob("*.gguf"), None) is None:
         return False
     if not (path / "config.json").exists():
         return True
     if options.get("subfolder") or options.get("state_dict") is not None or not _is_known(path / "config.json"):
         return False
-    if options.get("gguf_file") is not None:
-        return Path(path, options["gguf_file"]).is_file()
     return not any(found for pattern in _STOCK_WEIGHTS for found in path.glob(pattern))
+
+
+def _is_of_known_architecture(name: str | os.PathLike[str], options: Mapping[str, Any]) -> bool:
+    """Whether the file that ``gguf_file`` names, in a folder or on the hub, is of a family that we compute.
+
+    Only its header says, so from the hub it is downloaded, as transformers would do it. What cannot be had or read is
+    left to transformers.
+    """
+    hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
+    if Path(name).is_dir():
+        path: Path | None = folder_of(os.fspath(name), hub) / options["gguf_file"]
+    else:
+        once = {key: hub[key] for key in _GGUF_HUB_OPTIONS if key in hub and key != "force_download"}
+        path = cached_file(os.fspath(name), _in_repository(options["gguf_file"], hub), **once)
+    try:
+        architecture = None if path is None else GgufFile(path).metadata.get("general.architecture")
+    except KtError:
+        return False
+    return architecture in [known for family in families() for known in family.architectures]
 
 
 def _is_known(config: Path) -> bool:
@@ -160,6 +186,10 @@ def _has_config(name: str, hub: Mapping[str, Any]) -> bool:
     if path.is_file():
         return path.suffix == ".json"
     return ":" not in name  # a hub id, not a GGUF on the hub
+
+
+def _in_repository(gguf_file: str, hub: Mapping[str, Any]) -> str:
+    return f"{hub['subfolder']}/{gguf_file}" if "subfolder" in hub else gguf_file
 
 
 def folder_of(name: str, hub: Mapping[str, Any]) -> Path:
