@@ -43,13 +43,13 @@ class Environment:
         others = [path for path in sys.path if path.endswith("site-packages")]
         (self.packages / "others.pth").write_text("\n".join(others))
 
-    def run(self, script: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    def run(self, script: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
         path = self.folder / "no-tools"
         path.mkdir(exist_ok=True)
         return subprocess.run(
             [self.folder / "bin" / "python", "-c", script],
             cwd=cwd,
-            env={"PATH": str(path), "HOME": str(self.folder), "HF_HUB_OFFLINE": "1"},
+            env={"PATH": str(path), "HOME": str(self.folder), "HF_HUB_OFFLINE": "1", **variables},
             capture_output=True,
             text=True,
         )
@@ -76,6 +76,13 @@ def test_the_bundled_model_answers_without_compiler_and_source_code(environment:
     where, answer = ran.stdout.split("\n", 1)
     assert Path(where).parent == environment.packages / "transformers_kt"
     assert "543" in answer
+
+
+def test_the_environment_activates_the_installed_package(environment: Environment, tmp_path: Path) -> None:
+    script = "import sys, transformers; print('transformers_kt' in sys.modules)"
+    for value in ("0", "1"):
+        ran = environment.run(script, tmp_path, TRANSFORMERS_KT=value)
+        assert (ran.stdout, ran.stderr) == (f"{value == '1'}\n", "")
 
 
 def test_all_bundled_rules_are_installed(environment: Environment, tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
 """Mixture-of-experts models from GGUF files in stock Hugging Face transformers.
 
 Importing this package teaches ``from_pretrained`` of transformers two arguments, ``gguf_path=`` and ``kt_rules=``;
-nothing else happens.
+nothing else happens, unless TRANSFORMERS_KT_THREADS sets a thread count.
 """
 
 from __future__ import annotations
 
-from transformers_kt._environment import check_environment
+from transformers_kt._environment import check_environment, default_threads
 
 check_environment()
 
@@ -45,4 +45,6 @@ else:
         return sorted({*globals(), *__all__})
 
 
+if (_threads := default_threads()) is not None:
+    set_thread_count(_threads)
 hooks.install()

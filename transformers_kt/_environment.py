@@ -1,14 +1,39 @@
-"""Says what is wrong with an environment before an import fails in some far-off place."""
+"""Says what is wrong with an environment before an import fails in some far-off place; lists the environment variables.
+
+TRANSFORMERS_KT=1             every Python that starts imports this package when it imports transformers (startup/)
+TRANSFORMERS_KT_RULES=...     kt_rules of calls that name none: auto, a YAML file or the name of bundled rules
+TRANSFORMERS_KT_THREADS=N     as set_thread_count(N) right after the import
+TRANSFORMERS_KT_ISA=...       kernels of this instruction set in place of the best (csrc/kernels/dispatch.cpp)
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 _FORK = "transformers-kt"
 _OLDEST = (5, 23)
+ACTIVATE = "TRANSFORMERS_KT"
+RULES = "TRANSFORMERS_KT_RULES"
+THREADS = "TRANSFORMERS_KT_THREADS"
+
+
+def default_rules() -> str | None:
+    """What the environment says for calls without ``kt_rules=``."""
+    return os.environ.get(RULES) or None
+
+
+def default_threads() -> int | None:
+    """The thread count that the environment asks for. Raises ImportError for one that is none."""
+    text = os.environ.get(THREADS)
+    if not text:
+        return None
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise ImportError(f"{THREADS}={text} is no thread count: a whole number from 1 is accepted")
+    return int(text)
 
 
 def check_environment() -> None:

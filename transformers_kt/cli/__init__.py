@@ -21,6 +21,7 @@ def build_app() -> typer.Typer:
 
     from transformers_kt.cli.inspect import inspect_command
     from transformers_kt.cli.plan import plan_command
+    from transformers_kt.cli.run import run_command
 
     def print_version(wanted: bool) -> None:
         if wanted:
@@ -42,9 +43,12 @@ def build_app() -> typer.Typer:
         rich_markup_mode="markdown",  # lines of a paragraph are one
         pretty_exceptions_enable=False,
     )
-    app.callback()(common)  # also, with a single command typer would do without its name
+    app.callback()(common)
     app.command("inspect", no_args_is_help=True)(inspect_command)
     app.command("plan", no_args_is_help=True)(plan_command)
+    # What follows the program's name, its options too, is its own.
+    its_own = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+    app.command("run", no_args_is_help=True, context_settings=its_own)(run_command)
     return app
 
 

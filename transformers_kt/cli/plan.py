@@ -21,7 +21,12 @@ def plan_command(
     gguf_path: Annotated[
         str | None, typer.Option(help="The weights: file, folder, any shard, or hub org/repo:file.gguf.")
     ] = None,
-    kt_rules: Annotated[str, typer.Option(help="auto, a YAML file, or the name of bundled rules.")] = "auto",
+    kt_rules: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, a YAML file, or the name of bundled rules. Default: TRANSFORMERS_KT_RULES, else auto."
+        ),
+    ] = None,
     device_map: Annotated[
         str | None,
         typer.Option(help="auto, balanced, balanced_low_0, sequential, cpu, cuda:0, or a JSON object of such devices."),

@@ -22,7 +22,14 @@ from transformers_kt.planning.device_map import PlacementRequest
 from transformers_kt.planning.hardware import RAM, Bandwidths, Hardware, described_hardware, read_bandwidths
 from transformers_kt.planning.operations import replaced_classes
 from transformers_kt.planning.report import DeviceUse, PlanReport, shortages
-from transformers_kt.planning.request import MOOT_OPTIONS, SOURCE_OPTIONS, Request, read_request, without
+from transformers_kt.planning.request import (
+    MOOT_OPTIONS,
+    SOURCE_OPTIONS,
+    Request,
+    read_request,
+    rules_or_default,
+    without,
+)
 from transformers_kt.rules import AUTO, KtRules, Plan, RuleList, load_rules
 from transformers_kt.rules.devices import CPU
 
@@ -36,7 +43,7 @@ def plan(
     model: str | os.PathLike[str] | None,
     *,
     gguf_path: str | os.PathLike[str] | None = None,
-    kt_rules: KtRules = AUTO,
+    kt_rules: KtRules | None = None,
     device_map: Any = None,
     max_memory: Mapping[Any, int | str] | None = None,
     gpus: Sequence[int | str] | None = None,
@@ -63,6 +70,7 @@ def plan(
     Raises the errors that loading would raise, but not for want of memory and for tensor types without a kernel:
     those the report lists as ``problems``.
     """
+    kt_rules = rules_or_default(kt_rules)
     placement = PlacementRequest.read(kt_rules, device_map, max_memory, kt_cpu_layers, kt_gpu_experts)
     hardware = placement.limited(described_hardware(gpus, ram, placement.max_memory))
     if type(context) is not int or context < 1:

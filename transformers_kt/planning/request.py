@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers_kt._environment import default_rules
 from transformers_kt.errors import CheckpointError, CheckpointNotFoundError, KtError
 from transformers_kt.families.registry import families
 from transformers_kt.gguf.checkpoint import Checkpoint, cached_file, is_hub_name, open_checkpoint
@@ -91,7 +92,12 @@ def read_request(name: Any, options: Mapping[str, Any]) -> Request | None:
     # A revision is one of the repository that the name says.
     left_out = () if options.get("gguf_path") is None else ("revision",)
     gguf_hub = {key: hub[key] for key in _GGUF_HUB_OPTIONS if key in hub and key not in left_out}
-    return Request(folder, gguf, AUTO if rules is None else rules, numbers, hub, gguf_hub)
+    return Request(folder, gguf, rules_or_default(rules), numbers, hub, gguf_hub)
+
+
+def rules_or_default(rules: KtRules | None) -> KtRules:
+    """``rules`` as a call gives them, or what the environment says, or "auto"."""
+    return (default_rules() or AUTO) if rules is None else rules
 
 
 def _folder_beside(name: str | None, gguf: str, hub: Mapping[str, Any]) -> str | None:
