@@ -53,18 +53,19 @@ inline int64_t activation_row_bytes(ActivationFormat format, int64_t cols) {
 //   17.
 // - Vectors 2 i and 2 i + 1 are group i of 4 columns of two blocks of 32: of Q5_0, the first and second 16 columns of
 //   one block; of Q5_K, blocks 2 c and 2 c + 1, a chunk c of two sets; of Q6_K, a block and the one 64 columns behind
-//   it, a chunk of four sets. Chunks follow each other as their columns do.
+//   it, a chunk of four sets. Chunks follow each other as their columns do. Nibbles of IQ4_XS, whose file has the two
+//   halves of a block in a byte, are exchanged for those of Q4_K, blocks 2 c and 2 c + 1.
 
 constexpr int kPanelRows = 16;
 
 // Every type with kernels, once: what has an entry a type is made from this list, so that entry i belongs to type i.
 #define TKT_FLOAT_TYPES(X) X(F32) X(F16) X(BF16)
-#define TKT_UNIT_TYPES(X) X(Q4_0) X(Q5_0) X(Q8_0) X(Q4_K) X(Q5_K) X(Q6_K) X(MXFP4) X(IQ4_NL)
+#define TKT_UNIT_TYPES(X) X(Q4_0) X(Q5_0) X(Q8_0) X(Q4_K) X(Q5_K) X(Q6_K) X(MXFP4) X(IQ4_NL) X(IQ4_XS)
 // Those whose blocks stand whole in a panel, the 16 rows' one after the other (kernels/words_rows-inl.h).
 // clang-format off
 #define TKT_ROW_TYPES(X)                                                                                             \
-  X(Q4_1) X(Q5_1) X(Q2_K) X(Q3_K) X(IQ4_XS) X(IQ3_S) X(IQ3_XXS) X(IQ2_S) X(IQ2_XS) X(IQ2_XXS) X(IQ1_S)                \
-  X(IQ1_M) X(TQ1_0) X(TQ2_0) X(NVFP4)
+  X(Q4_1) X(Q5_1) X(Q2_K) X(Q3_K) X(IQ3_S) X(IQ3_XXS) X(IQ2_S) X(IQ2_XS) X(IQ2_XXS) X(IQ1_S) X(IQ1_M)               \
+  X(TQ1_0) X(TQ2_0) X(NVFP4)
 // clang-format on
 #define TKT_QUANTIZED_TYPES(X) TKT_UNIT_TYPES(X) TKT_ROW_TYPES(X)
 #define TKT_WEIGHT_TYPES(X) TKT_FLOAT_TYPES(X) TKT_QUANTIZED_TYPES(X)
@@ -106,11 +107,11 @@ constexpr WeightTypeInfo kWeightTypeInfos[kWeightTypes] = {
     {WeightType::kQ6_K, "Q6_K", 14, 256, 210, 0, 4, 52, 208, ActivationFormat::kQ8},
     {WeightType::kMXFP4, "MXFP4", 39, 32, 17, 1, 4, 4, 0, ActivationFormat::kQ8},
     {WeightType::kIQ4_NL, "IQ4_NL", 20, 32, 18, 2, 4, 4, 0, ActivationFormat::kQ8},
+    {WeightType::kIQ4_XS, "IQ4_XS", 23, 256, 136, 0, 4, 34, -1, ActivationFormat::kQ8},
     {WeightType::kQ4_1, "Q4_1", 3, 32, 20, 0, 20, 1, -1, ActivationFormat::kQ8},
     {WeightType::kQ5_1, "Q5_1", 7, 32, 24, 0, 24, 1, -1, ActivationFormat::kQ8},
     {WeightType::kQ2_K, "Q2_K", 10, 256, 84, 0, 84, 1, -1, ActivationFormat::kQ8},
     {WeightType::kQ3_K, "Q3_K", 11, 256, 110, 0, 110, 1, -1, ActivationFormat::kQ8},
-    {WeightType::kIQ4_XS, "IQ4_XS", 23, 256, 136, 0, 136, 1, -1, ActivationFormat::kQ8},
     {WeightType::kIQ3_S, "IQ3_S", 21, 256, 110, 0, 110, 1, -1, ActivationFormat::kQ8},
     {WeightType::kIQ3_XXS, "IQ3_XXS", 18, 256, 98, 0, 98, 1, -1, ActivationFormat::kQ8},
     {WeightType::kIQ2_S, "IQ2_S", 22, 256, 82, 0, 82, 1, -1, ActivationFormat::kQ8},
@@ -125,16 +126,24 @@ constexpr WeightTypeInfo kWeightTypeInfos[kWeightTypes] = {
 
 constexpr const WeightTypeInfo& info_of(WeightType type) { return kWeightTypeInfos[static_cast<int>(type)]; }
 
+constexpr bool has_minima(WeightType type) {
+  return type == WeightType::kQ4_K || type == WeightType::kQ5_K || type == WeightType::kQ2_K ||
+         type == WeightType::kQ4_1 || type == WeightType::kQ5_1;
+}
+
 // Units of a set, whose bits a panel distributes anew (panel_layout.h, `spread_sets`).
 constexpr int set_units(WeightType type) {
   return type == WeightType::kQ6_K ? 3 : type == WeightType::kQ5_K || type == WeightType::kQ5_0 ? 5 : 1;
 }
 
+// Those before the first set: scales.
+constexpr int head_units(WeightType type) { return type == WeightType::kQ5_K || type == WeightType::kQ6_K ? 4 : 0; }
+
 // Where unit `unit` of a block of the file stands in a block of a panel.
 constexpr int unit_place(WeightType type, int unit) {
   if (type == WeightType::kQ5_K && unit >= 4) {
-    constexpr int kFirst = 4, kOfChunk = 10;  // after d, dmin and scales
-    if (unit < 12) {                          // qh, regrouped: 2 fours, a unit of each chunk in a four
+    constexpr int kFirst = head_units(WeightType::kQ5_K), kOfChunk = 10;
+    if (unit < 12) {  // qh, regrouped: 2 fours, a unit of each chunk in a four
       const int four = (unit - 4) / 4, chunk = (unit - 4) % 4;
       return kFirst + chunk * kOfChunk + four * 5;
     }
@@ -142,9 +151,9 @@ constexpr int unit_place(WeightType type, int unit) {
     return kFirst + chunk * kOfChunk + 1 + group + group / 4;
   }
   if (type == WeightType::kQ6_K) {
-    constexpr int kFirst = 4, kOfChunk = 12;  // after scales
-    if (unit >= 48) return unit - 48;         // scales
-    if (unit >= 32) {                         // qh, regrouped: per half 4 pairs, a unit of each of two chunks in a pair
+    constexpr int kFirst = head_units(WeightType::kQ6_K), kOfChunk = 12;
+    if (unit >= 48) return unit - 48;  // scales
+    if (unit >= 32) {                  // qh, regrouped: per half 4 pairs, a unit of each of two chunks in a pair
       const int half = (unit - 32) / 8, pair = unit % 8 / 2;
       return kFirst + (half * 2 + unit % 2) * kOfChunk + pair * 3;
     }

@@ -60,7 +60,7 @@ void pack_blocks(const uint8_t* source, int64_t blocks, uint8_t* panel) {
         std::memcpy(last + 1, second + info.unit_offset + (kUnits - 1) * 4, 4);
         std::memcpy(units + kUnits - 1, last, 8);
       }
-      regroup_upper_bits<type, false>(units);
+      regroup_bits<type, false>(units);
       for (int u = 0; u < kUnits; ++u) store_word(to + unit_place(type, u) * kPanelRows * 4 + lane * 4, units[u]);
     }
   }

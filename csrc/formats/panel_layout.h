@@ -1,4 +1,4 @@
-// Where the parts of a GGUF block stand in a panel of 16 rows (layout: block_formats.h), and the order of upper bits.
+// Where the parts of a GGUF block stand in a panel of 16 rows (layout: block_formats.h), and the order of bits.
 #pragma once
 
 #include <cstdint>
@@ -59,15 +59,16 @@ inline void exchange(Word& a, Word& b, Word mask, int distance) {
   a ^= differing << distance;
 }
 
-// Upper bits among a block's units, given in the order of the file, each to a unit that goes with the lower bits of one
-// set alone, or, with `back`, back.
+// Bits among a block's units, given in the order of the file: upper ones each to a unit that goes with the lower bits
+// of one set alone; or, with `back`, back.
 //
 // Q5_0: bit 4 g + k to bit 8 k + g: the index turns by two; three turns more are a full circle of five.
 // Q5_K: per byte of a unit qh[g], 2 bits for each of 4 chunks. 4 units of 4 chunks become 4 chunks of 4 units: in each
 // four the pairs of bits of a byte are transposed. Q6_K: per byte of a unit, 2 bits for each of 4 quarters q; chunks
-// are the quarters p and p + 2, so that 2 units of 2 chunks are transposed. Both are their own inverse.
+// are the quarters p and p + 2, so that 2 units of 2 chunks are transposed. IQ4_XS: the nibbles of two blocks, as Q4_K
+// has them. These three are their own inverse.
 template <WeightType type, bool back, typename Word>
-inline void regroup_upper_bits(Word* units) {
+inline void regroup_bits(Word* units) {
   const Word pairs = in_each_unit<Word>(0x33333333);
   const Word fours = in_each_unit<Word>(0x0f0f0f0f);
   if constexpr (type == WeightType::kQ5_0) {
@@ -81,6 +82,10 @@ inline void regroup_upper_bits(Word* units) {
     }
   } else if constexpr (type == WeightType::kQ6_K) {
     for (Word* pair = units + 32; pair < units + 48; pair += 2) exchange(pair[0], pair[1], pairs, 2);
+  } else if constexpr (type == WeightType::kIQ4_XS) {
+    for (Word* chunk = units + 2; chunk < units + 34; chunk += 8) {
+      for (int i = 0; i < 4; ++i) exchange(chunk[i], chunk[4 + i], fours, 4);
+    }
   }
 }
 
@@ -145,8 +150,7 @@ template <WeightType type, bool back, int kLanes, typename Word>
 inline void spread_sets(Word* block) {
   if constexpr (set_units(type) > 1) {
     constexpr int kUnits = set_units(type);
-    constexpr int kFirst = type == WeightType::kQ5_0 ? 0 : 4;  // after the scales
-    for (Word* words = block + kFirst * kLanes; words < block + info_of(type).unit_count * kLanes;
+    for (Word* words = block + head_units(type) * kLanes; words < block + info_of(type).unit_count * kLanes;
          words += kUnits * kLanes) {
       for (int lane = 0; lane < kLanes; ++lane) {
         Word set[kUnits];
@@ -171,7 +175,7 @@ inline void units_of_file(const uint32_t* placed, uint32_t* units) {
   std::memcpy(block, placed, info_of(type).unit_count * sizeof(uint32_t));
   spread_sets<type, true, 1>(block);
   for (int u = 0; u < info_of(type).unit_count; ++u) units[u] = block[unit_place(type, u)];
-  regroup_upper_bits<type, true>(units);
+  regroup_bits<type, true>(units);
 }
 
 // Takes one block of one row back out, byte for byte as it stood in the file.
@@ -187,14 +191,15 @@ inline void read_block(const WeightTypeInfo& info, const uint8_t* panel, int64_t
   for (int u = 0; u < info.unit_count; ++u) {
     std::memcpy(placed + u, from + u * kPanelRows * info.unit_bytes, static_cast<size_t>(info.unit_bytes));
   }
-  if (info.type == WeightType::kQ5_0) {
-    units_of_file<WeightType::kQ5_0>(placed, units);
-  } else if (info.type == WeightType::kQ5_K) {
-    units_of_file<WeightType::kQ5_K>(placed, units);
-  } else if (info.type == WeightType::kQ6_K) {
-    units_of_file<WeightType::kQ6_K>(placed, units);
-  } else {
-    std::memcpy(units, placed, sizeof units);
+  switch (info.type) {
+#define TKT_CASE(name)                                 \
+  case WeightType::k##name:                            \
+    units_of_file<WeightType::k##name>(placed, units); \
+    break;
+    TKT_UNIT_TYPES(TKT_CASE)
+#undef TKT_CASE
+    default:
+      std::memcpy(units, placed, sizeof units);
   }
   std::memcpy(out + info.unit_offset, units, static_cast<size_t>(info.unit_count * info.unit_bytes));
   if (info.scale_offset >= 0) {

@@ -24,8 +24,4 @@ struct UnpackedRowsTarget {
 // `blocks`: 16 blocks of `type`, one of each row.
 void unpack_rows(WeightType type, const uint8_t* blocks, const UnpackedRowsTarget& to);
 
-constexpr bool has_minima(WeightType type) {
-  return type == WeightType::kQ4_1 || type == WeightType::kQ5_1 || type == WeightType::kQ2_K;
-}
-
 }  // namespace tkt

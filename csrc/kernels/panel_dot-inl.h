@@ -79,7 +79,7 @@ TKT_INLINE void accumulate(typename Isa::I& dot, typename Isa::I& narrow, typena
   if constexpr (!Isa::kAddsIn16Bits) {
     dot = Isa::dot4(dot, w, a);
   } else if constexpr (kNarrowGroups == 0) {
-    dot = Isa::dot4_signed(dot, w, a);
+    dot = Isa::dot4_signed(dot, w, a, factors);
   } else {
     const typename Isa::I pairs = Isa::pair_products(w, a);
     narrow = group % kNarrowGroups == 0 ? pairs : Isa::add_pairs(narrow, pairs);
@@ -193,7 +193,7 @@ TKT_INLINE void dot_tile_32(const DotArgs& args, int token, Prefetch prefetch) {
 // The set of a chunk that has group `group` of 4 columns; sets follow the scales.
 template <class Words>
 TKT_INLINE const uint8_t* set_of(const uint8_t* words, int chunk, int group) {
-  return words + (4 + (chunk * 8 + group) / Words::kSetGroups * Words::kSetWords) * 64;
+  return words + (Words::kHeadWords + (chunk * 8 + group) / Words::kSetGroups * Words::kSetWords) * 64;
 }
 
 // The words of a set that its groups before `group` have no need of.
@@ -208,6 +208,17 @@ TKT_INLINE void prefetch_with_group(const uint8_t* set, Prefetch prefetch) {
   constexpr int kFirst = first_new_word<Words>(group);
   constexpr int kEnd = first_new_word<Words>(group + 1);
   TKT_UNROLL for (int word = kFirst; word < kEnd; ++word) prefetch_line(set + word * 64, prefetch);
+}
+
+// What takes back the offset of sub-block `part` of an activation block.
+template <class Words>
+TKT_INLINE const int32_t* neg_sum_of(const ActivationQ8& act, int part) {
+  return Words::kSubColumns == 32 ? &act.neg_sum : &act.neg_sum16[part];
+}
+
+// The low halves of two integers, side by side.
+TKT_INLINE V::I pair_of(V::I low, V::I high) {
+  return V::or_i(V::and_i(low, V::set_i(0xffff)), V::template shift_left<16>(high));
 }
 
 // Groups of 4 columns of one of the two blocks of a chunk, from `group` to the end of a sub-block. The words of high
@@ -235,9 +246,9 @@ TKT_INLINE void add_groups_k(V::I (&dot)[T][R], V::I (&narrow)[T][R], const uint
 }
 
 // sums += scale * dot of the sub-blocks of an activation block, from `part` of two, or of one. Bounds: a sub-block of
-// 32 gives at most 32 * 31 * 127 * 63 < 2^23; two of 16 in Q6_K give 2 * 16 * 32 * 127 * 128 < 2^24. Floats hold such
-// sums exactly, and multiply in one operation where integers take Intel two: 64 tokens, one core of Emerald Rapids,
-// Q4_K 336 and 371 GOPS, Q6_K 274 and 328.
+// 32 gives at most 32 * 31 * 127 * 63 < 2^23, in IQ4_XS 32 * 127 * 127 * 32 < 2^24; two of 16 in Q6_K give
+// 2 * 16 * 32 * 127 * 128 < 2^24. Floats hold such sums exactly, and multiply in one operation where integers take
+// Intel two: 64 tokens, one core of Emerald Rapids, Q4_K 336 and 371 GOPS, Q6_K 274 and 328.
 template <class Words, int T, int R, int block, int part>
 TKT_INLINE void add_sub_blocks(V::F (&sums)[T][R], const typename Words::Scales (&scales)[R], int half,
                                const uint8_t* const (&words)[R], const ActivationQ8* const (&act)[T],
@@ -248,7 +259,7 @@ TKT_INLINE void add_sub_blocks(V::F (&sums)[T][R], const typename Words::Scales 
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     V::I start = V::set_i(0);
     if constexpr (Words::kOffsetLog2 >= 0) {
-      start = V::template shift_left<Words::kOffsetLog2>(V::broadcast_i(&act[t][block].neg_sum16[part]));
+      start = V::template shift_left<Words::kOffsetLog2>(V::broadcast_i(neg_sum_of<Words>(act[t][block], part)));
     }
     TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = start;
   }
@@ -272,7 +283,7 @@ TKT_INLINE void add_blocks(V::F (&scaled)[T][R], const typename Words::Scales (&
                            const uint8_t* const (&words)[R], const uint8_t* const (&lines)[R],
                            const ActivationQ8* const (&act)[T], Prefetch prefetch) {
   TKT_UNROLL for (int r = 0; r < R; ++r) {
-    prefetch_burst(lines[r], block * Words::kWords / 8, (block + 1) * Words::kWords / 8, prefetch);
+    prefetch_burst(lines[r], (block * Words::kWords + 7) / 8, ((block + 1) * Words::kWords + 7) / 8, prefetch);
   }
   V::F sums[T][R];
   add_sub_blocks<Words, T, R, block, 0>(sums, scales, half, words, act, prefetch);
@@ -392,7 +403,7 @@ TKT_INLINE void add_chunk(V::I (&sums)[4], const typename Words::Scales& scales,
     }
   } else if constexpr (Words::kOffsetLog2 >= 0) {
     TKT_UNROLL for (int n = 0; n < 2; ++n) {
-      dot[n] = V::template shift_left<Words::kOffsetLog2>(V::broadcast_i(&act[kBlocks[n]].neg_sum16[half]));
+      dot[n] = V::template shift_left<Words::kOffsetLog2>(V::broadcast_i(neg_sum_of<Words>(act[kBlocks[n]], half)));
     }
   }
   V::I narrow[2];
@@ -436,7 +447,7 @@ TKT_INLINE void dot_one_panel_k(const uint8_t* panel, int64_t blocks, const uint
     prefetch_next_activations<1>(act, blocks * 256);
     Scales scales;
     scales.read(words, block_scales<Words>(panel, b));
-    TKT_UNROLL for (int word = 0; word < 4; ++word) prefetch_line(words + word * 64, prefetch);
+    TKT_UNROLL for (int word = 0; word < Words::kHeadWords; ++word) prefetch_line(words + word * 64, prefetch);
     V::F scaled = V::zero_f();
     add_chunks<Words, 0>(scaled, scales, words, act, prefetch);
     add_chunks<Words, 2>(scaled, scales, words, act, prefetch);

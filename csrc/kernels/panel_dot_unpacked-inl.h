@@ -53,11 +53,6 @@ TKT_INLINE void add_unpacked_groups(V::I (&dot)[T][R], V::I (&narrow)[T][R], con
 
 // ---- K-quants ------------------------------------------------------------------------------------------------------
 
-// The low halves of two integers, side by side.
-TKT_INLINE V::I pair_of(V::I low, V::I high) {
-  return V::or_i(V::and_i(low, V::set_i(0xffff)), V::template shift_left<16>(high));
-}
-
 // Groups of 4 columns of both blocks of a chunk, to where a block's first group of this panel stands.
 template <class Words, int R, int group>
 TKT_INLINE void unpack_groups(uint8_t* low, uint8_t* high, const uint8_t* chunk) {
@@ -116,7 +111,7 @@ TKT_INLINE void add_unpacked_halves(V::F (&sums)[T][R], const UnpackedBlock<R>& 
     q[t] = act[t][b].q;
     V::I start = V::set_i(0);
     if constexpr (Words::kOffsetLog2 >= 0) {
-      start = V::template shift_left<Words::kOffsetLog2>(V::broadcast_i(&act[t][b].neg_sum16[half]));
+      start = V::template shift_left<Words::kOffsetLog2>(V::broadcast_i(neg_sum_of<Words>(act[t][b], half)));
     }
     TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = start;
   }

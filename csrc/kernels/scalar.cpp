@@ -39,16 +39,15 @@ float scaled_products(const DecodedBlock& w, int column, const ActivationQ8& a) 
   return sum;
 }
 
-float add_k_quant(const DecodedBlock& w, const ActivationQ8* a, float acc) {
-  const bool has_minima = w.sub_columns == 32;
+float add_k_quant(const DecodedBlock& w, const ActivationQ8* a, bool minima_too, float acc) {
   float scaled = 0.0f;
   float minima = 0.0f;
   for (int block = 0; block < 8; ++block) {
     scaled = std::fma(scaled_products(w, block * 32, a[block]), a[block].d, scaled);
-    if (has_minima) minima = std::fma(w.min[block], a[block].d_sum, minima);
+    if (minima_too) minima = std::fma(w.min[block], a[block].d_sum, minima);
   }
   acc = std::fma(w.d, scaled, acc);
-  return has_minima ? std::fma(-w.dmin, minima, acc) : acc;
+  return minima_too ? std::fma(-w.dmin, minima, acc) : acc;
 }
 
 float add_32(const DecodedBlock& w, const ActivationQ8& a, float acc) {
@@ -84,7 +83,7 @@ float dot_row(WeightType type, const uint8_t* panel, int64_t blocks, int lane, c
     DecodedBlock w;
     decode_block(type, block, w);
     acc = info.whole_blocks()          ? add_whole_block(w, a, info.block_elements / 32, has_minima(type), acc)
-          : info.block_elements == 256 ? add_k_quant(w, a, acc)
+          : info.block_elements == 256 ? add_k_quant(w, a, has_minima(type), acc)
                                        : add_32(w, *a, acc);
   }
   return acc;

@@ -49,6 +49,7 @@ struct SixBitScaleWords {
   static constexpr int kColumns = 256;
   static constexpr bool kUnpacks = true;
   static constexpr int kScaleBytes = 0;  // none lead a block
+  static constexpr int kHeadWords = 4;
   static constexpr int kSubColumns = 32;
   static constexpr int kOffsetLog2 = -1;  // quants are unsigned
   static constexpr int kPerLineTokens = 2;

@@ -12,8 +12,7 @@ struct IQ4_NLWords {
   static constexpr int group_at(int position) { return position / 2 + position % 2 * 4; }
   template <int position>
   static V::I weights(const uint8_t* words) {
-    const V::I w = V::lookup16(kValuesIQ4, four_bits<position % 2>(words + position / 2 * 64));
-    return V::kAddsIn16Bits ? w : V::xor_i(w, V::set_i(static_cast<int32_t>(0x80808080u)));
+    return V::lookup16(V::kAddsIn16Bits ? kValuesIQ4 : kShiftedIQ4, four_bits<position % 2>(words + position / 2 * 64));
   }
 };
 

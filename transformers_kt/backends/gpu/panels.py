@@ -138,20 +138,19 @@ def _q4_0(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     return scales * (_columns(torch.cat((units & 15, units >> 4), dim=2)) - 8)
 
 
-def _looked_up(units: torch.Tensor, values: tuple[int, ...]) -> torch.Tensor:
-    """The entry of ``values`` for each nibble, in columns."""
-    table = torch.tensor(values, dtype=torch.float32, device=units.device)
-    return table[_columns(torch.cat((units & 15, units >> 4), dim=2)).long()]
+def _looked_up(places: torch.Tensor, values: tuple[int, ...]) -> torch.Tensor:
+    """The entry of ``values`` at each place, float32."""
+    return torch.tensor(values, dtype=torch.float32, device=places.device)[places.long()]
 
 
 def _iq4_nl(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     assert scales is not None
-    return scales * _looked_up(units, IQ4_NL_VALUES)
+    return scales * _looked_up(_columns(torch.cat((units & 15, units >> 4), dim=2)), IQ4_NL_VALUES)
 
 
 def _mxfp4(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     assert scales is not None
-    return scales * _looked_up(units, MXFP4_VALUES)
+    return scales * _looked_up(_columns(torch.cat((units & 15, units >> 4), dim=2)), MXFP4_VALUES)
 
 
 def _q5_0(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
@@ -171,23 +170,40 @@ def _k_scales(units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return d * scales.transpose(-1, -2).float(), dmin * minima.transpose(-1, -2).float()
 
 
-def _with_minima(units: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """Of Q4_K and Q5_K: ``vectors`` (panels, blocks, 4 chunks, 8 groups, low and high, 16, 4)."""
+def _sub_blocks(vectors: torch.Tensor) -> torch.Tensor:
+    """``vectors`` (panels, blocks, 4 chunks, 8 groups, low and high, 16, 4) -> (panels, blocks, 8, 32 columns, 16)."""
+    return _split(_columns(vectors.transpose(3, 4).flatten(2, 4)), 2, (8, 32))
+
+
+def _nibbles_of_chunks(units: torch.Tensor) -> torch.Tensor:
+    """32 units: 4 chunks, whose low nibbles are a sub-block and whose high ones the next; as of `_sub_blocks`."""
+    nibbles = _split(units, 2, (4, 8))
+    return _sub_blocks(torch.stack((nibbles & 15, nibbles >> 4), dim=4))
+
+
+def _with_minima(units: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Of Q4_K and Q5_K."""
     scales, minima = _k_scales(units)
-    q = vectors.transpose(3, 4).flatten(2, 4)  # sub-block by sub-block, 8 vectors each
-    columns = _split(_columns(q), 2, (8, 32))
     return (scales.unsqueeze(3) * columns - minima.unsqueeze(3)).flatten(2, 3)
 
 
 def _q4_k(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    nibbles = _split(units[:, :, 4:], 2, (4, 8))
-    return _with_minima(units, torch.stack((nibbles & 15, nibbles >> 4), dim=4))
+    return _with_minima(units, _nibbles_of_chunks(units[:, :, 4:]))
 
 
 def _q5_k(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     sets = _split(units[:, :, 4:], 2, (4, 2, 5))
     vectors = _five_bits(*sets.unbind(4))  # (panels, blocks, 4 chunks, 2 sets, 8, 16, 4)
-    return _with_minima(units, _split(vectors, 4, (4, 2)).flatten(3, 4))
+    return _with_minima(units, _sub_blocks(_split(vectors, 4, (4, 2)).flatten(3, 4)))
+
+
+def _iq4_xs(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    d = _halves(units[:, :, 0])[..., 0].unsqueeze(2)
+    lower = torch.stack((units[:, :, 1] & 15, units[:, :, 1] >> 4), dim=-1).flatten(-2)  # (panels, blocks, 16, 8)
+    upper = torch.stack([(units[:, :, 0, :, 2:] >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(-2)
+    of_32 = (lower | (upper << 4)).transpose(-1, -2).float() - 32
+    weights = _looked_up(_nibbles_of_chunks(units[:, :, 2:]), IQ4_NL_VALUES)
+    return ((d * of_32).unsqueeze(3) * weights).flatten(2, 3)
 
 
 def _q6_k(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
@@ -211,6 +227,7 @@ _DECODERS: Mapping[str, Callable[[torch.Tensor, torch.Tensor | None], torch.Tens
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
     "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
     "MXFP4": _mxfp4,
 }
 

@@ -45,6 +45,7 @@ KINDS: Mapping[str, Kind] = {
     "Q4_K": Kind(4, 8, 1, 2, 4, 0, 1),
     "Q5_K": Kind(4, 2, 5, 8, 4, 0, 1),
     "Q6_K": Kind(4, 4, 3, 4, 4, 8, 2),
+    "IQ4_XS": Kind(4, 8, 1, 2, 2, 0, 1),
 }
 """Types whose panels are sets of units -> their shape. F32, F16 and BF16 are columns of 16 values."""
 
@@ -122,7 +123,7 @@ def vector(w0, w1, w2, w3, w4, K: tl.constexpr, KIND: tl.constexpr):
     """Vector ``K`` of a set: a word of 4 weights as unsigned bytes (Q8_0: signed ones)."""
     if KIND == "Q8_0":
         return w0
-    elif KIND == "Q4_0" or KIND == "Q4_K" or KIND == "IQ4_NL" or KIND == "MXFP4":
+    elif KIND == "Q4_0" or KIND == "Q4_K" or KIND == "IQ4_NL" or KIND == "IQ4_XS" or KIND == "MXFP4":
         return (w0 >> (4 * K)) & 0x0F0F0F0F
     elif KIND == "Q6_K":
         if K == 0:
@@ -160,7 +161,7 @@ def weight(word, BYTE: tl.constexpr, KIND: tl.constexpr):
         return (word.to(tl.int32, bitcast=True) << (24 - 8 * BYTE) >> 24).to(tl.float32)
     else:
         byte = (word >> (8 * BYTE)) & 0xFF
-        if KIND == "IQ4_NL":
+        if KIND == "IQ4_NL" or KIND == "IQ4_XS":
             return looked_up(byte, IQ4_NL_0, IQ4_NL_4, IQ4_NL_8, IQ4_NL_12).to(tl.float32)
         elif KIND == "MXFP4":
             return looked_up(byte, MXFP4_0, MXFP4_4, MXFP4_8, MXFP4_12).to(tl.float32)
@@ -180,7 +181,7 @@ def sub_block(chunk, set_, K: tl.constexpr, KIND: tl.constexpr):
     """The part of a block with a scale of its own that vector ``K`` of a set belongs to."""
     if KIND == "Q6_K":
         return 2 * (chunk // 2 * 4 + chunk % 2 + 2 * (K % 2)) + set_ // 2
-    elif KIND == "Q4_K" or KIND == "Q5_K":
+    elif KIND == "Q4_K" or KIND == "Q5_K" or KIND == "IQ4_XS":
         return 2 * chunk + K % 2 + 0 * set_
     else:
         return 0 * (chunk + set_)
@@ -195,7 +196,7 @@ def first_column(chunk, set_, K: tl.constexpr, KIND: tl.constexpr):
         return 4 * set_ + 16 * K + 0 * chunk
     elif KIND == "Q5_0":
         return 4 * (K // 2) + 16 * (K % 2) + 0 * (chunk + set_)
-    elif KIND == "Q4_K":
+    elif KIND == "Q4_K" or KIND == "IQ4_XS":
         return 64 * chunk + 32 * K + 4 * set_
     elif KIND == "Q5_K":
         return 64 * chunk + 32 * (K % 2) + 16 * set_ + 4 * (K // 2)
@@ -229,6 +230,12 @@ def scale_and_minimum(
         minimum = tl.where(j < 4, six_mid & 63, ((upper >> 4) & 15) | (((six_mid >> 6) & 3) << 4))
         d, dmin = half_bits(head), half_bits(head >> 16)
         return d * scale.to(tl.int32).to(tl.float32), dmin * minimum.to(tl.int32).to(tl.float32)
+    elif KIND == "IQ4_XS":
+        head = tl.load(panel + start + lane, mask=mask, other=0)
+        low = tl.load(panel + start + 16 + lane, mask=mask, other=0)
+        six = ((low >> (4 * j).to(tl.uint32)) & 15) | (((head >> (2 * j + 16).to(tl.uint32)) & 3) << 4)
+        scale = half_bits(head) * (six.to(tl.int32) - 32).to(tl.float32)
+        return scale, 0.0 * scale
     else:
         scale = leading_scale(panel, block, lane, mask, UNITS, SCALE_WORDS, TOGETHER)
         if KIND == "Q6_K":
