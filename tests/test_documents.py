@@ -45,7 +45,7 @@ def test_the_code_of_the_readme_runs_and_the_model_answers(capsys: pytest.Captur
 @pytest.mark.parametrize("document", ["docs/plan.md", "docs/commands.md"])
 def test_what_a_command_prints_is_what_the_documents_show(monkeypatch: pytest.MonkeyPatch, document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
-    command, shown = re.findall(r"```bash\ntransformers-kt (.*?)\n```\n\n```\n(.*?)```", text, re.DOTALL)[0]
+    command, shown = re.findall(r"```bash\ntransformers-kt ([^`]*?)\n```\n\n```\n(.*?)```", text, re.DOTALL)[0]
     monkeypatch.chdir(ROOT)
     free = re.compile(r"\S+ GB are free")
     said = CliRunner().invoke(build_app(), command.split()).output

@@ -19,7 +19,10 @@ def build_app() -> typer.Typer:
 
     import typer
 
+    from transformers_kt.cli.ask import ask_command
+    from transformers_kt.cli.chat import chat_command
     from transformers_kt.cli.inspect import inspect_command
+    from transformers_kt.cli.options import our_spelling
     from transformers_kt.cli.plan import plan_command
     from transformers_kt.cli.run import run_command
 
@@ -37,13 +40,15 @@ def build_app() -> typer.Typer:
 
     app = typer.Typer(
         name="transformers-kt",
-        help="Mixture-of-experts models from GGUF files in transformers.",
+        help="Run large language models from GGUF files, which hold quantized weights, on this machine.",
         no_args_is_help=True,
         add_completion=False,
         rich_markup_mode="markdown",  # lines of a paragraph are one
         pretty_exceptions_enable=False,
     )
     app.callback()(common)
+    app.command("chat", context_settings={"token_normalize_func": our_spelling})(chat_command)
+    app.command("ask", no_args_is_help=True)(ask_command)
     app.command("inspect", no_args_is_help=True)(inspect_command)
     app.command("plan", no_args_is_help=True)(plan_command)
     # What follows the program's name, its options too, is its own.
@@ -57,8 +62,9 @@ def main() -> None:
     try:
         build_app()()
     except (KtError, OSError) as error:
-        from transformers_kt.cli.plan import OPTIONS
+        from transformers_kt.cli import options, plan
         from transformers_kt.cli.words import in_options
 
-        print(f"transformers-kt: {in_options(str(error), OPTIONS)}", file=sys.stderr)
+        said = in_options(str(error), {**plan.OPTIONS, **options.OPTIONS})
+        print(f"transformers-kt: {said}", file=sys.stderr)
         sys.exit(_FAILED)
