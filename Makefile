@@ -63,10 +63,10 @@ fuzz-files: $(VENV)/.installed-test
 
 # Kernels for GPUs, interpreted where there is none. Apart, because triton is a gigabyte.
 test-triton: $(VENV)/.installed-test $(VENV)/.installed-gpu
-	$(BIN)/python -m pytest tests/backends/test_triton_kernels.py tests/backends/test_triton_attention.py
+	$(BIN)/python -m pytest tests/backends/test_triton_*.py
 
 compile-kernels: $(VENV)/.installed-gpu
-	$(BIN)/python -W ignore tools/compile_kernels.py
+	$(BIN)/python -W ignore tools/compile_kernels.py --table benchmarks/gpu_kernels.md
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

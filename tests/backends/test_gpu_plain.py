@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gpu_matrices import NUMBERS, packed_panels, stored_rows
+from gpu_matrices import random_values as random
 from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
@@ -33,10 +34,6 @@ ROUTERS = {
     "softmax, greedy": (replace(V2_LIKE, groups=1, top_groups=1), 10),
     "sigmoid, one group, not normalized": (replace(V3_LIKE, groups=1, top_groups=1, normalize=False), 12),
 }
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def as_panels(matrix: torch.Tensor) -> torch.Tensor:

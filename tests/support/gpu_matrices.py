@@ -27,6 +27,11 @@ _SCALE_BYTES = {
 }
 
 
+def random_values(*shape: int, seed: int = 0) -> torch.Tensor:
+    """float32, normally distributed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def stored_rows(name: str, rows: int, cols: int) -> npt.NDArray[np.uint8]:
     """uint8 (rows, row bytes): random blocks of the type, with finite scales."""
     layout, rng = LAYOUTS[name], np.random.default_rng(cols + rows)

@@ -1,8 +1,8 @@
 """Every operation of a layer on a GPU in plain torch: slow, right, and on any device that torch knows.
 
-Kernels in Triton are held to these. They fill tensors that the caller made, so that a captured step has fixed
-addresses, and read no value on the host. A row is a token; the rows of a sequence stand together. Floating-point
-arguments are float32 or bfloat16 unless said otherwise; sums are float32.
+Kernels in Triton take the same arguments and are held to these. Both fill tensors that the caller made, so that a
+captured step has fixed addresses, and read no value on the host. A row is a token; the rows of a sequence stand
+together. Floating-point arguments are float32 or bfloat16 unless said otherwise; sums are float32.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def norm_rope_append(
 def mla_decode(
     query: torch.Tensor,
     query_rope: torch.Tensor,
-    rope_table: torch.Tensor,
+    rope_table: torch.Tensor | None,
     latents: torch.Tensor,
     ropes: torch.Tensor,
     ranges: torch.Tensor,
@@ -164,12 +164,14 @@ def mla_decode(
     """``out`` (rows, heads, latent) = softmax(``scale`` query keys) latents, over the keys that ``ranges`` shows.
 
     ``query`` (rows, heads, latent), absorbed; ``query_rope`` (rows, heads, rope), turned here by ``rope_table`` float32
-    (rows, rope); ``latents`` (batch, keys, latent) and ``ropes`` (batch, keys, rope) of one dtype. ``ranges`` int32
-    (rows, 2) has each row's first key and one after its last, at least one key, and is read on the device: a captured
-    call goes on to work while they grow. Any strides but the last. ``splits`` and ``scratch`` are for kernels.
+    (rows, rope) if there is one; ``latents`` (batch, keys, latent) and ``ropes`` (batch, keys, rope) of one dtype.
+    ``ranges`` int32 (rows, 2) has each row's first key and one after its last, and is read on the device: a captured
+    call goes on to work while they grow. A row that sees no key gets zeros. Any strides but the last. ``splits`` and
+    ``scratch`` are for kernels.
     """
     batch, keys, _ = latents.shape
-    whole = torch.cat((query.float(), rotated(query_rope, rope_table)), dim=-1)
+    turned = query_rope if rope_table is None else rotated(query_rope, rope_table)
+    whole = torch.cat((query.float(), turned.float()), dim=-1)
     whole = whole.reshape(batch, -1, query.shape[1], whole.shape[-1])
     key = torch.arange(keys, device=latents.device)
     first, end = ranges.reshape(batch, -1, 2, 1).unbind(2)
@@ -178,7 +180,8 @@ def mla_decode(
     values = torch.where(by_any, latents.float(), 0.0)  # a cache holds anything behind its keys, also NaN
     shown = torch.cat((values, torch.where(by_any, ropes.float(), 0.0)), dim=-1)
     scores = torch.einsum("bthd,bkd->bthk", whole, shown) * scale
-    weights = scores.masked_fill(~is_seen.unsqueeze(2), float("-inf")).softmax(-1)
+    is_hidden = ~is_seen.unsqueeze(2)
+    weights = scores.masked_fill(is_hidden, float("-inf")).softmax(-1).masked_fill(is_hidden, 0.0)
     out.copy_(torch.einsum("bthk,bkl->bthl", weights, values).reshape(out.shape))
     return out
 

@@ -32,6 +32,8 @@ _BLOCKS = {"Q4_0": 8, "IQ4_NL": 8, "MXFP4": 8, "Q5_0": 32, "Q8_0": 4, "Q4_K": 1,
 """Blocks at once: 512 words of a set, 16 bytes to each of 128 threads."""
 _WARPS = {"Q5_0": 8}
 """Where four spill: the 8 vectors of a set of Q5_0 are unpacked at once."""
+_PADDED = {("Q5_0", 4): 8, ("Q5_K", 2): 4}
+"""Where the kernel for more tokens does: on sm_89 these spill 272 and 656 bytes, and those none."""
 COLUMNS = 64
 """Columns at once, of the float types."""
 
@@ -39,44 +41,68 @@ COLUMNS = 64
 def gemv(
     panels: torch.Tensor, type_name: str, x: torch.Tensor, out: torch.Tensor, partial: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``out`` float32 (tokens, rows) = ``x`` float32 or bfloat16 (tokens, cols) times the matrix, for at most 8 tokens.
+    """``out`` float32 or bfloat16 (tokens, rows) = ``x`` float32 or bfloat16 (tokens, cols) times the matrix, for at
+    most 8 tokens.
 
     ``partial`` float32 (splits, tokens, rows) is scratch for as many splits; without it one program does a panel.
     Nothing is allocated. Sums are float32.
     """
-    (tokens, cols), rows = x.shape, out.shape[1]
-    splits = 1 if partial is None else partial.shape[0]
-    to = out if partial is None else partial
-    grid = (panels.shape[0], splits)
-    padded = padded_tokens(type_name, tokens)
-    if type_name in FLOATS:
-        gemv_floats[grid](
-            panels.view(FLOATS[type_name]), x, to, tokens, rows, cols, x.stride(0), TOKENS=padded, COLUMNS=COLUMNS
-        )
-    else:
-        gemv_sets[grid](
-            panels.view(torch.int32),
-            x,
-            to,
-            tokens,
-            rows,
-            cols // LAYOUTS[type_name].block_elements,
-            x.stride(0),
-            panels.shape[1] // 4,
-            TOKENS=padded,
-            **constants(type_name),
-            num_warps=warps(type_name),
-        )
-    if partial is not None:
-        values = tokens * rows
-        _add_splits[(triton.cdiv(values, 1024),)](partial, out, values, splits, SIZE=1024)
+    if partial is None:
+        return gemv_per_head(panels.unsqueeze(0), type_name, x.unsqueeze(1), out.unsqueeze(1)).squeeze(1)
+    (tokens, rows), splits = out.shape, len(partial)
+    _launch(panels, type_name, x, partial, (len(panels), splits, 1), (tokens, rows), (x.stride(0), 0), (rows, 0))
+    values = tokens * rows
+    add_splits[(triton.cdiv(values, 1024),)](partial, out, values, splits, SIZE=1024)
     return out
+
+
+def gemv_per_head(panels: torch.Tensor, type_name: str, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """``out`` (tokens, heads, rows) = ``x`` (tokens, heads, cols), a matrix of ``panels`` (heads, panels, bytes) each,
+    for at most 8 tokens. Any strides but the last.
+    """
+    (heads, count, _), (tokens, _, rows) = panels.shape, out.shape
+    strides = (x.stride(0), x.stride(1)), (out.stride(0), out.stride(1))
+    _launch(panels, type_name, x, out, (count, 1, heads), (tokens, rows), *strides)
+    return out
+
+
+def _launch(
+    panels: torch.Tensor,
+    type_name: str,
+    x: torch.Tensor,
+    to: torch.Tensor,
+    grid: tuple[int, int, int],
+    sizes: tuple[int, int],
+    x_strides: tuple[int, int],
+    out_strides: tuple[int, int],
+) -> None:
+    stored = as_stored(panels, type_name)
+    blocks = x.shape[-1] // LAYOUTS[type_name].block_elements
+    padded = padded_tokens(type_name, sizes[0])
+    gemv_kernel[grid](
+        stored,
+        x,
+        to,
+        *sizes,
+        blocks,
+        stored.shape[-1],
+        *x_strides,
+        *out_strides,
+        TOKENS=padded,
+        **constants(type_name),
+        num_warps=warps(type_name),
+    )
+
+
+def as_stored(panels: torch.Tensor, type_name: str) -> torch.Tensor:
+    """uint8 panels as what kernels load: words of 4 bytes, or the values of a float type."""
+    return panels.view(FLOATS.get(type_name, torch.int32))
 
 
 def padded_tokens(type_name: str, tokens: int) -> int:
     """The tokens that the kernel is compiled for: a power of two."""
     padded: int = triton.next_power_of_2(tokens)
-    return 8 if type_name == "Q5_0" and padded == 4 else padded  # 4 take 272 bytes of stack on sm_89, 8 none
+    return _PADDED.get((type_name, padded), padded)
 
 
 def warps(type_name: str) -> int:
@@ -84,7 +110,10 @@ def warps(type_name: str) -> int:
 
 
 def constants(type_name: str) -> dict[str, Any]:
-    """What the kernels over sets are compiled for: the type, the shape of its blocks, how many of them at once."""
+    """What kernels are compiled for: the type, the shape of its blocks, how many of them at once."""
+    if type_name in FLOATS:
+        shape = dict.fromkeys(("CHUNKS", "SETS", "SET_UNITS", "VECTORS", "HEAD", "UNITS", "SCALE_WORDS", "TOGETHER"), 0)
+        return {"ELEMENTS": 1, "BLOCKS": COLUMNS, "KIND": "floats", **shape}
     kind = KINDS[type_name]
     return {
         "ELEMENTS": LAYOUTS[type_name].block_elements,
@@ -102,48 +131,28 @@ def constants(type_name: str) -> dict[str, Any]:
 
 
 @triton.jit
-def _add_splits(partial, out, values, splits, SIZE: tl.constexpr):
+def add_splits(partial, out, values, splits, SIZE: tl.constexpr):
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     mask = at < values
     total = tl.zeros((SIZE,), tl.float32)
     for split in range(splits):
         total += tl.load(partial + split * values + at, mask=mask, other=0.0)
-    tl.store(out + at, total, mask=mask)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def gemv_floats(panels, x, out, tokens, rows, cols, x_stride, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
-    panel, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    token = tl.arange(0, TOKENS)[:, None, None]
-    lane = tl.arange(0, 16)[None, None, :]
-    own = panels + panel.to(tl.int64) * cols * 16
-    total = tl.zeros((TOKENS, COLUMNS, 16), tl.float32)
-    for first in range(split * COLUMNS, cols, splits * COLUMNS):
-        column = first + tl.arange(0, COLUMNS)[None, :, None]
-        w = tl.load(own + column * 16 + lane, mask=column < cols, other=0.0).to(tl.float32)
-        a = tl.load(x + token * x_stride + column, mask=(token < tokens) & (column < cols), other=0.0).to(tl.float32)
-        total += w * a
-    sums = tl.sum(total, axis=1)
-    _store_rows(out, sums, panel, split, tokens, rows, TOKENS)
-
-
-@triton.jit
-def _store_rows(out, sums, panel, split, tokens, rows, TOKENS: tl.constexpr):
-    token = tl.arange(0, TOKENS)[:, None]
-    row = panel * 16 + tl.arange(0, 16)[None, :]
-    tl.store(out + (split * tokens + token) * rows + row, sums, mask=(token < tokens) & (row < rows))
-
-
-@triton.jit
-def gemv_sets(
+def gemv_kernel(
     panels,
     x,
     out,
     tokens,
     rows,
     blocks,
+    panel_size,
     x_stride,
-    panel_words,
+    x_head_stride,
+    out_stride,
+    out_head_stride,
     TOKENS: tl.constexpr,
     ELEMENTS: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -157,33 +166,99 @@ def gemv_sets(
     SCALE_WORDS: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    panel_id, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    panel = panels.to(tl.pointer_type(tl.uint32), bitcast=True) + panel_id.to(tl.int64) * panel_words
-    part = tl.arange(0, BLOCKS * CHUNKS)[:, None, None]
-    set_ = tl.arange(0, SETS)[None, :, None]
+    panel_id, split, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sums = panel_sums(
+        panels + (head * tl.num_programs(0) + panel_id).to(tl.int64) * panel_size,
+        x + head * x_head_stride,
+        x_stride,
+        tokens,
+        split,
+        tl.num_programs(1),
+        blocks,
+        TOKENS,
+        ELEMENTS,
+        BLOCKS,
+        KIND,
+        CHUNKS,
+        SETS,
+        SET_UNITS,
+        VECTORS,
+        HEAD,
+        UNITS,
+        SCALE_WORDS,
+        TOGETHER,
+    )
+    token = tl.arange(0, TOKENS)[:, None]
+    row = panel_id * 16 + tl.arange(0, 16)[None, :]
+    to = out + head * out_head_stride + (split * tokens + token) * out_stride + row
+    tl.store(to, sums.to(out.dtype.element_ty), mask=(token < tokens) & (row < rows))
+
+
+@triton.jit
+def panel_sums(
+    panel,
+    x,
+    x_stride,
+    tokens,
+    split,
+    splits,
+    blocks,
+    TOKENS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    KIND: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SETS: tl.constexpr,
+    SET_UNITS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    HEAD: tl.constexpr,
+    UNITS: tl.constexpr,
+    SCALE_WORDS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    """float32 (TOKENS, 16): the rows of ``panel`` times ``x``, over every ``splits``-th run of blocks."""
+    if KIND == "floats":
+        return _float_sums(panel, x, x_stride, tokens, split, splits, blocks, TOKENS, BLOCKS)
+    else:
+        words = panel.to(tl.pointer_type(tl.uint32), bitcast=True)
+        part = tl.arange(0, BLOCKS * CHUNKS)[:, None, None]
+        set_ = tl.arange(0, SETS)[None, :, None]
+        lane = tl.arange(0, 16)[None, None, :]
+        token = tl.arange(0, TOKENS)[:, None, None, None]
+        chunk = part % CHUNKS
+        total = tl.zeros((TOKENS, BLOCKS * CHUNKS, SETS, 16), tl.float32)
+        for first in range(split * BLOCKS, blocks, splits * BLOCKS):
+            block = first + part // CHUNKS
+            mask = block < blocks
+            start = block_start(block, blocks, UNITS, SCALE_WORDS, TOGETHER)
+            at = words + start + (HEAD + (chunk * SETS + set_) * SET_UNITS) * 16 + lane
+            w0, w1, w2, w3, w4 = set_words(at, mask, SET_UNITS)
+            for k in tl.static_range(VECTORS):
+                word = vector(w0, w1, w2, w3, w4, k, KIND)
+                scale, minimum = scale_and_minimum(
+                    words, block, start, sub_block(chunk, set_, k, KIND), lane, mask, UNITS, SCALE_WORDS, TOGETHER, KIND
+                )
+                column = block * ELEMENTS + first_column(chunk, set_, k, KIND)
+                own = x + token * x_stride + column[None]
+                present = (token < tokens) & mask[None]
+                product = tl.zeros((TOKENS, BLOCKS * CHUNKS, SETS, 16), tl.float32)
+                activations = tl.zeros((TOKENS, BLOCKS * CHUNKS, SETS, 1), tl.float32)
+                for i in tl.static_range(4):
+                    a = tl.load(own + i, mask=present, other=0.0).to(tl.float32)
+                    product += weight(word, i, KIND)[None] * a
+                    activations += a
+                total += scale[None] * product - minimum[None] * activations
+        return tl.sum(tl.sum(total, axis=1), axis=1)
+
+
+@triton.jit
+def _float_sums(panel, x, x_stride, tokens, split, splits, cols, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
+    token = tl.arange(0, TOKENS)[:, None, None]
     lane = tl.arange(0, 16)[None, None, :]
-    token = tl.arange(0, TOKENS)[:, None, None, None]
-    chunk = part % CHUNKS
-    total = tl.zeros((TOKENS, BLOCKS * CHUNKS, SETS, 16), tl.float32)
-    for first in range(split * BLOCKS, blocks, splits * BLOCKS):
-        block = first + part // CHUNKS
-        mask = block < blocks
-        start = block_start(block, blocks, UNITS, SCALE_WORDS, TOGETHER)
-        at = panel + start + (HEAD + (chunk * SETS + set_) * SET_UNITS) * 16 + lane
-        w0, w1, w2, w3, w4 = set_words(at, mask, SET_UNITS)
-        for k in tl.static_range(VECTORS):
-            word = vector(w0, w1, w2, w3, w4, k, KIND)
-            scale, minimum = scale_and_minimum(
-                panel, block, start, sub_block(chunk, set_, k, KIND), lane, mask, UNITS, SCALE_WORDS, TOGETHER, KIND
-            )
-            column = block * ELEMENTS + first_column(chunk, set_, k, KIND)
-            own = x + token * x_stride + column[None]
-            present = (token < tokens) & mask[None]
-            product = tl.zeros((TOKENS, BLOCKS * CHUNKS, SETS, 16), tl.float32)
-            activations = tl.zeros((TOKENS, BLOCKS * CHUNKS, SETS, 1), tl.float32)
-            for i in tl.static_range(4):
-                a = tl.load(own + i, mask=present, other=0.0).to(tl.float32)
-                product += weight(word, i, KIND)[None] * a
-                activations += a
-            total += scale[None] * product - minimum[None] * activations
-    _store_rows(out, tl.sum(tl.sum(total, axis=1), axis=1), panel_id, split, tokens, rows, TOKENS)
+    total = tl.zeros((TOKENS, COLUMNS, 16), tl.float32)
+    for first in range(split * COLUMNS, cols, splits * COLUMNS):
+        column = first + tl.arange(0, COLUMNS)[None, :, None]
+        w = tl.load(panel + column * 16 + lane, mask=column < cols, other=0.0).to(tl.float32)
+        a = tl.load(x + token * x_stride + column, mask=(token < tokens) & (column < cols), other=0.0).to(tl.float32)
+        total += w * a
+    return tl.sum(total, axis=1)
