@@ -45,13 +45,44 @@ def tune_prefetch(matrices: Sequence[PackedMatrix]) -> dict[str, float]: ...
 
 # ---- Matrices and operations -----------------------------------------------------------------------------------------
 
+class StoredTensor:
+    """A tensor of any ggml type in its file or files: (descriptor, offset) of ``parts``, which follow each other and
+    have ``part_bytes`` each.
+
+    Who reads from it raises EOFError where a file ends too early and OSError where it cannot be read, with the
+    attributes ``part`` and ``position``, a byte within that part. Everything read is looked over for damage; of a type
+    without kernels only zeros are looked for.
+    """
+
+    def __init__(self, ggml_type: int, parts: Sequence[tuple[int, int]], part_bytes: int) -> None: ...
+    def read(self, start: int, out: npt.NDArray[np.uint8]) -> None:
+        """Whole blocks from byte ``start`` on to ``out`` uint8 (bytes,), on all threads."""
+
+    def look_at(self, start: int, blocks: npt.NDArray[np.uint8]) -> None:
+        """``blocks`` uint8 (bytes,) were read elsewhere: the whole blocks from byte ``start`` on."""
+
+    @property
+    def not_finite(self) -> int:
+        """The first block with a scale (of a float type a value) that is infinite or no number; -1 for none."""
+
+    @property
+    def has_values(self) -> bool:
+        """Whether any scale or value is other than zero."""
+
+    @property
+    def zeros(self) -> list[tuple[int, int]]:
+        """Ranges [start, end) of the bytes read that are zeros, ascending; they begin and end where reads do."""
+
 class PackedMatrix:
     """``count`` matrices of ``rows`` x ``cols`` of one ggml type, interleaved in panels of PANEL_ROWS rows; zeros until
     packed."""
 
     def __init__(self, ggml_type: int, count: int, rows: int, cols: int) -> None: ...
-    def pack(self, index: int, source: npt.NDArray[np.uint8], row: int = 0) -> None:
-        """``source`` uint8 (bytes,): whole matrices from ``index`` on, or rows of that matrix from ``row`` on."""
+    def pack(self, index: int, source: npt.NDArray[np.uint8]) -> None:
+        """``source`` uint8 (bytes,): whole matrices from ``index`` on."""
+
+    def pack_stored(self, source: StoredTensor, first: int, count: int) -> None:
+        """Reads and packs ``count`` matrices from ``first`` on; ``source`` holds all of them, whole ones in a part."""
 
     def pack_floats(self, source: _Floats) -> None:
         """``source`` float32 (count, rows, cols), converted to F32 or F16."""

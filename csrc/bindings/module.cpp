@@ -27,6 +27,7 @@
 #include "layers/mla.h"
 #include "layers/packed_matrix.h"
 #include "layers/row_ops.h"
+#include "layers/stored_tensor.h"
 #include "layers/tune_prefetch.h"
 #include "machine/thread_pool.h"
 
@@ -51,26 +52,86 @@ std::shared_ptr<PackedMatrix> make_matrix(int ggml_type, int64_t count, int64_t 
   return std::make_shared<PackedMatrix>(type_numbered(ggml_type).type, count, rows, cols);
 }
 
-// Whole matrices from `index` on, or rows of that matrix from `row` on.
-void pack(PackedMatrix& matrix, int64_t index, const Bytes& source, int64_t row) {
-  const int64_t rows = source.size() / matrix.row_bytes();
-  const bool whole = row == 0 && rows > 0 && rows % matrix.rows() == 0;
-  const int64_t matrices = whole ? rows / matrix.rows() : 1;
-  const bool rows_fit = rows > 0 && row >= 0 && (whole || rows <= matrix.rows() - row);
-  const int64_t end = whole ? matrix.rows() : rows_fit ? row + rows : 0;
-  const bool in_panels = row % kPanelRows == 0 && (end % kPanelRows == 0 || end == matrix.rows());
-  const bool index_fits = index >= 0 && index <= matrix.count() - matrices;
-  if (!rows_fit || !in_panels || !index_fits || rows * matrix.row_bytes() != source.size()) {
-    throw std::invalid_argument(
-        "the source must be whole matrices of " + std::to_string(matrix.rows()) + " rows of " +
-        std::to_string(matrix.row_bytes()) + " bytes, or rows of one matrix from a multiple of " +
-        std::to_string(kPanelRows) + " to another or the end; got shape " + shape_text(source) + " for row " +
-        std::to_string(row) + " of matrix " + std::to_string(index) + " of " + std::to_string(matrix.count()));
+// Whole matrices from `index` on.
+void pack(PackedMatrix& matrix, int64_t index, const Bytes& source) {
+  const int64_t matrix_bytes = matrix.rows() * matrix.row_bytes();
+  const int64_t matrices = source.size() / matrix_bytes;
+  if (matrices < 1 || index < 0 || index > matrix.count() - matrices || matrices * matrix_bytes != source.size()) {
+    throw std::invalid_argument("the source must be whole matrices of " + std::to_string(matrix_bytes) +
+                                " bytes; got shape " + shape_text(source) + " for matrix " + std::to_string(index) +
+                                " of " + std::to_string(matrix.count()));
   }
-  require_shape(source, "source bytes", {rows * matrix.row_bytes()});
+  require_shape(source, "source bytes", {matrices * matrix_bytes});
   const uint8_t* data = source.data();
   const ReleaseGil release;
-  matrix.pack(index, matrices, {row / kPanelRows, (end + kPanelRows - 1) / kPanelRows}, data);
+  matrix.pack(index, matrices, data);
+}
+
+std::shared_ptr<StoredTensor> make_stored(int ggml_type, const std::vector<std::pair<int, int64_t>>& parts,
+                                          int64_t part_bytes) {
+  if (ggml_type < 0) throw std::invalid_argument("no ggml type has the number " + std::to_string(ggml_type));
+  std::vector<StoredTensor::Part> places;
+  for (const auto& [descriptor, offset] : parts) {
+    if (descriptor < 0 || offset < 0 || part_bytes > INT64_MAX - offset) {
+      throw std::invalid_argument("descriptor " + std::to_string(descriptor) + ", offset " + std::to_string(offset) +
+                                  ": no place of " + std::to_string(part_bytes) + " bytes in a file");
+    }
+    places.push_back({descriptor, offset});
+  }
+  return std::make_shared<StoredTensor>(find_ggml_type(ggml_type), std::move(places), part_bytes);
+}
+
+// The range of `bytes` bytes from `start` on, which must be whole blocks of the tensor.
+ByteRange range_of(const StoredTensor& tensor, int64_t start, int64_t bytes) {
+  if (start < 0 || bytes < 1 || bytes > tensor.nbytes() || start > tensor.nbytes() - bytes ||
+      start % tensor.block_bytes() != 0 || bytes % tensor.block_bytes() != 0) {
+    throw std::invalid_argument(std::to_string(bytes) + " bytes from " + std::to_string(start) +
+                                " on are no whole blocks of " + std::to_string(tensor.block_bytes()) + " in " +
+                                std::to_string(tensor.nbytes()));
+  }
+  return {start, start + bytes};
+}
+
+void read_stored(StoredTensor& tensor, int64_t start, Bytes& out) {
+  require_shape(out, "out", {out.size()});
+  const ByteRange range = range_of(tensor, start, out.size());
+  uint8_t* to = out.mutable_data();
+  const ReleaseGil release;
+  tensor.read_and_look_at(range, to);
+}
+
+void look_at_stored(StoredTensor& tensor, int64_t start, const Bytes& blocks) {
+  require_shape(blocks, "blocks", {blocks.size()});
+  const ByteRange range = range_of(tensor, start, blocks.size());
+  const uint8_t* data = blocks.data();
+  const ReleaseGil release;
+  tensor.look_at(range, data);
+}
+
+void pack_stored(PackedMatrix& matrix, StoredTensor& source, int64_t first, int64_t count) {
+  const bool is_type = source.info() != nullptr && source.info()->type == matrix.info().type;
+  const int64_t matrix_bytes = matrix.rows() * matrix.row_bytes();
+  if (!is_type || source.nbytes() != matrix.count() * matrix_bytes || source.part_bytes() % matrix_bytes != 0) {
+    throw std::invalid_argument("a tensor of " + std::to_string(source.nbytes()) + " bytes in parts of " +
+                                std::to_string(source.part_bytes()) + (is_type ? "" : ", of another type,") +
+                                " does not fill " + shape_text(&matrix) + " of " + matrix.info().name);
+  }
+  if (first < 0 || count < 1 || count > matrix.count() || first > matrix.count() - count) {
+    throw std::invalid_argument(std::to_string(count) + " matrices from " + std::to_string(first) + " on, of " +
+                                std::to_string(matrix.count()));
+  }
+  const ReleaseGil release;
+  matrix.pack_stored(source, first, count);
+}
+
+// EOFError, or OSError with its errno; the attributes `part` and `position` say where.
+void raise_read_failure(const ReadFailure& failure) {
+  const py::object error = failure.error == 0 ? py::reinterpret_borrow<py::object>(PyExc_EOFError)(failure.what())
+                                              : py::reinterpret_borrow<py::object>(PyExc_OSError)(
+                                                    failure.error, std::strerror(failure.error));
+  error.attr("part") = failure.part;
+  error.attr("position") = failure.position;
+  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
 }
 
 void pack_floats(PackedMatrix& matrix, const Floats& source) {
@@ -544,6 +605,8 @@ PYBIND11_MODULE(_C, m) {
     } catch (const UnsupportedCpu& error) {
       const py::object cls = py::module_::import("transformers_kt.errors").attr("UnsupportedCpuError");
       PyErr_SetString(cls.ptr(), error.what());
+    } catch (const ReadFailure& failure) {
+      raise_read_failure(failure);
     }
   });
   m.doc() = "CPU kernels of transformers_kt; use the Python modules instead of this.";
@@ -558,9 +621,21 @@ PYBIND11_MODULE(_C, m) {
       "(name, block elements, block bytes, units of a block, unit bytes, scale bytes, blocks together) of every type");
   m.attr("PREFETCHES") = prefetch_names();
 
+  py::class_<StoredTensor, std::shared_ptr<StoredTensor>>(m, "StoredTensor")
+      .def(py::init(&make_stored), py::arg("ggml_type"), py::arg("parts"), py::arg("part_bytes"))
+      .def("read", &read_stored, py::arg("start"), py::arg("out").noconvert())
+      .def("look_at", &look_at_stored, py::arg("start"), py::arg("blocks").noconvert())
+      .def_property_readonly("not_finite", &StoredTensor::not_finite)
+      .def_property_readonly("has_values", &StoredTensor::has_values)
+      .def_property_readonly("zeros", [](const StoredTensor& tensor) {
+        std::vector<std::pair<int64_t, int64_t>> ranges;
+        for (const ByteRange& each : tensor.zeros()) ranges.emplace_back(each.first, each.end);
+        return ranges;
+      });
   py::class_<PackedMatrix, std::shared_ptr<PackedMatrix>>(m, "PackedMatrix")
       .def(py::init(&make_matrix), py::arg("ggml_type"), py::arg("count"), py::arg("rows"), py::arg("cols"))
-      .def("pack", &pack, py::arg("index"), py::arg("source").noconvert(), py::arg("row") = 0)
+      .def("pack", &pack, py::arg("index"), py::arg("source").noconvert())
+      .def("pack_stored", &pack_stored, py::arg("source"), py::arg("first"), py::arg("count"))
       .def("pack_floats", &pack_floats, py::arg("source").noconvert())
       .def("read_panels", &read_panels, py::arg("index"), py::arg("out").noconvert())
       .def_property_readonly("type_name", [](const PackedMatrix& w) { return std::string(w.info().name); })

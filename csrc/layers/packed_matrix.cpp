@@ -10,10 +10,16 @@
 #include "formats/pack_panel.h"
 #include "formats/panel_layout.h"
 #include "kernels/dispatch.h"
+#include "machine/memory.h"
 #include "machine/thread_pool.h"
 
 namespace tkt {
 namespace {
+
+// What a thread reads at once: small beside its L2, large beside the price of a system call.
+constexpr int64_t kReadBytes = 256 << 10;
+// Between two looks whether it is to stop: 4 MB, 40 ms of a slow disk.
+constexpr int64_t kReadsAtOnce = 16;
 
 const WeightTypeInfo& checked(const WeightTypeInfo& info, int64_t count, int64_t rows, int64_t cols) {
   const std::string shape = shape_text(count, rows, cols);
@@ -79,47 +85,63 @@ void PackedMatrix::set_prefetch(std::optional<Prefetch> strategy) {
   prefetch_.store(strategy ? static_cast<int>(*strategy) : kNotSet, std::memory_order_relaxed);
 }
 
-void PackedMatrix::for_each_panel(int64_t count, PanelRange panels,
-                                  const std::function<void(int64_t, int64_t)>& body) const {
-  std::vector<PanelRange> ranges;  // of each node
+void PackedMatrix::for_each_run(int64_t count, int64_t run, int64_t most_at_once,
+                                const std::function<void(int64_t, PanelRange)>& body) const {
+  std::vector<int64_t> runs;  // of a matrix, on each node
   std::vector<int64_t> tasks;
   for (const Part& part : parts_) {
-    const int64_t first = std::max(part.panels.first, panels.first);
-    ranges.push_back({first, std::max(first, std::min(part.panels.end, panels.end))});
-    tasks.push_back(count * ranges.back().count());
+    runs.push_back((part.panels.count() + run - 1) / run);
+    tasks.push_back(count * runs.back());
   }
-  parallel_for_nodes(tasks, [&](int node, int64_t first, int64_t end) {
-    const PanelRange range = ranges[static_cast<size_t>(node)];
-    for (int64_t task = first; task < end; ++task) body(task / range.count(), range.first + task % range.count());
+  const auto do_range = [&](int node, int64_t first, int64_t end) {
+    const PanelRange panels = parts_[static_cast<size_t>(node)].panels;
+    const int64_t each = runs[static_cast<size_t>(node)];
+    for (int64_t task = first; task < end; ++task) {
+      const int64_t start = panels.first + task % each * run;
+      body(task / each, {start, std::min(start + run, panels.end)});
+    }
+  };
+  parallel_for_nodes(tasks, do_range, most_at_once);
+}
+
+void PackedMatrix::pack_panels(int64_t index, PanelRange panels, const uint8_t* rows) {
+  for (int64_t p = panels.first; p < panels.end; ++p, rows += panel_bytes()) {
+    pack_panel(info_, rows, static_cast<int>(rows_of({p, p + 1})), blocks(), const_cast<uint8_t*>(panel(index, p)));
+  }
+}
+
+void PackedMatrix::pack(int64_t first_index, int64_t count, const uint8_t* source) {
+  for_each_run(count, 1, kMostAtOnce, [&](int64_t index, PanelRange panels) {
+    pack_panels(first_index + index, panels, source + (index * rows_ + panels.first * kPanelRows) * row_bytes_);
   });
 }
 
-void PackedMatrix::pack(int64_t first_index, int64_t count, PanelRange panels, const uint8_t* source) {
-  const int64_t first_row = panels.first * kPanelRows;
-  const int64_t rows_each = std::min(rows_, panels.end * kPanelRows) - first_row;
-  for_each_panel(count, panels, [&](int64_t index, int64_t p) {
-    const int64_t row = p * kPanelRows;
-    const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, rows_ - row));
-    const uint8_t* from = source + (index * rows_each + row - first_row) * row_bytes_;
-    pack_panel(info_, from, rows, blocks(), const_cast<uint8_t*>(panel(first_index + index, p)));
+void PackedMatrix::pack_stored(StoredTensor& source, int64_t first_index, int64_t count) {
+  const int64_t run = std::max<int64_t>(1, kReadBytes / panel_bytes());
+  for_each_run(count, run, kReadsAtOnce, [&](int64_t index, PanelRange panels) {
+    const int64_t bytes = rows_of(panels) * row_bytes_;
+    const int64_t start = ((first_index + index) * rows_ + panels.first * kPanelRows) * row_bytes_;
+    const ScratchBuffer rows(static_cast<size_t>(bytes));
+    source.read({start, start + bytes}, rows.bytes());
+    // Panel by panel: what the check has touched is in L1 when it is packed.
+    for (int64_t p = panels.first; p < panels.end; ++p) {
+      const int64_t from = (p - panels.first) * panel_bytes();
+      const int64_t end = from + rows_of({p, p + 1}) * row_bytes_;
+      source.look_at({start + from, start + end}, rows.bytes() + from);
+      pack_panels(first_index + index, {p, p + 1}, rows.bytes() + from);
+    }
   });
 }
 
 void PackedMatrix::pack_floats(const float* source) {
   const bool half = info_.type == WeightType::kF16;
   if (!half && info_.type != WeightType::kF32) throw std::invalid_argument("pack_floats makes F32 or F16 matrices");
-  for_each_panel(count_, {0, panels_}, [&](int64_t index, int64_t p) {
-    const int64_t first = p * kPanelRows;
-    const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, rows_ - first));
-    const float* values = source + (index * rows_ + first) * cols_;
-    uint8_t* target = const_cast<uint8_t*>(panel(index, p));
-    if (!half) {
-      pack_panel(info_, reinterpret_cast<const uint8_t*>(values), rows, blocks(), target);
-      return;
-    }
-    std::vector<uint16_t> halves(static_cast<size_t>(rows * cols_));
+  for_each_run(count_, 1, kMostAtOnce, [&](int64_t index, PanelRange panels) {
+    const float* values = source + (index * rows_ + panels.first * kPanelRows) * cols_;
+    if (!half) return pack_panels(index, panels, reinterpret_cast<const uint8_t*>(values));
+    std::vector<uint16_t> halves(static_cast<size_t>(rows_of(panels) * cols_));
     for (size_t i = 0; i < halves.size(); ++i) halves[i] = f16_from_float(values[i]);
-    pack_panel(info_, reinterpret_cast<const uint8_t*>(halves.data()), rows, blocks(), target);
+    pack_panels(index, panels, reinterpret_cast<const uint8_t*>(halves.data()));
   });
 }
 

@@ -1,6 +1,7 @@
 // Quantized matrices in panels of 16 rows (layout: block_formats.h).
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -11,6 +12,7 @@
 
 #include "formats/block_formats.h"
 #include "kernels/prefetch.h"
+#include "layers/stored_tensor.h"
 #include "machine/memory.h"
 
 namespace tkt {
@@ -32,10 +34,15 @@ class PackedMatrix {
   // overflow; std::bad_alloc where memory is refused.
   PackedMatrix(WeightType type, int64_t count, int64_t rows, int64_t cols);
 
-  // Packs panels `panels` of the matrices [first_index, first_index + count) from their GGUF rows on all threads. The
-  // caller has checked that `source` holds these, one after the other. Much at once: a call for each expert of V2-Lite
-  // (1.6 MB) would take most new pages from the system on one thread while the other waits.
-  void pack(int64_t first_index, int64_t count, PanelRange panels, const uint8_t* source);
+  // Packs the matrices [first_index, first_index + count) from their GGUF rows on all threads. The caller has checked
+  // that `source` holds these, one after the other. Much at once: a call for each expert of V2-Lite (1.6 MB) would take
+  // most new pages from the system on one thread while the other waits.
+  void pack(int64_t first_index, int64_t count, const uint8_t* source);
+
+  // The same from the file: each thread reads what it packs, a few panels at a time, so that they are packed out of its
+  // cache. The caller has checked that `source` has the type and the size of all matrices, and a number of parts that
+  // divides theirs. Throws ReadFailure.
+  void pack_stored(StoredTensor& source, int64_t first_index, int64_t count);
 
   // Packs the matrices [0, count) whose rows are given as floats in source[index][row][col], converted to the type,
   // which must be F32 or F16.
@@ -81,8 +88,15 @@ class PackedMatrix {
     std::unique_ptr<WeightMemory> memory;  // null where there are no panels
   };
 
-  // body(index, panel) for panels `panels` of matrices [0, count), on all threads.
-  void for_each_panel(int64_t count, PanelRange panels, const std::function<void(int64_t, int64_t)>& body) const;
+  // body(index, panels) for runs of up to `run` panels that together are all of matrices [0, count), on all threads.
+  // A range of `most_at_once` runs is what a thread does before it looks whether it is to stop.
+  void for_each_run(int64_t count, int64_t run, int64_t most_at_once,
+                    const std::function<void(int64_t, PanelRange)>& body) const;
+
+  int64_t rows_of(PanelRange panels) const {
+    return std::min(rows_, panels.end * kPanelRows) - panels.first * kPanelRows;
+  }
+  void pack_panels(int64_t index, PanelRange panels, const uint8_t* rows);
 
   const WeightTypeInfo& info_;
   int64_t count_;

@@ -109,10 +109,6 @@ void pause() {
 // body(queue, first, end): the tasks [first, end) of a queue.
 using ChunkBody = std::function<void(int queue, int64_t first, int64_t end)>;
 
-// Tasks between two polls, at most: 256 products of 32 rows and 64 tokens take 80 ms at 8,192 columns, with one token
-// they read 9 MB, so that to begin anew costs no prefetching.
-constexpr int64_t kMostAtOnce = 256;
-
 // The same, with polls between every `slice` tasks.
 void run_slices(const ChunkBody& body, int64_t slice, int queue, int64_t first, int64_t end) {
   for (; first < end; first += slice) {
@@ -230,12 +226,14 @@ class ThreadPool {
 
   int size() const { return static_cast<int>(threads_.size()) + 1; }
 
-  // Queues are nodes, or a single one for everybody. The calling thread polls between every `slice` tasks.
+  // Queues are nodes, or a single one for everybody. The calling thread polls between every `slice` tasks, the others
+  // look there whether the loop has failed: what they read for it may come from a slow disk.
   // Throws what a body threw first, when all threads have left the loop.
   void run(const int64_t* tasks, int queues, int64_t slice, const ChunkBody& body) {
     share_out(tasks, queues);
     body_ = &body;
     slice_ = slice;
+    has_failed_.store(false, std::memory_order_relaxed);
     state_.fetch_add(3);  // the next number, open
     if (sleeping_.load() > 0) {
       {
@@ -269,6 +267,7 @@ class ThreadPool {
   void fail() {
     std::lock_guard<std::mutex> lock(mutex_);
     if (error_ == nullptr) error_ = std::current_exception();
+    has_failed_.store(true, std::memory_order_relaxed);
     for (int i = 0; i < share_count_; ++i) shares_[static_cast<size_t>(i)].drop();
   }
 
@@ -325,8 +324,10 @@ class ThreadPool {
     while (from.take(share == thread, &first, &end)) {
       if (thread == 0) {
         run_slices(*body_, slice_, from.queue, first, end);
-      } else {
-        (*body_)(from.queue, first, end);
+        continue;
+      }
+      for (; first < end && !has_failed_.load(std::memory_order_relaxed); first += slice_) {
+        (*body_)(from.queue, first, std::min(end, first + slice_));
       }
     }
   }
@@ -379,6 +380,7 @@ class ThreadPool {
   const ChunkBody* body_ = nullptr;
   int64_t slice_ = 1;
   std::exception_ptr error_;
+  std::atomic<bool> has_failed_{false};
   bool is_abandoned_ = false;
   std::atomic<bool> stop_{false};
 };
@@ -550,8 +552,8 @@ void parallel_for(int64_t tasks, const std::function<void(int64_t)>& body) {
   });
 }
 
-void parallel_for_nodes(const std::vector<int64_t>& tasks, const ChunkBody& body) {
-  run_loop(tasks.data(), static_cast<int>(tasks.size()), kMostAtOnce, body);
+void parallel_for_nodes(const std::vector<int64_t>& tasks, const ChunkBody& body, int64_t most_at_once) {
+  run_loop(tasks.data(), static_cast<int>(tasks.size()), most_at_once, body);
 }
 
 bool Job::is_done() const {

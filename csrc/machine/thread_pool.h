@@ -33,9 +33,14 @@ void parallel_for(int64_t tasks, const std::function<void(int64_t task)>& body);
 
 // The same for tasks whose data lies on NUMA nodes: calls body(node, first, end) for ranges of tasks that together are
 // [0, tasks[node]), with nodes as positions in topology().nodes. Threads first do the tasks of their own node, then
-// those left on others.
+// those left on others. A range is of `most_at_once` tasks at most: between two a caller polls, and others look whether
+// the loop has failed.
+// 256 products of 32 rows and 64 tokens take 80 ms at 8,192 columns; with one token they read 9 MB, so that to begin
+// anew costs no prefetching.
+constexpr int64_t kMostAtOnce = 256;
 void parallel_for_nodes(const std::vector<int64_t>& tasks,
-                        const std::function<void(int node, int64_t first, int64_t end)>& body);
+                        const std::function<void(int node, int64_t first, int64_t end)>& body,
+                        int64_t most_at_once = kMostAtOnce);
 
 // What was submitted. Copies are the same job.
 class Job {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,15 @@ def floats(*shape: int) -> np.ndarray:
 
 def packed(count: int, rows: int, cols: int) -> _C.PackedMatrix:
     return _C.PackedMatrix(F32, count, rows, cols)
+
+
+_FILE = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the calls below are there)
+_FILE.write(floats(2, 16, 32).tobytes())
+_FILE.flush()
+
+
+def stored() -> _C.StoredTensor:
+    return _C.StoredTensor(F32, [(_FILE.fileno(), 0)], 2 * 16 * 32 * 4)
 
 
 def experts(count: int) -> _C.Experts:
@@ -100,7 +110,14 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "set_thread_count": (_C.set_thread_count, {"n": 1}),
     "nodes_of_threads": (_C.nodes_of_threads, {"n": 1}),
     "PackedMatrix": (_C.PackedMatrix, {"ggml_type": Q8_0, "count": 2, "rows": 40, "cols": 64}),
-    "PackedMatrix.pack": (packed(2, 16, 4).pack, {"index": 0, "source": np.zeros(16 * 4 * 4, np.uint8), "row": 0}),
+    "StoredTensor": (
+        _C.StoredTensor,
+        {"ggml_type": F32, "parts": [(_FILE.fileno(), 0)], "part_bytes": 2 * 16 * 32 * 4},
+    ),
+    "StoredTensor.read": (stored().read, {"start": 0, "out": np.zeros(4096, np.uint8)}),
+    "StoredTensor.look_at": (stored().look_at, {"start": 0, "blocks": np.zeros(4096, np.uint8)}),
+    "PackedMatrix.pack": (packed(2, 16, 4).pack, {"index": 0, "source": np.zeros(16 * 4 * 4, np.uint8)}),
+    "PackedMatrix.pack_stored": (packed(2, 16, 32).pack_stored, {"source": stored(), "first": 0, "count": 2}),
     "PackedMatrix.pack_floats": (packed(2, 16, 4).pack_floats, {"source": floats(2, 16, 4)}),
     "PackedMatrix.read_panels": (packed(2, 16, 4).read_panels, {"index": 0, "out": np.zeros((1, 256), np.uint8)}),
     "linear": (_C.linear, {"w": packed(1, INNER, HIDDEN), "x": floats(TOKENS, HIDDEN), "out": floats(TOKENS, INNER)}),
@@ -238,7 +255,8 @@ def test_a_list_that_holds_none_is_refused(call: str, name: str) -> None:
 
 
 INTEGERS = [each for each in ARGUMENTS if type(CALLS[each.values[0]][1][each.values[1]]) is int]  # type: ignore[index]
-MAY_BE_ZERO = {("PackedMatrix", "ggml_type"), ("PackedMatrix.pack", "index"), ("PackedMatrix.pack", "row")}
+MAY_BE_ZERO = {("PackedMatrix", "ggml_type"), ("PackedMatrix.pack", "index"), ("PackedMatrix.pack_stored", "first")}
+MAY_BE_ZERO |= {("StoredTensor", "ggml_type"), ("StoredTensor.read", "start"), ("StoredTensor.look_at", "start")}
 MAY_BE_ZERO |= {("embed", "ggml_type"), ("dequantize", "ggml_type"), ("PackedMatrix.read_panels", "index")}
 
 
@@ -247,6 +265,8 @@ MAY_BE_ZERO |= {("embed", "ggml_type"), ("dequantize", "ggml_type"), ("PackedMat
 def test_a_size_of_nothing_or_beyond_memory_is_refused(call: str, name: str, value: int) -> None:
     if value == 0 and (call, name) in MAY_BE_ZERO:
         return
+    if 0 < value < 2**62 and (call, name) == ("StoredTensor", "part_bytes"):
+        return  # a file can be that large
     function, arguments = CALLS[call]
     with pytest.raises(REFUSALS):
         function(**{**arguments, name: value})
@@ -277,6 +297,27 @@ def test_an_array_with_an_axis_of_nothing_one_more_or_one_less_is_refused(call: 
         function(**{**arguments, name: np.zeros((), array.dtype)})
     with pytest.raises(TypeError):
         function(**{**arguments, name: array.astype(np.float64)})
+
+
+@pytest.mark.parametrize("parts", [[], [(-1, 0)], [(0, -1)], [(0, 2**63 - 1)], [(0, 0)] * 2])
+def test_a_tensor_without_a_place_is_refused(parts: list[tuple[int, int]]) -> None:
+    nbytes = 2**62 if len(parts) > 1 else 2 * 16 * 32 * 4
+    with pytest.raises(ValueError, match=r"parts of whole blocks|no place"):
+        _C.StoredTensor(F32, parts, nbytes)
+
+
+def test_a_tensor_that_does_not_fill_the_matrix_is_refused() -> None:
+    for matrix in (packed(1, 16, 32), packed(3, 16, 32), packed(2, 16, 31)):
+        with pytest.raises(ValueError, match=r"a tensor of 4096 bytes .* does not fill \d x 16 x 3\d of F32"):
+            matrix.pack_stored(stored(), 0, 1)
+    with pytest.raises(ValueError, match="of another type, does not fill 2 x 16 x 32 of Q8_0"):
+        _C.PackedMatrix(Q8_0, 2, 16, 32).pack_stored(stored(), 0, 1)
+    halves_of_a_matrix = _C.StoredTensor(F32, [(_FILE.fileno(), 0)] * 4, 8 * 32 * 4)
+    with pytest.raises(ValueError, match="in parts of 1024 does not fill"):
+        packed(2, 16, 32).pack_stored(halves_of_a_matrix, 0, 1)
+    for first, count in ((0, 3), (2, 1), (1, 2)):
+        with pytest.raises(ValueError, match=rf"{count} matrices from {first} on, of 2"):
+            packed(2, 16, 32).pack_stored(stored(), first, count)
 
 
 def test_columns_of_nothing_are_refused() -> None:

@@ -11,8 +11,9 @@ from gguf import GGMLQuantizationType as GgmlType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import transformers_kt._C as _C
 from transformers_kt.errors import GgufFormatError
-from transformers_kt.gguf.damage import DamageCheck
+from transformers_kt.gguf.damage import require_finite, require_values
 from transformers_kt.gguf.reader import TensorInfo
 
 BLOCKS = 40
@@ -30,9 +31,23 @@ TYPES = [ggml_type for ggml_type in gguf.GGML_QUANT_SIZES if is_dequantized(ggml
 HALF_NAN, HALF_INF = np.frombuffer(np.array([np.nan, -np.inf], np.float16).tobytes(), "<u2")
 
 
-def checked(ggml_type: GgmlType, stored: np.ndarray, name: str = "t.weight", is_last: bool = False) -> None:
-    info = TensorInfo(name, ggml_type, (len(stored),), 64, len(stored), Path("m.gguf"), is_last)
-    DamageCheck(info).look_at(stored, 0)
+def checked(
+    ggml_type: GgmlType,
+    stored: np.ndarray,
+    name: str = "t.weight",
+    is_last: bool = False,
+    shape: tuple[int, ...] = (1,),
+    looks: int = 1,
+) -> None:
+    """As loading does it, in `looks` pieces of whole blocks."""
+    info = TensorInfo(name, ggml_type, shape, 64, len(stored), Path("m.gguf"), is_last)
+    tensor = _C.StoredTensor(int(ggml_type), [(0, 0)], len(stored))
+    block_bytes = gguf.GGML_QUANT_SIZES[ggml_type][1]
+    step = -(-len(stored) // block_bytes // looks) * block_bytes
+    for start in range(0, len(stored), step):
+        tensor.look_at(start, stored[start : start + step])
+        require_finite(info, tensor)
+    require_values(info, tensor, lambda start, end: stored[start:end])
 
 
 def finite_blocks(ggml_type: GgmlType, seed: int = 0) -> np.ndarray:
@@ -105,10 +120,8 @@ def test_floats_are_looked_at_one_by_one(ggml_type: GgmlType, value: float) -> N
 def test_blocks_are_counted_over_pieces() -> None:
     blocks = finite_blocks(GgmlType.Q4_K)
     blocks[33, 2:4] = np.frombuffer(HALF_INF.tobytes(), np.uint8)
-    check = DamageCheck(TensorInfo("t", GgmlType.Q4_K, (BLOCKS * 256,), 0, blocks.nbytes, Path("m.gguf")))
-    check.look_at(blocks[:30].reshape(-1), 0)
     with pytest.raises(GgufFormatError, match="block 33 of tensor t"):
-        check.look_at(blocks[30:].reshape(-1), 30 * blocks.shape[1])
+        checked(GgmlType.Q4_K, blocks.reshape(-1), looks=3)
 
 
 @pytest.mark.parametrize("ggml_type", TYPES, ids=lambda ggml_type: ggml_type.name)
@@ -137,6 +150,45 @@ def test_a_file_that_ends_in_a_hole_is_refused() -> None:
         checked(GgmlType.F32, ending_in_zeros(4096), is_last=True)
     checked(GgmlType.F32, ending_in_zeros(4092), is_last=True)
     checked(GgmlType.F32, ending_in_zeros(4096), is_last=False)
+
+
+def test_the_hole_at_the_end_is_followed_to_where_it_begins() -> None:
+    stored = ending_in_zeros(3 << 20, 4 << 20)
+    with pytest.raises(GgufFormatError, match=rf"from byte {64 + (1 << 20)} on, block {1 << 18} of"):
+        checked(GgmlType.F32, stored, is_last=True)
+
+
+def with_a_hole(start: int, end: int, nbytes: int = 8 << 20) -> np.ndarray:
+    stored = np.full(nbytes // 34 * 34, 1, np.uint8)
+    stored[start:end] = 0
+    return stored
+
+
+PIECES = 64  # of 131 kB: as little as a hole may be larger than what is told
+
+
+def test_a_hole_within_a_tensor_is_refused() -> None:
+    start = 3 << 20
+    with pytest.raises(GgufFormatError, match=r"m\.gguf: \d+ bytes of tensor t\.weight are zeros, from block 9\d+ on"):
+        checked(GgmlType.Q8_0, with_a_hole(start, start + (1 << 20) + (1 << 18)), looks=PIECES)
+    checked(GgmlType.Q8_0, with_a_hole(start, start + (1 << 20) - 1), looks=PIECES)
+    # In a stack, too, where it is not a matrix or several.
+    with pytest.raises(GgufFormatError, match="are zeros"):
+        checked(GgmlType.Q8_0, with_a_hole(start, start + (3 << 19)), shape=(4, 1, 1), looks=PIECES)
+
+
+def test_a_pruned_expert_is_no_hole() -> None:
+    each = PIECES // 4 * (-(-(8 << 20) // 34 // PIECES) * 34)
+    stored = np.full(4 * each, 1, np.uint8)
+    stored[each : 2 * each] = 0
+    checked(GgmlType.Q8_0, stored, shape=(4, 1, 1), looks=PIECES)
+
+
+def test_unused_rows_within_the_vocabulary_are_no_hole() -> None:
+    stored = with_a_hole(20 << 20, (20 << 20) + (3 << 19), 32 << 20)
+    checked(GgmlType.Q8_0, stored, "token_embd.weight", looks=4 * PIECES)
+    with pytest.raises(GgufFormatError, match="are zeros"):
+        checked(GgmlType.Q8_0, stored, looks=4 * PIECES)
 
 
 def test_unused_rows_of_the_vocabulary_are_no_hole() -> None:

@@ -1,69 +1,23 @@
-"""Large tensors are read and packed in pieces: of several matrices, or of the rows of one."""
+"""Threads read what they pack: from any place in one file or several, with the bits of packing from memory."""
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import fake_machines
 import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
+from gguf import GGMLQuantizationType as GgmlType
 
 import transformers_kt._C as _C
-from transformers_kt.gguf.reader import GgmlType, TensorInfo
-from transformers_kt.modules import base, embedding
-from transformers_kt.modules.base import pack_matrices
-from transformers_kt.modules.embedding import KtEmbedding
 
-COLS = 64
-ROW_BYTES = COLS // 32 * 34  # Q8_0
-
-
-class Stored:
-    """A tensor of Q8_0 that notes which of its bytes are asked for."""
-
-    def __init__(self, *shape: int) -> None:
-        values = np.random.default_rng(shape[0]).standard_normal(shape).astype(np.float32)
-        blocks = gguf.quantize(values, gguf.GGMLQuantizationType.Q8_0)
-        self.values = gguf.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0)
-        self.bytes = blocks.reshape(-1)
-        self.info = TensorInfo("t", GgmlType.Q8_0, shape, 0, blocks.nbytes, Path("x.gguf"))
-        self.asked: list[tuple[int, int]] = []
-
-    def __call__(self, info: TensorInfo, start: int = 0, end: int | None = None) -> npt.NDArray[np.uint8]:
-        assert info is self.info
-        assert end is not None
-        self.asked.append((start, end))
-        return self.bytes[start:end]
-
-    def rows_asked_for(self) -> list[tuple[int, int]]:
-        """Checks that they were whole rows, all of them, in order."""
-        assert [start for start, _ in self.asked] == [0, *(end for _, end in self.asked[:-1])]
-        assert self.asked[-1][1] == self.info.nbytes
-        assert all(end % ROW_BYTES == 0 for _, end in self.asked)
-        return [(start // ROW_BYTES, end // ROW_BYTES) for start, end in self.asked]
-
-
-def at_once(stored: Stored) -> Any:
-    shape = stored.info.shape
-    matrix = _C.PackedMatrix(int(GgmlType.Q8_0), 1 if len(shape) == 2 else shape[0], *shape[-2:])
-    matrix.pack(0, stored.bytes)
-    return matrix
-
-
-def products(matrix: Any) -> npt.NDArray[np.float32]:
-    """Of each matrix and the same vectors; (matrices * 3, 64)."""
-    down = _C.PackedMatrix(int(GgmlType.F32), matrix.count, COLS, matrix.rows)
-    down.pack_floats(np.random.default_rng(1).standard_normal((matrix.count, COLS, matrix.rows)).astype(np.float32))
-    x = np.random.default_rng(2).standard_normal((matrix.count * 3, COLS)).astype(np.float32)
-    out = np.full_like(x, np.nan)
-    experts = np.repeat(np.arange(matrix.count, dtype=np.int64), 3)[:, None]
-    _C.Experts(matrix, matrix, down).forward_routed(x, experts, np.ones(experts.shape, np.float32), out)
-    return out
+TYPES = [GgmlType(number) for _name, number, _elements, _bytes in _C.weight_types()]
+COLS = 512
 
 
 @pytest.fixture(params=[None, {0: [[0], [1], [2]], 1: [[3]]}], ids=["this-machine", "uneven-nodes"])
@@ -74,50 +28,140 @@ def machine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
     _C.use_topology()
 
 
+class Stored:
+    """Random blocks of a tensor (matrices, rows, COLS), cut into parts that lie in a file each, at odd offsets."""
+
+    def __init__(self, folder: Path, ggml_type: GgmlType, matrices: int, rows: int, parts: int = 1) -> None:
+        self.type, self.shape = ggml_type, (matrices, rows, COLS)
+        elements, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
+        rng = np.random.default_rng(rows)
+        # Small scales of every type: bytes without the upper exponent bits of float16 and float32.
+        self.bytes = rng.integers(0, 64, matrices * rows * COLS // elements * block_bytes, np.uint8)
+        self.paths = [folder / f"part-{number}" for number in range(parts)]
+        self.part_bytes = len(self.bytes) // parts
+        for number, path in enumerate(self.paths):
+            path.write_bytes(b"x" * (number + 3) + self.bytes[number * self.part_bytes :][: self.part_bytes].tobytes())
+        self.files = [os.open(path, os.O_RDONLY) for path in self.paths]
+
+    def tensor(self) -> _C.StoredTensor:
+        places = [(file, number + 3) for number, file in enumerate(self.files)]
+        return _C.StoredTensor(int(self.type), places, self.part_bytes)
+
+    def matrix(self) -> _C.PackedMatrix:
+        return _C.PackedMatrix(int(self.type), *self.shape)
+
+
+def panels(matrix: _C.PackedMatrix) -> npt.NDArray[np.uint8]:
+    rows = -(-matrix.rows // _C.PANEL_ROWS)
+    each = np.empty((matrix.count, rows, matrix.nbytes // matrix.count // rows), np.uint8)
+    for index, out in enumerate(each):
+        matrix.read_panels(index, out)
+    return each
+
+
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize(
-    ("shape", "rows_at_once", "expected"),
+    ("matrices", "rows", "parts"),
     [
-        pytest.param((75, COLS), 40, [(0, 32), (32, 64), (64, 75)], id="rows-of-one"),
-        pytest.param((75, COLS), 75, [(0, 75)], id="one-as-a-whole"),
-        pytest.param((5, 20, COLS), 45, [(0, 40), (40, 80), (80, 100)], id="two-matrices"),
-        pytest.param((3, 40, COLS), 20, [(i * 40 + j, i * 40 + min(j + 16, 40)) for i in range(3) for j in (0, 16, 32)],
-                     id="rows-of-each"),
-        pytest.param((2, 40, COLS), 1, [(i * 40 + j, i * 40 + min(j + 16, 40)) for i in range(2) for j in (0, 16, 32)],
-                     id="never-less-than-a-panel"),
+        pytest.param(1, 75, 1, id="one"),
+        pytest.param(1, 3000, 1, id="in-several-reads"),
+        pytest.param(5, 20, 1, id="a-stack"),
+        pytest.param(6, 40, 3, id="two-in-each-file"),
+        pytest.param(4, 33, 4, id="a-file-each"),
     ],
-)  # fmt: skip
-def test_packed_in_pieces_a_tensor_gives_the_same_bits(
-    shape: tuple[int, ...], rows_at_once: int, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+)
+@pytest.mark.parametrize("ggml_type", [GgmlType.F32, GgmlType.Q8_0, GgmlType.Q6_K, GgmlType.IQ3_S], ids=str)
+def test_packed_from_files_a_tensor_gives_the_bits_of_one_in_memory(
+    tmp_path: Path, ggml_type: GgmlType, matrices: int, rows: int, parts: int
 ) -> None:
-    monkeypatch.setattr(base, "PIECE_BYTES", rows_at_once * ROW_BYTES)
-    stored = Stored(*shape)
-    matrix = pack_matrices(stored.info, stored)
-    assert stored.rows_asked_for() == expected
-    np.testing.assert_array_equal(products(matrix), products(at_once(stored)))
+    stored = Stored(tmp_path, ggml_type, matrices, rows, parts)
+    expected = stored.matrix()
+    expected.pack(0, stored.bytes)
+    matrix, tensor = stored.matrix(), stored.tensor()
+    for first in range(0, matrices, 2):
+        matrix.pack_stored(tensor, first, min(2, matrices - first))
+    np.testing.assert_array_equal(panels(matrix), panels(expected))
+    assert (tensor.not_finite, tensor.has_values, tensor.zeros) == (-1, True, [])
 
 
-def test_an_embedding_table_is_copied_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding, "PIECE_BYTES", 30 * ROW_BYTES)
-    stored = Stored(75, COLS)
-    table = KtEmbedding(75, COLS)
-    assert table.load({"weight": stored.info}, stored) == stored.info.nbytes
-    assert stored.rows_asked_for() == [(0, 30), (30, 60), (60, 75)]
-    np.testing.assert_array_equal(table(torch.arange(75)).numpy(), stored.values)
+@pytest.mark.parametrize("ggml_type", TYPES, ids=str)
+def test_every_type_is_packed_from_its_file(tmp_path: Path, ggml_type: GgmlType) -> None:
+    stored = Stored(tmp_path, ggml_type, 2, 20)
+    expected, matrix = stored.matrix(), stored.matrix()
+    expected.pack(0, stored.bytes)
+    matrix.pack_stored(stored.tensor(), 0, 2)
+    np.testing.assert_array_equal(panels(matrix), panels(expected))
 
 
-@pytest.mark.parametrize(
-    ("index", "row", "rows"),
-    [(0, 0, 0), (0, 0, 33), (0, 8, 16), (0, 16, 8), (0, 16, 32), (0, 48, 16), (0, -16, 16), (0, 32, 40), (1, 0, 80),
-     (2, 0, 40), (-1, 0, 40), (0, 2**62, 16), (0, -(2**63), 16), (2**62, 0, 40)],
-)  # fmt: skip
-def test_a_piece_that_does_not_fit_is_refused(index: int, row: int, rows: int) -> None:
-    matrix = _C.PackedMatrix(int(GgmlType.Q8_0), 2, 40, COLS)
-    with pytest.raises(ValueError, match=rf"whole matrices of 40 rows .* row {row} of matrix {index} of 2"):
-        matrix.pack(index, np.zeros(rows * ROW_BYTES, np.uint8), row)
+def test_reads_into_an_array_are_put_together(tmp_path: Path) -> None:
+    stored = Stored(tmp_path, GgmlType.Q5_0, 6, 800, parts=3)
+    tensor = stored.tensor()
+    out = np.empty_like(stored.bytes)
+    cut = len(out) // 22 // 2 * 22 + 5 * 22  # within a part
+    tensor.read(0, out[:cut])
+    tensor.read(cut, out[cut:])
+    np.testing.assert_array_equal(out, stored.bytes)
+    assert (tensor.not_finite, tensor.has_values, tensor.zeros) == (-1, True, [])
 
 
-def test_a_piece_of_broken_rows_is_refused() -> None:
-    matrix = _C.PackedMatrix(int(GgmlType.Q8_0), 2, 40, COLS)
-    with pytest.raises(ValueError, match="whole matrices of 40 rows of 68 bytes"):
-        matrix.pack(0, np.zeros(16 * ROW_BYTES + 1, np.uint8), 0)
+@pytest.mark.parametrize("way", ["pack", "read"])
+def test_a_file_that_ends_too_early_is_an_end_of_file_that_says_where(tmp_path: Path, way: str) -> None:
+    stored = Stored(tmp_path, GgmlType.Q8_0, 4, 300, parts=2)
+    os.truncate(stored.paths[1], stored.part_bytes // 2)
+    calls = {
+        "pack": lambda: stored.matrix().pack_stored(stored.tensor(), 0, 4),
+        "read": lambda: stored.tensor().read(0, np.empty_like(stored.bytes)),
+    }
+    with pytest.raises(EOFError) as raised:
+        calls[way]()
+    # Any thread may be the first to meet it, in any of the reads behind.
+    assert raised.value.part == 1  # type: ignore[attr-defined]
+    assert stored.part_bytes // 2 - 4 <= raised.value.position < stored.part_bytes  # type: ignore[attr-defined]
+    os.truncate(stored.paths[1], stored.part_bytes + 4)
+    stored.matrix().pack_stored(stored.tensor(), 0, 4)  # all is as it was
+
+
+def test_a_read_that_is_refused_is_an_error_with_its_number(tmp_path: Path) -> None:
+    stored = Stored(tmp_path, GgmlType.Q8_0, 1, 300)
+    stored.files[0] = os.open(tmp_path, os.O_RDONLY)  # a folder
+    with pytest.raises(OSError, match="Is a directory") as raised:
+        stored.matrix().pack_stored(stored.tensor(), 0, 1)
+    assert (raised.value.errno, raised.value.part) == (errno.EISDIR, 0)  # type: ignore[attr-defined]
+
+
+def test_the_first_damaged_block_is_named_whoever_meets_it(tmp_path: Path) -> None:
+    stored = Stored(tmp_path, GgmlType.Q8_0, 3, 2000)
+    blocks = stored.bytes.reshape(-1, 34)
+    for block in (70000, 5001, 90000):
+        blocks[block, :2] = [0, 0x7C]  # infinity
+    stored.paths[0].write_bytes(b"xxx" + stored.bytes.tobytes())
+    tensor = stored.tensor()
+    stored.matrix().pack_stored(tensor, 0, 3)
+    assert tensor.not_finite == 5001
+
+
+def test_zeros_are_found_by_panels_and_joined(tmp_path: Path) -> None:
+    stored = Stored(tmp_path, GgmlType.Q8_0, 3, 320)
+    rows = stored.bytes.reshape(3 * 320, -1)
+    rows[30:90] = 0  # panels 2 to 4 as a whole
+    rows[310:330] = 0  # half of panel 19, half of the next matrix's first
+    rows[640:656, 1:] = 0
+    rows[640:656, 0] = 5  # scales, but no quants
+    stored.paths[0].write_bytes(b"xxx" + stored.bytes.tobytes())
+    tensor = stored.tensor()
+    stored.matrix().pack_stored(tensor, 0, 3)
+    assert tensor.zeros == [(32 * rows.shape[1], 80 * rows.shape[1])]
+
+
+@pytest.mark.parametrize("index", [-1, 2, 2**62])
+def test_matrices_that_are_not_there_are_refused(index: int) -> None:
+    matrix = _C.PackedMatrix(int(GgmlType.Q8_0), 2, 40, 64)
+    with pytest.raises(ValueError, match=rf"whole matrices of 2720 bytes; .* for matrix {index} of 2"):
+        matrix.pack(index, np.zeros(40 * 68, np.uint8))
+
+
+@pytest.mark.parametrize("nbytes", [0, 40 * 68 - 1, 40 * 68 + 68, 3 * 40 * 68])
+def test_a_source_of_no_whole_matrices_is_refused(nbytes: int) -> None:
+    matrix = _C.PackedMatrix(int(GgmlType.Q8_0), 2, 40, 64)
+    with pytest.raises(ValueError, match="whole matrices of 2720 bytes"):
+        matrix.pack(0, np.zeros(nbytes, np.uint8))

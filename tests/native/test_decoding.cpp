@@ -68,7 +68,7 @@ TEST(every_table_computes_with_any_bytes) {
       select_kernels(table->name);
       const auto product = [&](const std::vector<uint8_t>& bytes) {
         PackedMatrix matrix(info.type, 1, rows, blocks * info.block_elements);
-        matrix.pack(0, 1, {0, matrix.panels()}, bytes.data());
+        matrix.pack(0, 1, bytes.data());
         std::vector<float> out(static_cast<size_t>(tokens * rows));
         linear(matrix, 0, x.data(), tokens, out.data());
         return out;

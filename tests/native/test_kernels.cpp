@@ -38,7 +38,7 @@ TEST(products_have_the_bits_of_the_scalar_table) {
       for (const int64_t blocks : {1, 2, 3}) {
         const std::vector<uint8_t> source = test::random_blocks(info, rows * blocks, random);
         PackedMatrix matrix(info.type, 1, rows, blocks * info.block_elements);
-        matrix.pack(0, 1, {0, matrix.panels()}, source.data());
+        matrix.pack(0, 1, source.data());
         for (const int64_t tokens : {1, 2, 3, 5, 8, 13}) {
           const std::vector<float> x = test::random_floats(tokens * matrix.cols(), random);
           const std::vector<float> expected = product(scalar::kTable, matrix, x);

@@ -1,4 +1,8 @@
 // What is packed comes out again byte for byte: every type, any rows beyond whole panels, any number of blocks.
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
 #include "check.h"
 #include "formats/panel_layout.h"
 #include "layers/packed_matrix.h"
@@ -23,7 +27,7 @@ TEST(packed_blocks_are_those_of_the_file) {
       const int64_t matrices = 1 + rows % 2;
       const std::vector<uint8_t> source = test::random_blocks(info, matrices * rows * blocks, random);
       PackedMatrix matrix(info.type, matrices, rows, blocks * info.block_elements);
-      matrix.pack(0, matrices, {0, matrix.panels()}, source.data());
+      matrix.pack(0, matrices, source.data());
       const uint8_t* expected = source.data();
       for (int64_t index = 0; index < matrices; ++index) {
         for (int64_t row = 0; row < rows; ++row) {
@@ -43,26 +47,57 @@ TEST(packed_blocks_are_those_of_the_file) {
   }
 }
 
-TEST(a_matrix_packed_in_pieces_is_one_packed_at_once) {
+struct TemporaryFile {
+  std::FILE* file = std::tmpfile();
+  ~TemporaryFile() { std::fclose(file); }
+  int descriptor() const { return fileno(file); }
+
+  void write(const std::vector<uint8_t>& bytes) const {
+    CHECK(std::fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size() && std::fflush(file) == 0);
+  }
+};
+
+TEST(a_matrix_packed_from_its_file_is_one_packed_from_memory) {
   std::mt19937 random(2);
   for (const WeightTypeInfo& info : kWeightTypeInfos) {
+    const int64_t matrices = 2;
     const int64_t rows = 3 * kPanelRows + 5;
     const int64_t blocks = 3;
-    const std::vector<uint8_t> source = test::random_blocks(info, rows * blocks, random);
-    PackedMatrix whole(info.type, 1, rows, blocks * info.block_elements);
-    PackedMatrix pieces(info.type, 1, rows, blocks * info.block_elements);
-    whole.pack(0, 1, {0, whole.panels()}, source.data());
-    for (int64_t panel = 0; panel < pieces.panels(); ++panel) {
-      // Copied, so that a read beyond the piece is one beyond the allocation.
-      const int64_t first = panel * kPanelRows * pieces.row_bytes();
-      const int64_t end = std::min(rows, (panel + 1) * kPanelRows) * pieces.row_bytes();
-      const std::vector<uint8_t> piece(source.begin() + first, source.begin() + end);
-      pieces.pack(0, 1, {panel, panel + 1}, piece.data());
+    const std::vector<uint8_t> source = test::random_blocks(info, matrices * rows * blocks, random);
+    const TemporaryFile file;
+    file.write(std::vector<uint8_t>(7));  // tensors of a file may begin anywhere
+    file.write(source);
+    PackedMatrix expected(info.type, matrices, rows, blocks * info.block_elements);
+    PackedMatrix matrix(info.type, matrices, rows, blocks * info.block_elements);
+    expected.pack(0, matrices, source.data());
+    const int64_t each = static_cast<int64_t>(source.size()) / matrices;
+    StoredTensor stored(&info, {{file.descriptor(), 7}, {file.descriptor(), 7 + each}}, each);
+    matrix.pack_stored(stored, 0, 1);
+    matrix.pack_stored(stored, 1, 1);
+    for (int64_t index = 0; index < matrices; ++index) {
+      for (int64_t panel = 0; panel < matrix.panels(); ++panel) {
+        CHECK(std::memcmp(matrix.panel(index, panel), expected.panel(index, panel),
+                          static_cast<size_t>(matrix.panel_bytes())) == 0)
+            << "for " << info.name << ", matrix " << index << ", panel " << panel;
+      }
     }
-    for (int64_t panel = 0; panel < whole.panels(); ++panel) {
-      CHECK(std::memcmp(whole.panel(0, panel), pieces.panel(0, panel), static_cast<size_t>(whole.panel_bytes())) == 0)
-          << "for " << info.name << ", panel " << panel;
-    }
+    CHECK(stored.not_finite() == -1 && stored.has_values() && stored.zeros().empty()) << "for " << info.name;
+  }
+}
+
+TEST(a_file_that_ends_too_early_is_a_failure_that_says_where) {
+  const WeightTypeInfo& info = info_of(WeightType::kQ8_0);
+  const int64_t rows = 64 * kPanelRows;
+  const TemporaryFile file;
+  const int64_t there = 40 * kPanelRows * info.block_bytes + 5;
+  file.write(std::vector<uint8_t>(static_cast<size_t>(there)));
+  PackedMatrix matrix(info.type, 1, rows, info.block_elements);
+  StoredTensor stored(&info, {{file.descriptor(), 0}}, rows * info.block_bytes);
+  try {
+    matrix.pack_stored(stored, 0, 1);
+    CHECK(false);
+  } catch (const ReadFailure& failure) {
+    CHECK(failure.part == 0 && failure.position == there && failure.error == 0) << failure.what();
   }
 }
 

@@ -13,7 +13,7 @@ def in_options(message: str, options: Mapping[str, str]) -> str:
     """``message`` with options where it names arguments; ``options`` is argument -> option.
 
     ``kt_cpu_layers=99`` becomes ``--kt-cpu-layers 99``, ``gpus[1]`` becomes ``--gpu, entry 2``, and an option that the
-    message adds in brackets is not said twice. Bytes lose the b of Python.
+    message adds in brackets is not said twice.
     """
     for argument, option in options.items():
         entry = re.compile(rf"{_ELSEWHERE}{argument}\[(\d+)\]")
@@ -25,7 +25,7 @@ def in_options(message: str, options: Mapping[str, str]) -> str:
         # A plain word, such as ram, is an argument only where the message begins with it.
         where = _ELSEWHERE if "_" in argument else r"\A"
         message = re.sub(rf"{where}{argument}(?= )", option, message)
-    return re.sub(r"\bb(?='[^']*')", "", message)
+    return message
 
 
 def _entry_of(option: str, found: re.Match[str]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -117,6 +118,24 @@ class Checkpoint:
         stored = np.concatenate(pieces)
         stored.flags.writeable = False
         return stored
+
+    def places(self, name: str) -> list[tuple[int, int]]:
+        """(file descriptor, offset) of each part of tensor ``name``, which follow each other and have one size: for who
+        reads without Python, inside of `reading`."""
+        return [part.file.place(part.name, part.start) for part in self._parts[name]]
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        """While somebody reads from `places`: raises `GgufFormatError` for an OSError or EOFError that leaves it, whose
+        attributes ``part`` and ``position`` say where, and where a file was written to meanwhile."""
+        parts = self._parts[name]
+        try:
+            yield
+        except (OSError, EOFError) as error:
+            part = parts[error.part]  # type: ignore[union-attr]
+            part.file.refuse_read(part.name, part.start + error.position, error)  # type: ignore[union-attr]
+        for file, part_name in {part.file: part.name for part in parts}.items():
+            file.require_unchanged(part_name)
 
     def _split_fused_experts(self) -> None:
         """Show ``ffn_gate_up_exps`` (experts, 2 * intermediate, hidden) as the two stacks it is made of."""

@@ -211,6 +211,22 @@ class GgufFile:
         stored.flags.writeable = False
         return stored
 
+    def place(self, name: str, start: int = 0) -> tuple[int, int]:
+        """(file descriptor, offset) of byte ``start`` of tensor ``name``, for who reads without Python."""
+        return self._file.descriptor, self.tensors[name].offset + start
+
+    def refuse_read(self, name: str, position: int, error: OSError | EOFError) -> NoReturn:
+        """Raise `GgufFormatError` for ``error``, which such a reader met at byte ``position`` of tensor ``name``."""
+        info = self.tensors[name]
+        subject = f"tensor {_shown(name)}"
+        if isinstance(error, OSError):
+            self._file.refuse_error(subject, error, info.offset + position, info.offset + info.nbytes)
+        self._file.refuse_end(subject, position, info.nbytes)
+
+    def require_unchanged(self, name: str) -> None:
+        """Raise `GgufFormatError`, which says that tensor ``name`` was read, if the file was written to."""
+        self._file.require_unchanged(f"tensor {_shown(name)}")
+
 
 class _OpenFile:
     """A regular file. One that is replaced under its name meanwhile is read on as it was."""
@@ -221,7 +237,7 @@ class _OpenFile:
             # A pipe without writer would keep open() waiting for ever.
             kind = path.stat().st_mode
             if stat.S_ISREG(kind):
-                self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as error:
             raise CheckpointNotFoundError(
                 f"{path} is not a file that can be read ({error.strerror}); a GGUF file is expected"
@@ -233,8 +249,8 @@ class _OpenFile:
                 f"{path} is a pipe, a socket or a device; a regular file is expected, for tensors are not read in the "
                 "order in which a stream has them. Save it to disk first"
             )
-        weakref.finalize(self, os.close, self._descriptor)
-        self._opened = os.fstat(self._descriptor)
+        weakref.finalize(self, os.close, self.descriptor)
+        self._opened = os.fstat(self.descriptor)
         self.size = self._opened.st_size
         if self.size == 0:
             raise GgufFormatError(f"{path} is empty (0 bytes); a GGUF file is expected")
@@ -244,19 +260,28 @@ class _OpenFile:
         done = 0
         try:
             while done < len(target):
-                count = os.preadv(self._descriptor, [target[done:]], offset + done)
+                count = os.preadv(self.descriptor, [target[done:]], offset + done)
                 if count == 0:
-                    raise GgufFormatError(
-                        f"{self.path}: {subject} ends after {done} of {len(target)} bytes: the file was shortened to "
-                        f"{os.fstat(self._descriptor).st_size} bytes while it was read. Load it when nothing writes it"
-                    )
+                    self.refuse_end(subject, done, len(target))
                 done += count
         except OSError as error:
-            raise GgufFormatError(
-                f"{self.path}: {subject} cannot be read ({error.strerror}) at bytes {offset + done} to "
-                f"{offset + len(target)}; the disk or the network may be at fault"
-            ) from error
-        found = os.fstat(self._descriptor)
+            self.refuse_error(subject, error, offset + done, offset + len(target))
+        self.require_unchanged(subject)
+
+    def refuse_end(self, subject: str, done: int, expected: int) -> NoReturn:
+        raise GgufFormatError(
+            f"{self.path}: {subject} ends after {done} of {expected} bytes: the file was shortened to "
+            f"{os.fstat(self.descriptor).st_size} bytes while it was read. Load it when nothing writes it"
+        )
+
+    def refuse_error(self, subject: str, error: OSError, start: int, end: int) -> NoReturn:
+        raise GgufFormatError(
+            f"{self.path}: {subject} cannot be read ({error.strerror}) at bytes {start} to {end}; the disk or the "
+            "network may be at fault"
+        ) from error
+
+    def require_unchanged(self, subject: str) -> None:
+        found = os.fstat(self.descriptor)
         if (found.st_size, found.st_mtime_ns) != (self._opened.st_size, self._opened.st_mtime_ns):
             raise GgufFormatError(
                 f"{self.path} was written to while {subject} was read ({self.size} bytes before, {found.st_size} "
@@ -384,7 +409,8 @@ def _read_preamble(header: _Cursor) -> tuple[int, int]:
     if magic != _MAGIC:
         hint = part_of(header.path.name) or described(header.raw[:LOOKED_AT_BYTES])
         raise GgufFormatError(
-            f"{header.path} is not a GGUF file: it starts with {magic!r}, {_MAGIC!r} is expected; {hint}"
+            f"{header.path} is not a GGUF file: it starts with {_unprefixed(magic)}, {_unprefixed(_MAGIC)} is "
+            f"expected; {hint}"
         )
     header.take(4)
     (version,) = header.unpack(_U32)
@@ -520,3 +546,8 @@ def _shown(value: object) -> str:
     """``value`` for a message: quoted, control characters escaped, and short."""
     text = repr(value)
     return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _unprefixed(raw: bytes) -> str:
+    """``raw`` quoted, without the b of Python, which means nothing on a command line."""
+    return repr(raw)[1:]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import gguf
@@ -17,8 +19,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+import transformers_kt._C as _C
 from transformers_kt.families.registry import family_of
-from transformers_kt.gguf.damage import DamageCheck
+from transformers_kt.gguf import damage
 from transformers_kt.planning.assignments import Assignment
 from transformers_kt.planning.tables import grouped, new_table, rendered
 from transformers_kt.rules import TORCH
@@ -32,12 +35,16 @@ if TYPE_CHECKING:
     Modules = Mapping[str, type[KtModule]]
 
 _DEQUANTIZED_AT_ONCE = 1 << 22  # elements: 16 MB of float32, so that the copy in flight is small beside any model
+# Between two steps of the progress bar: half a second of a hard disk, and long beside the end of a parallel loop.
+_READ_AT_ONCE = 64 << 20
 
 
 class TensorSource(Protocol):
-    """What loading needs of a checkpoint."""
+    """What loading needs of a `Checkpoint`."""
 
     def data(self, name: str, start: int = 0, end: int | None = None) -> npt.NDArray[np.uint8]: ...
+    def places(self, name: str) -> Sequence[tuple[int, int]]: ...
+    def reading(self, name: str) -> AbstractContextManager[None]: ...
 
 
 class ProgressBar(Protocol):
@@ -141,28 +148,63 @@ def fill(
 
 
 class _Reader:
-    """Hands out stored tensors or pieces of them, looks them over for damage, and tells the progress bar of a piece
-    when the next is asked for. One thread at a time calls it."""
+    """Hands out stored tensors or pieces of them, looks them over for damage, and tells the progress bar what was used.
+
+    What was handed out counts as used when the next is asked for. One thread at a time calls it.
+    """
 
     def __init__(self, source: TensorSource, progress: ProgressBar) -> None:
         self._source, self._progress = source, progress
         self._unreported = 0
-        self._checks: dict[str, DamageCheck] = {}
+        self._tensors: dict[str, _C.StoredTensor] = {}
 
     def __call__(self, info: TensorInfo, start: int = 0, end: int | None = None) -> npt.NDArray[np.uint8]:
         self.finish()
         end = info.nbytes if end is None else end
         stored = self._source.data(info.name, start, end)
-        if start == 0:
-            self._checks[info.name] = DamageCheck(info)
-        self._checks[info.name].look_at(stored, start)
+        self._tensor(info).look_at(start, stored)
+        self._require_sound(info, end)
         self._unreported = end - start
         return stored
+
+    def read_into(self, info: TensorInfo, out: npt.NDArray[np.uint8]) -> None:
+        tensor = self._tensor(info)
+        block_bytes = gguf.GGML_QUANT_SIZES[info.ggml_type][1]
+        for start in range(0, info.nbytes, step := _READ_AT_ONCE // block_bytes * block_bytes):
+            piece = out[start : start + step]
+            with self._source.reading(info.name):
+                tensor.read(start, piece)
+            self._progress.update(len(piece))
+        self._require_sound(info, info.nbytes)
+
+    def pack(self, info: TensorInfo, matrix: _C.PackedMatrix) -> None:
+        tensor = self._tensor(info)
+        each = info.nbytes // matrix.count
+        at_once = max(1, _READ_AT_ONCE // each)
+        for first in range(0, matrix.count, at_once):
+            count = min(at_once, matrix.count - first)
+            with self._source.reading(info.name):
+                matrix.pack_stored(tensor, first, count)
+            self._progress.update(count * each)
+        self._require_sound(info, info.nbytes)
 
     def finish(self) -> None:
         """Report what was handed out last as used."""
         self._progress.update(self._unreported)
         self._unreported = 0
+
+    def _tensor(self, info: TensorInfo) -> _C.StoredTensor:
+        if info.name not in self._tensors:
+            places = self._source.places(info.name)
+            self._tensors[info.name] = _C.StoredTensor(int(info.ggml_type), places, info.nbytes // len(places))
+        return self._tensors[info.name]
+
+    def _require_sound(self, info: TensorInfo, end: int) -> None:
+        """The tensor was read up to byte ``end``."""
+        found = self._tensors[info.name]
+        damage.require_finite(info, found)
+        if end == info.nbytes:
+            damage.require_values(info, found, partial(self._source.data, info.name))
 
 
 def _operation_at(model: nn.Module, path: str) -> KtModule:

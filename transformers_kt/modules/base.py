@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -18,14 +17,18 @@ from transformers_kt.errors import UnsupportedOperationError
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
 from transformers_kt.planning.operations import Operation
 
-PIECE_BYTES = 4 << 20
-"""Of a large tensor, about as many bytes are read at a time, while those before are packed. J37 has the figures."""
-
 
 class TensorData(Protocol):
-    """Reads bytes ``start`` to ``end`` of a tensor, all of them by default: uint8, one-dimensional, read-only."""
+    """Reads tensors, and looks them over for damage."""
 
-    def __call__(self, info: TensorInfo, start: int = 0, end: int | None = None) -> npt.NDArray[np.uint8]: ...
+    def __call__(self, info: TensorInfo, start: int = 0, end: int | None = None) -> npt.NDArray[np.uint8]:
+        """Bytes ``start`` to ``end`` of a tensor, all of them by default: uint8, one-dimensional, read-only."""
+
+    def read_into(self, info: TensorInfo, out: npt.NDArray[np.uint8]) -> None:
+        """All of a tensor to ``out``, uint8 (bytes,), on all threads."""
+
+    def pack(self, info: TensorInfo, matrix: _C.PackedMatrix) -> None:
+        """All of a tensor to ``matrix``, on all threads: the way for large ones."""
 
 
 class KtModule(nn.Module):
@@ -69,42 +72,12 @@ def float_values(tensor: TensorInfo, blocks: npt.NDArray[np.uint8]) -> npt.NDArr
     return np.array(values, dtype=np.float32).reshape(tensor.shape)
 
 
-def _read_ahead(
-    tensor: TensorInfo, data: TensorData, ranges: Sequence[tuple[int, int]]
-) -> Iterator[npt.NDArray[np.uint8]]:
-    """The bytes of each range. One thread reads the next, and waits for the disk, while all others pack."""
-    with ThreadPoolExecutor(1) as ahead:
-        try:
-            upcoming = ahead.submit(data, tensor, *ranges[0])
-        except RuntimeError:  # no thread may be started (RLIMIT_NPROC)
-            yield from (data(tensor, *each) for each in ranges)
-            return
-        for following in [*ranges[1:], None]:
-            stored = upcoming.result()
-            if following is not None:
-                upcoming = ahead.submit(data, tensor, *following)
-            yield stored
-
-
 def pack_matrices(tensor: TensorInfo, data: TensorData) -> _C.PackedMatrix:
     """Packs a tensor (rows, cols) or (count, rows, cols) as it stands in the file."""
     rows, cols = tensor.shape[-2:]
     count = tensor.shape[0] if len(tensor.shape) == 3 else 1
     matrix = _C.PackedMatrix(int(tensor.ggml_type), count, rows, cols)
-    row_bytes = tensor.nbytes // (count * rows)
-    rows_at_once = PIECE_BYTES // row_bytes
-    # Whole matrices, or whole panels of one.
-    indices = max(1, rows_at_once // rows)
-    rows_each = rows if rows_at_once >= rows else max(1, rows_at_once // _C.PANEL_ROWS) * _C.PANEL_ROWS
-    pieces = []
-    for index in range(0, count, indices):
-        for row in range(0, rows, rows_each):
-            start = index * rows + row
-            end = start + min(indices, count - index) * min(rows_each, rows - row)
-            pieces.append((index, row, start * row_bytes, end * row_bytes))
-    read = _read_ahead(tensor, data, [piece[2:] for piece in pieces])
-    for (index, row, _, _), stored in zip(pieces, read, strict=True):
-        matrix.pack(index, stored, row)
+    data.pack(tensor, matrix)
     return matrix
 
 

@@ -14,7 +14,7 @@ from typing_extensions import Self
 import transformers_kt._C as _C
 from transformers_kt.backends import schemas as ops
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
-from transformers_kt.modules.base import PIECE_BYTES, DequantizedWeight, Handle, KtModule, TensorData
+from transformers_kt.modules.base import DequantizedWeight, Handle, KtModule, TensorData
 from transformers_kt.planning.operations import KERNEL_TYPES, OPERATIONS
 
 
@@ -54,11 +54,7 @@ class KtEmbedding(KtModule):
     def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
         tensor = tensors["weight"]
         stored = np.empty(tensor.nbytes, np.uint8)
-        row_bytes = tensor.nbytes // self.num_embeddings
-        piece = max(1, PIECE_BYTES // row_bytes) * row_bytes
-        for start in range(0, tensor.nbytes, piece):
-            end = min(start + piece, tensor.nbytes)
-            stored[start:end] = data(tensor, start, end)
+        data.read_into(tensor, stored)
         self._table = Handle(_EmbeddingTable(tensor.ggml_type, stored.reshape(self.num_embeddings, -1)))
         return tensor.nbytes
 
