@@ -37,11 +37,11 @@ def test_the_fork_that_installs_over_transformers_is_named(monkeypatch: pytest.M
 
 def test_an_old_transformers_is_named_with_the_version_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     with_versions(monkeypatch, {"transformers": "4.57.1"})
-    with pytest.raises(ImportError, match=r"transformers 4\.57\.1.*5\.23 or newer"):
+    with pytest.raises(ImportError, match=r"transformers 4\.57\.1.*5\.22 or newer"):
         check_environment()
 
 
-@pytest.mark.parametrize("version", ["5.23.0", "5.24.0.dev0", "6.0.1"])
+@pytest.mark.parametrize("version", ["5.22.2", "5.24.0.dev0", "6.0.1"])
 def test_newer_versions_pass(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     with_versions(monkeypatch, {"transformers": version})
     check_environment()

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 _FORK = "transformers-kt"
-_OLDEST = (5, 23)
+_OLDEST = (5, 22)
 ACTIVATE = "TRANSFORMERS_KT"
 RULES = "TRANSFORMERS_KT_RULES"
 THREADS = "TRANSFORMERS_KT_THREADS"

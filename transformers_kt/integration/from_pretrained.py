@@ -297,7 +297,7 @@ _KT_CLASSES: dict[type[PreTrainedModel], Any] = {}
 
 def _kt_class(model_class: type[PreTrainedModel]) -> Any:
     """``model_class`` with `KtModelMixin`, under its own name: transformers looks classes up by name."""
-    if issubclass(model_class, _FilledByQuantizer):
+    if issubclass(model_class, KtModelMixin):
         return model_class
     if model_class not in _KT_CLASSES:
         names = {key: getattr(model_class, key) for key in ("__module__", "__qualname__", "__doc__")}

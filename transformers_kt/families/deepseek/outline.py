@@ -14,10 +14,12 @@ V3 = "transformers.models.deepseek_v3.modeling_deepseek_v3."
 
 SEEN = {
     "deepseek_v2": (
+        "f354e01b3224c05505609c514b9c2eb92b7ed3965ff279f93d5594cbafb10134",  # 5.22
         "ba403d9aa84ec0fddb301887c22a77fd8f11a6c4e19fef3e3e67d8ac94b4b4e3",  # 5.23
         "d15ff3e1700771a9bd8565b281c7416e8e698e9209b1007b8ce6c3dcd16856b1",  # 5.24
     ),
     "deepseek_v3": (
+        "dc0df54620d7f92b140e1c5f01227ae1f292a2ba4899cf38003161747c20801f",
         "e82f83084b8ff66589d7026741f4fd2ff0ef0682ccd87fe4a931283f200a950a",
         "2ee61edcee9be267a9832822d2fd7b50a87aa6da5d0ed2b0bcb6c7a700fedb2d",
     ),

@@ -26,7 +26,7 @@ def cache_argument(forwards: Iterable[Callable[..., Any]]) -> str:
             return name
     raise UnsupportedModelError(
         f"transformers {transformers.__version__} gives models their cache under a name that this transformers_kt does "
-        "not know; 5.23 and 5.24 are tested: pip install 'transformers>=5.23,<5.25'"
+        "not know; 5.22 to 5.24 are tested: pip install 'transformers>=5.22,<5.25'"
     )
 
 
