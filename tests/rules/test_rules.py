@@ -149,7 +149,7 @@ def test_a_rule_without_a_device_means_the_cpu() -> None:
         ({"device": "cpu"}, ("linear_cpu", "cpu")),
     ],
 )
-def test_family_and_device_make_the_operation(replace: dict[str, Any], expected: tuple[str, str]) -> None:
+def test_kind_and_device_make_the_operation(replace: dict[str, Any], expected: tuple[str, str]) -> None:
     rules = load_rules([{"match": {"name": "up$"}, "replace": replace}], OPERATIONS)
     entries = {entry.module: entry for entry in make_plan(TREE, rules, OPERATIONS).entries}
     assert (entries["layers.0.mlp.up"].op, entries["layers.0.mlp.up"].device) == expected

@@ -7,11 +7,11 @@ A rule is a mapping of three keys, a file a list of rules (`rules_files` has inc
       class: torch.nn.Linear      # dotted name; subclasses match
       layers: 30-60               # 3, "3,7-9", "30-" (to the last), or a list of such
     replace:                      # at least one
-      op: experts                 # a family, auto (the default), or torch; experts_cpu names the device too
+      op: experts                 # a kind, auto (the default), or torch; experts_cpu names the device too
       device: cuda:1              # cpu (the default), cuda, cuda:1; "cuda*4" splits the layers over four
     recursive: true               # false: no other rule looks inside what this one matches
 
-The families are attention, moe, mlp, experts, linear, embedding, norm and rotary.
+The kinds are attention, moe, mlp, experts, linear, embedding, norm and rotary.
 
 **Which rule decides.** A rule with ``auto`` or an op holds for what it matches and for all inside; where several rules
 hold for a module, the first in the list decides. ``torch`` (or ``default``) keeps the matched module as transformers
@@ -63,7 +63,7 @@ def load_rules(kt_rules: KtRules, operations: Collection[str], variables: Mappin
     """Validated rules from the value of ``kt_rules``.
 
     That is "auto"; a YAML path or bundled name, with variables behind it or not ("my-rules?gpus=4"); or what such a
-    file would hold, as a list or mapping. ``operations`` are the families that rules may name. ``variables`` override
+    file would hold, as a list or mapping. ``operations`` are the kinds that rules may name. ``variables`` override
     those in the name.
 
     Raises `RuleError`, naming file, rule number and line, if the file is not there or anything in it is not understood.
@@ -88,7 +88,7 @@ def make_plan(
 ) -> Plan:
     """What computes each module of the model under ``rule_list``, and where.
 
-    ``operations`` are families. ``auto`` chooses none of those ``not_by_itself``; a rule of our form that names one of
+    ``operations`` are kinds. ``auto`` chooses none of those ``not_by_itself``; a rule of our form that names one of
     them still gets it. Devices in ``device_map`` override those of rules.
 
     Raises `RuleError` if a rule of our form decides about no module, gives a module to an operation made for other

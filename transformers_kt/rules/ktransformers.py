@@ -1,7 +1,7 @@
 """The names in KTransformers' YAML files, and what each means here. Names are data: none is ever imported.
 
 Facts of KTransformers 0.1 to 0.4 (`optimize.py`, `operators/`, `optimize_rules/`). A replacement becomes an operation
-family; the module computes on ``generate_device``; what has no meaning here becomes the nearest thing, with a note.
+kind; the module computes on ``generate_device``; what has no meaning here becomes the nearest thing, with a note.
 Names of 0.1 that changed later are known too: they still stand in files that are about.
 """
 
@@ -25,10 +25,10 @@ MODEL = "model"
 _OPERATORS = "ktransformers.operators."
 _MODELS = "ktransformers.models."
 
-# Replacement class -> family. "router" and "model" stay transformers' own: they are there to be placed.
+# Replacement class -> kind. "router" and "model" stay transformers' own: they are there to be placed.
 _REPLACEMENTS: Mapping[str, str] = {
-    _OPERATORS + name: family
-    for family, names in {
+    _OPERATORS + name: kind
+    for kind, names in {
         "experts": (
             "experts.KTransformersExperts",
             "experts.KTransformersExpertsV2",
@@ -144,9 +144,9 @@ _BACKENDS = ("llamafile", "AMXInt8", "AMXInt4", "AMXBF16")
 
 
 class Replacement(NamedTuple):
-    """What a rule of theirs asks for: ``family`` is "default" where the module stays and is only placed."""
+    """What a rule of theirs asks for: ``kind`` is "default" where the module stays and is only placed."""
 
-    family: str
+    kind: str
     device: str
     notes: tuple[str, ...]
 
@@ -166,7 +166,7 @@ def stock_class(name: str, where: str) -> str:
 def read_replacement(replace: Mapping[str, Any], where: str) -> Replacement:
     """What ``replace``, of the keys class and kwargs, means. Raises `RuleError` if anything in it is not known."""
     name = replace.get("class", DEFAULT)
-    family = DEFAULT if name == DEFAULT else _family(name, where)
+    kind = DEFAULT if name == DEFAULT else _kind(name, where)
     kwargs = {} if replace.get("kwargs") is None else replace["kwargs"]
     require_keys(kwargs, (*_KWARGS, *_FORMER_KWARGS), f"{where}, replace.kwargs", "kwargs")
     kwargs = {_FORMER_KWARGS.get(key, key): value for key, value in kwargs.items()}
@@ -174,13 +174,13 @@ def read_replacement(replace: Mapping[str, Any], where: str) -> Replacement:
     for key, value in kwargs.items():
         _KWARGS[key](value, f"{where}, replace.kwargs.{key}")
     for key in ("generate_op", "prefill_op"):
-        _check_op(kwargs.get(key), family, f"{where}, replace.kwargs.{key}")
+        _check_op(kwargs.get(key), kind, f"{where}, replace.kwargs.{key}")
     generate, prefill = (
         parse_device(kwargs[key]) if key in kwargs else None for key in ("generate_device", "prefill_device")
     )
     never_generates = "generate_op" in kwargs and kwargs["generate_op"] in _NO_OP
-    device = (prefill if never_generates and prefill else generate) or _DEFAULT_DEVICES.get(family, DEFAULT_DEVICE)
-    return Replacement(family, device, tuple(_notes(kwargs, family, device, prefill)))
+    device = (prefill if never_generates and prefill else generate) or _DEFAULT_DEVICES.get(kind, DEFAULT_DEVICE)
+    return Replacement(kind, device, tuple(_notes(kwargs, kind, device, prefill)))
 
 
 def _check_keys(replace: Mapping[str, Any], kwargs: Mapping[str, Any], where: str) -> None:
@@ -195,7 +195,7 @@ def _check_keys(replace: Mapping[str, Any], kwargs: Mapping[str, Any], where: st
         _is_device(replace["device"], f"{where}, replace.device")
 
 
-def _family(name: Any, where: str) -> str:
+def _kind(name: Any, where: str) -> str:
     if not isinstance(name, str) or name not in _REPLACEMENTS:
         raise RuleError(
             f"{where}, replace has the unknown class {brief(name)}{nearest(name, [DEFAULT, *_REPLACEMENTS])}; known "
@@ -204,12 +204,12 @@ def _family(name: Any, where: str) -> str:
     return _REPLACEMENTS[name]
 
 
-def _notes(kwargs: Mapping[str, Any], family: str, device: str, prefill: str | None) -> list[str]:
+def _notes(kwargs: Mapping[str, Any], kind: str, device: str, prefill: str | None) -> list[str]:
     """What of ``kwargs`` has no meaning here, and what it becomes."""
     notes = []
     op = kwargs.get("generate_op")
-    if family in _OPS and op not in (*_NO_OP, *(_CPU_OPS if device == CPU else ())):
-        notes.append(f"generate_op {op} -> our {family} operation of the device, on the weights as the file has them")
+    if kind in _OPS and op not in (*_NO_OP, *(_CPU_OPS if device == CPU else ())):
+        notes.append(f"generate_op {op} -> our {kind} operation of the device, on the weights as the file has them")
     if "generate_op" in kwargs and op in _NO_OP:
         notes.append("generate_op None -> generates where it prefills")
     if prefill not in (None, device):
@@ -226,9 +226,9 @@ def _notes(kwargs: Mapping[str, Any], family: str, device: str, prefill: str | N
     return notes
 
 
-def _check_op(op: Any, family: str, where: str) -> None:
+def _check_op(op: Any, kind: str, where: str) -> None:
     """Ops of experts are none of linears. Modules of other classes ignored the key, and so do we."""
-    known = _OPS.get(family, tuple(op for ops in _OPS.values() for op in ops))
+    known = _OPS.get(kind, tuple(op for ops in _OPS.values() for op in ops))
     if op not in (*known, *_NO_OP):
         raise RuleError(
             f"{where} is the unknown op {brief(op)}{nearest(op, known)}; known are {', '.join(known)}, None"

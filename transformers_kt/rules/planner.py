@@ -109,7 +109,7 @@ class Planner:
         self._device_map = {prefix: _mapped_device(prefix, device) for prefix, device in device_map.items()}
         self._is_theirs = any(rule.theirs for rule in rule_list.rules)
         self._matcher = Matcher(rule_list.rules)
-        self._family_of: dict[str, str | None] = {}
+        self._kind_of: dict[str, str | None] = {}
         self._layers = {site.layer for site in walk(root) if site.layer is not None}
         self._rows_of: dict[int, dict[int, int]] = {}  # rule -> layer -> which of the rule's layers it is
         self._is_past_a_layer = False
@@ -142,8 +142,8 @@ class Planner:
             parts.append(_Part(self._entry(site, TORCH, rule), free=not keeps))
         for child in site.below():
             parts.extend(self._visit(child, below))
-        family = None if keeps else self._family(site.node.class_name)
-        return parts if family is None else self._coarsest(site, family, rule, parts)
+        kind = None if keeps else self._kind(site.node.class_name)
+        return parts if kind is None else self._coarsest(site, kind, rule, parts)
 
     @staticmethod
     def _inside(rule: Rule | None, inherited: _Inherited | None) -> _Inherited | None:
@@ -168,7 +168,7 @@ class Planner:
                 )
         return _Part(entry, free=False)
 
-    def _coarsest(self, site: Site, family: str, rule: Rule | None, parts: list[_Part]) -> list[_Part]:
+    def _coarsest(self, site: Site, kind: str, rule: Rule | None, parts: list[_Part]) -> list[_Part]:
         """One operation for all ``parts`` of a module if they lie together and no rule ordered otherwise."""
         devices = {part.entry.device for part in parts}
         if len(devices) != 1 or not all(part.free for part in parts):
@@ -181,15 +181,15 @@ class Planner:
         for part in parts:
             notes.update(dict.fromkeys(part.entry.notes))
         number = numbers[0] if numbers else None
-        entry = PlanEntry(site.path, _op(family, device), device, number, tuple(notes))
+        entry = PlanEntry(site.path, _op(kind, device), device, number, tuple(notes))
         return [_Part(entry, free=True)]
 
-    def _entry(self, site: Site, family: str, rule: Rule | None) -> PlanEntry:
+    def _entry(self, site: Site, kind: str, rule: Rule | None) -> PlanEntry:
         device = self._device(site, rule)
         if rule is None:
-            return PlanEntry(site.path, _op(family, device), device, None)
+            return PlanEntry(site.path, _op(kind, device), device, None)
         self._decided.add(rule.number)
-        return PlanEntry(site.path, _op(family, device), device, rule.number, rule.notes)
+        return PlanEntry(site.path, _op(kind, device), device, rule.number, rule.notes)
 
     def _device(self, site: Site, rule: Rule | None) -> str:
         prefix = longest_prefix(site.path, self._device_map)
@@ -209,22 +209,22 @@ class Planner:
         rows = self._rows_of[rule.number]
         if site.layer is not None:
             row = rows.get(site.layer, 0)
-        elif self._is_past_a_layer and self._family(site.node.class_name) != _ROTARY:
+        elif self._is_past_a_layer and self._kind(site.node.class_name) != _ROTARY:
             row = len(rows) - 1
         else:
             row = 0  # the rotary embedding stands behind the layers in the tree, and feeds them
         return spread.device(row, max(1, len(rows)))
 
-    def _family(self, class_name: str) -> str | None:
-        """The family that ``auto`` takes for a class: the exact class, for a subclass may compute something else."""
-        if class_name not in self._family_of:
+    def _kind(self, class_name: str) -> str | None:
+        """The kind that ``auto`` takes for a class: the exact class, for a subclass may compute something else."""
+        if class_name not in self._kind_of:
             claims = (
-                family
-                for family, classes in self._operations.items()
-                if class_name in classes and family not in self._not_by_itself
+                kind
+                for kind, classes in self._operations.items()
+                if class_name in classes and kind not in self._not_by_itself
             )
-            self._family_of[class_name] = next(claims, None)
-        return self._family_of[class_name]
+            self._kind_of[class_name] = next(claims, None)
+        return self._kind_of[class_name]
 
     def _check_class(self, rule: Rule, site: Site) -> None:
         """Raise `RuleError` if ``rule`` names an operation, or a class of KTransformers, that is for other modules."""
@@ -250,8 +250,8 @@ class Planner:
         return tuple(f"{_labels(rules)}: {note}" for note, rules in said.items())
 
 
-def _op(family: str, device: str) -> str:
-    return TORCH if family == TORCH else f"{family}_{backend_of(device)}"
+def _op(kind: str, device: str) -> str:
+    return TORCH if kind == TORCH else f"{kind}_{backend_of(device)}"
 
 
 def _mapped_device(prefix: str, device: str) -> str:

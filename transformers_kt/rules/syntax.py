@@ -32,7 +32,7 @@ _LAYERS = re.compile(r"\s*(\d{1,5})\s*(-\s*(\d{1,5})?\s*)?")
 class Rule:
     """One validated rule.
 
-    ``number`` counts from 1 in the order of precedence, through all files. ``op`` is "auto", "torch", or a family
+    ``number`` counts from 1 in the order of precedence, through all files. ``op`` is "auto", "torch", or a kind
     ("experts"), of which ``device`` chooses the backend. ``device`` is None where the rule names none. ``theirs``: the
     rule is in KTransformers' language.
     """
@@ -113,7 +113,7 @@ def _replacement(
     require_keys(replace, _REPLACE_KEYS, f"{label}, replace", "replace")
     if replace.keys() & _THEIRS:
         found = ktransformers.read_replacement(replace, label)
-        return found.family, found.device, True, found.notes
+        return found.kind, found.device, True, found.notes
     if not replace:
         raise RuleError(f"{label}, replace names neither op nor device; {_known_ops(operations)}")
     op, its_device = _op(replace.get("op", AUTO), label, operations)
@@ -142,10 +142,10 @@ def _op(op: Any, label: str, operations: Collection[str]) -> tuple[str, str | No
     if isinstance(op, str):
         if op in operations:
             return op, None
-        family, _, backend = op.rpartition("_")
-        if family in operations and backend in BACKENDS:
-            return family, CPU if backend == backend_of(CPU) else ktransformers.DEFAULT_DEVICE
-    with_backends = (f"{family}_{backend}" for family in operations for backend in BACKENDS)
+        kind, _, backend = op.rpartition("_")
+        if kind in operations and backend in BACKENDS:
+            return kind, CPU if backend == backend_of(CPU) else ktransformers.DEFAULT_DEVICE
+    with_backends = (f"{kind}_{backend}" for kind in operations for backend in BACKENDS)
     spelt = [*operations, *with_backends, AUTO, TORCH, _DEFAULT]
     raise RuleError(f"{label}, replace has the unknown op {brief(op)}{nearest(op, spelt)}; {_known_ops(operations)}")
 
