@@ -23,7 +23,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from transformers_kt.backends.gpu.panels import LAYOUTS
 from transformers_kt.backends.triton import (
     dequantize,
     gemm,
@@ -186,7 +185,7 @@ def table_of(used: dict[str, dict[int, Use]], archs: Sequence[int]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
-    parser.add_argument("--type", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    parser.add_argument("--type", nargs="+", default=list(gemv.TYPES), choices=list(gemv.TYPES))
     parser.add_argument("--kernel", default="", help="only kernels whose name has this")
     parser.add_argument("--table", type=Path, help="Markdown file to write registers, shared memory and spills to")
     options = parser.parse_args()

@@ -62,7 +62,7 @@ inline void exchange(Word& a, Word& b, Word mask, int distance) {
 // Bits among a block's units, given in the order of the file: upper ones each to a unit that goes with the lower bits
 // of one set alone; or, with `back`, back.
 //
-// Q5_0: bit 4 g + k to bit 8 k + g: the index turns by two; three turns more are a full circle of five.
+// Q5_0, Q5_1: bit 4 g + k to bit 8 k + g: the index turns by two; three turns more are a full circle of five.
 // Q5_K: per byte of a unit qh[g], 2 bits for each of 4 chunks. 4 units of 4 chunks become 4 chunks of 4 units: in each
 // four the pairs of bits of a byte are transposed. Q6_K: per byte of a unit, 2 bits for each of 4 quarters q; chunks
 // are the quarters p and p + 2, so that 2 units of 2 chunks are transposed. IQ4_XS: the nibbles of two blocks, as Q4_K
@@ -71,8 +71,9 @@ template <WeightType type, bool back, typename Word>
 inline void regroup_bits(Word* units) {
   const Word pairs = in_each_unit<Word>(0x33333333);
   const Word fours = in_each_unit<Word>(0x0f0f0f0f);
-  if constexpr (type == WeightType::kQ5_0) {
-    for (int turn = 0; turn < (back ? 3 : 2); ++turn) units[0] = even_bits_first(units[0]);
+  if constexpr (type == WeightType::kQ5_0 || type == WeightType::kQ5_1) {
+    Word& upper = units[head_units(type)];
+    for (int turn = 0; turn < (back ? 3 : 2); ++turn) upper = even_bits_first(upper);
   } else if constexpr (type == WeightType::kQ5_K) {
     for (Word* four = units + 4; four < units + 12; four += 4) {
       exchange(four[0], four[2], fours, 4);

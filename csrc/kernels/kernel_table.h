@@ -71,10 +71,10 @@ struct KernelTable {
   // d_sum_j, M); acc = fma(-dmin, M, acc).
   // Types whose blocks stand whole in a panel, per block of n activation blocks of 32: S as above over n blocks, where
   // P_j is fma(p1, s1, p0 * s0) of the products p and scales s of 16 columns each, as floats, which makes no difference
-  // where those are integers; acc = fma(d, S, acc). Q2_K, Q4_1 and Q5_1 also: M = 0; M = fma(fma(m1, -sum1, m0 *
-  // -sum0), d_j, M); acc = fma(dmin, M, acc).
-  // Other 32-wide types, per block: acc = fma(d * d_j, float(dot(q, a_j)), acc). Float types: acc = fma(w, x, acc),
-  // column by column.
+  // where those are integers; acc = fma(d, S, acc). Q2_K also: M = 0; M = fma(fma(m1, -sum1, m0 * -sum0), d_j, M);
+  // acc = fma(dmin, M, acc).
+  // Other 32-wide types, per block: acc = fma(d * d_j, float(dot(q, a_j)), acc). Q4_1 and Q5_1 then also: acc = fma(m,
+  // d_sum_j, acc). Float types: acc = fma(w, x, acc), column by column.
   void (*dot[kWeightTypes])(const DotArgs& args);
 
   // The same numbers. One call for a long stretch of memory: what a core does between two panels, be it 50 ns, it does

@@ -175,9 +175,14 @@ TKT_INLINE void dot_tile_32(const DotArgs& args, int token, Prefetch prefetch) {
     V::I narrow[T][R];
     add_groups_32<Words, T, R, 0>(dot, narrow, words, q, prefetch);
     TKT_UNROLL for (int r = 0; r < R; ++r) {
-      const V::F d = Words::load_scales(block_scales<Words>(args.panels[r], b));
+      const uint8_t* scales = block_scales<Words>(args.panels[r], b);
+      const V::F d = Words::load_scales(scales);
       TKT_UNROLL for (int t = 0; t < T; ++t) {
         acc[t][r] = V::fma(V::mul(d, V::set_f(act[t][b].d)), V::to_float(dot[t][r]), acc[t][r]);
+      }
+      if constexpr (Words::kHasMinima) {
+        const V::F min = Words::load_minima(scales);
+        TKT_UNROLL for (int t = 0; t < T; ++t) acc[t][r] = V::fma(min, V::set_f(act[t][b].d_sum), acc[t][r]);
       }
     }
   }

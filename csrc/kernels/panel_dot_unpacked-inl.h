@@ -232,7 +232,9 @@ template <class Words, int R>
 static inline void unpack_blocks_32(const DotArgs& args, int64_t block, int count, UnpackedBlock<R>& unpacked) {
   for (int r = 0; r < R; ++r) {
     for (int b = 0; b < count; ++b) {
-      store_float(unpacked.scales[b][0][r], Words::load_scales(block_scales<Words>(args.panels[r], block + b)));
+      const uint8_t* scales = block_scales<Words>(args.panels[r], block + b);
+      store_float(unpacked.scales[b][0][r], Words::load_scales(scales));
+      if constexpr (Words::kHasMinima) V::store(unpacked.minima[b][r], Words::load_minima(scales));
       unpack_groups_32<Words, R, 0>(unpacked, b, r, block_words<Words>(args.panels[r], args.blocks, block + b));
     }
   }
@@ -261,11 +263,16 @@ TKT_NOINLINE void dot_tile_unpacked_32(const UnpackedBlock<R>& unpacked, const D
     TKT_UNROLL for (int r = 0; r < R; ++r) factors[r] = V::set_i(kOnes);
     add_unpacked_groups<Words::kNarrowGroups, T, R, 0, 8, 0>(dot, narrow, unpacked.weights[b], q, factors);
     TKT_UNROLL for (int t = 0; t < T; ++t) {
-      const V::I offset = V::template shift_left<Words::kOffsetLog2>(V::broadcast_i(&act[t][b].neg_sum));
       const V::F d = V::set_f(act[t][b].d);
       TKT_UNROLL for (int r = 0; r < R; ++r) {
+        if constexpr (Words::kOffsetLog2 >= 0) {
+          dot[t][r] = V::add_i(dot[t][r], V::template shift_left<Words::kOffsetLog2>(V::broadcast_i(&act[t][b].neg_sum)));
+        }
         const V::F both_d = V::mul(load_float(unpacked.scales[b][0][r]), d);
-        acc[t][r] = V::fma(both_d, V::to_float(V::add_i(dot[t][r], offset)), acc[t][r]);
+        acc[t][r] = V::fma(both_d, V::to_float(dot[t][r]), acc[t][r]);
+        if constexpr (Words::kHasMinima) {
+          acc[t][r] = V::fma(V::load(unpacked.minima[b][r]), V::set_f(act[t][b].d_sum), acc[t][r]);
+        }
       }
     }
   }

@@ -50,8 +50,9 @@ float add_k_quant(const DecodedBlock& w, const ActivationQ8* a, bool minima_too,
   return minima_too ? std::fma(-w.dmin, minima, acc) : acc;
 }
 
-float add_32(const DecodedBlock& w, const ActivationQ8& a, float acc) {
-  return std::fma(w.d * a.d, static_cast<float>(sum_of_products(w.q, a.q, 32)), acc);
+float add_32(const DecodedBlock& w, const ActivationQ8& a, bool minimum_too, float acc) {
+  acc = std::fma(w.d * a.d, static_cast<float>(sum_of_products(w.q, a.q, 32)), acc);
+  return minimum_too ? std::fma(-w.dmin, a.d_sum, acc) : acc;
 }
 
 // As kernel_table.h has it for types whose blocks stand whole in a panel.
@@ -84,7 +85,7 @@ float dot_row(WeightType type, const uint8_t* panel, int64_t blocks, int lane, c
     decode_block(type, block, w);
     acc = info.whole_blocks()          ? add_whole_block(w, a, info.block_elements / 32, has_minima(type), acc)
           : info.block_elements == 256 ? add_k_quant(w, a, has_minima(type), acc)
-                                       : add_32(w, *a, acc);
+                                       : add_32(w, *a, has_minima(type), acc);
   }
   return acc;
 }

@@ -7,6 +7,7 @@ struct IQ4_NLWords {
   static constexpr int kWords = 4;
   static constexpr int kNarrowGroups = 0;  // 2 * 241 * 127 = 61,214, but signed 2 * 127 * 127 = 32,258
   static constexpr int kOffsetLog2 = V::kAddsIn16Bits ? -1 : 7;
+  static constexpr bool kHasMinima = false;
   static constexpr int kPerLineTokens = 2;
   static V::F load_scales(const uint8_t* p) { return V::load_f16(p); }
   static constexpr int group_at(int position) { return position / 2 + position % 2 * 4; }

@@ -17,6 +17,7 @@ struct MXFP4Words {
   static constexpr int kWords = 4;
   static constexpr int kNarrowGroups = 4;  // 4 * 2 * 28 * 127 = 28,448
   static constexpr int kOffsetLog2 = 4;
+  static constexpr bool kHasMinima = false;
   static constexpr int kPerLineTokens = 2;
   static constexpr int kUnpackTokensOf16Registers = 12;
   // 2^(e - 128) as a product of two powers of two that are both normal numbers, so that e = 0, a denormal, is no

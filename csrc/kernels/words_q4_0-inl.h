@@ -7,6 +7,7 @@ struct Q4_0Words {
   static constexpr int kWords = 4;
   static constexpr int kNarrowGroups = 8;  // 8 * 2 * 15 * 127 = 30,480
   static constexpr int kOffsetLog2 = 3;
+  static constexpr bool kHasMinima = false;
   static constexpr int kPerLineTokens = 2;
   static constexpr int kUnpackTokensOf16Registers = 12;
   static V::F load_scales(const uint8_t* p) { return V::load_f16(p); }

@@ -7,6 +7,7 @@ struct Q5_0Words {
   static constexpr int kWords = 5;
   static constexpr int kNarrowGroups = 4;  // 4 * 2 * 31 * 127 = 31,496
   static constexpr int kOffsetLog2 = 4;
+  static constexpr bool kHasMinima = false;
   static constexpr int kPerLineTokens = 2;
   static constexpr int kUnpackTokensOf16Registers = 7;
   static V::F load_scales(const uint8_t* p) { return V::load_f16(p); }

@@ -7,6 +7,7 @@ struct Q8_0Words {
   static constexpr int kWords = 8;
   static constexpr int kNarrowGroups = 0;  // 2 * 255 * 127 = 64,770, but signed 2 * 128 * 127 = 32,512
   static constexpr int kOffsetLog2 = V::kAddsIn16Bits ? -1 : 7;
+  static constexpr bool kHasMinima = false;
   static constexpr int kPerLineTokens = 6;
   static V::F load_scales(const uint8_t* p) { return V::load_f16(p); }
   static constexpr int group_at(int position) { return position; }

@@ -153,11 +153,29 @@ def _mxfp4(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     return scales * _looked_up(_columns(torch.cat((units & 15, units >> 4), dim=2)), MXFP4_VALUES)
 
 
+def _columns_of_five_bits(units: torch.Tensor) -> torch.Tensor:
+    """A set of 5 units: vector 2 i has columns 4 i to 4 i + 3, the next one those 16 further."""
+    vectors = _five_bits(*units.unbind(2))
+    return _columns(torch.cat((vectors[:, :, 0::2], vectors[:, :, 1::2]), dim=2))
+
+
 def _q5_0(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     assert scales is not None
-    vectors = _five_bits(*units.unbind(2))  # vector 2 i has columns 4 i to 4 i + 3, the next one those 16 further
-    halves = torch.cat((vectors[:, :, 0::2], vectors[:, :, 1::2]), dim=2)
-    return scales * (_columns(halves) - 16)
+    return scales * (_columns_of_five_bits(units) - 16)
+
+
+def _with_one_minimum(units: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Of Q4_1 and Q5_1, whose unit 0 is scale and minimum."""
+    head = _halves(units[:, :, 0]).unsqueeze(2)  # (panels, blocks, 1, 16, 2)
+    return head[..., 0] * columns + head[..., 1]
+
+
+def _q4_1(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    return _with_one_minimum(units, _columns(torch.cat((units[:, :, 1:] & 15, units[:, :, 1:] >> 4), dim=2)))
+
+
+def _q5_1(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    return _with_one_minimum(units, _columns_of_five_bits(units[:, :, 1:]))
 
 
 def _k_scales(units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,6 +246,8 @@ _DECODERS: Mapping[str, Callable[[torch.Tensor, torch.Tensor | None], torch.Tens
     "Q6_K": _q6_k,
     "IQ4_NL": _iq4_nl,
     "IQ4_XS": _iq4_xs,
+    "Q4_1": _q4_1,
+    "Q5_1": _q5_1,
     "MXFP4": _mxfp4,
 }
 

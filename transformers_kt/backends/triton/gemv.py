@@ -28,6 +28,8 @@ from transformers_kt.backends.triton.unpack import (
 MOST_ROWS = 8
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types whose panels are columns of 16 values -> their dtype."""
+TYPES = (*FLOATS, *KINDS)
+"""Those with kernels."""
 _BLOCKS = {"Q4_0": 8, "IQ4_NL": 8, "MXFP4": 8, "Q5_0": 32, "Q8_0": 4, "Q4_K": 1, "Q5_K": 4, "Q6_K": 2, "IQ4_XS": 1}
 """Blocks at once: 512 words of a set, 16 bytes to each of 128 threads."""
 _WARPS = {"Q5_0": 8}
