@@ -66,7 +66,8 @@ inline void exchange(Word& a, Word& b, Word mask, int distance) {
 // Q5_K: per byte of a unit qh[g], 2 bits for each of 4 chunks. 4 units of 4 chunks become 4 chunks of 4 units: in each
 // four the pairs of bits of a byte are transposed. Q6_K: per byte of a unit, 2 bits for each of 4 quarters q; chunks
 // are the quarters p and p + 2, so that 2 units of 2 chunks are transposed. IQ4_XS: the nibbles of two blocks, as Q4_K
-// has them. These three are their own inverse.
+// has them. Q3_K: hmask as qh of Q5_K; per byte of a unit of qs 2 bits for each of 4 blocks, the upper two of which
+// change places with the lower two of the unit two further. These are their own inverse.
 template <WeightType type, bool back, typename Word>
 inline void regroup_bits(Word* units) {
   const Word pairs = in_each_unit<Word>(0x33333333);
@@ -74,12 +75,19 @@ inline void regroup_bits(Word* units) {
   if constexpr (type == WeightType::kQ5_0 || type == WeightType::kQ5_1) {
     Word& upper = units[head_units(type)];
     for (int turn = 0; turn < (back ? 3 : 2); ++turn) upper = even_bits_first(upper);
-  } else if constexpr (type == WeightType::kQ5_K) {
-    for (Word* four = units + 4; four < units + 12; four += 4) {
+  } else if constexpr (type == WeightType::kQ5_K || type == WeightType::kQ3_K) {
+    constexpr int kFirst = type == WeightType::kQ5_K ? 4 : 0;
+    for (Word* four = units + kFirst; four < units + kFirst + 8; four += 4) {
       exchange(four[0], four[2], fours, 4);
       exchange(four[1], four[3], fours, 4);
       exchange(four[0], four[1], pairs, 2);
       exchange(four[2], four[3], pairs, 2);
+    }
+    if constexpr (type == WeightType::kQ3_K) {
+      for (Word* four = units + 8; four < units + 24; four += 4) {
+        exchange(four[0], four[2], fours, 4);
+        exchange(four[1], four[3], fours, 4);
+      }
     }
   } else if constexpr (type == WeightType::kQ6_K) {
     for (Word* pair = units + 32; pair < units + 48; pair += 2) exchange(pair[0], pair[1], pairs, 2);
@@ -146,6 +154,32 @@ inline void spread_six_bits(Word (&set)[3]) {
   }
 }
 
+// A set of Q3_K: upper bits, bit v of each byte that of vector v, and 2 words of pairs of bits, from the lowest vectors
+// 0 1 4 5 and 2 3 6 7, become 3 words with two vectors each under parts of the other two; with `back`, back.
+template <bool back, typename Word>
+inline void spread_three_bits(Word (&set)[3]) {
+  constexpr auto bits = bits_of_bytes<Word>;
+  const auto [a, b, c] = set;
+  constexpr auto pair_of = [](int v) { return v / 4 * 4 + v % 2 * 2; };
+  Word vectors[8];
+  if constexpr (back) {
+    for (int v = 0; v < 6; ++v) vectors[v] = bits(set[v / 2], v % 2 * 3, 0x07);
+    vectors[6] = bits(a, 6, 0x03) | bits(c, 4, 0x04);
+    vectors[7] = bits(b, 6, 0x03) | bits(c, 5, 0x04);
+    for (Word& word : set) word ^= word;
+    for (int v = 0; v < 8; ++v) {
+      set[0] |= bits(vectors[v], 2, 0x01) << v;
+      set[1 + v / 2 % 2] |= bits(vectors[v], 0, 0x03) << pair_of(v);
+    }
+  } else {
+    for (int v = 0; v < 8; ++v) vectors[v] = bits(v / 2 % 2 ? c : b, pair_of(v), 0x03) | bits(a, v, 0x01) << 2;
+    for (int i = 0; i < 3; ++i) set[i] = vectors[2 * i] | vectors[2 * i + 1] << 3;
+    set[0] |= bits(vectors[6], 0, 0x03) << 6;
+    set[1] |= bits(vectors[7], 0, 0x03) << 6;
+    set[2] |= bits(vectors[6], 2, 0x01) << 6 | bits(vectors[7], 2, 0x01) << 7;
+  }
+}
+
 // The sets of a block whose units stand as in a panel, each with `kLanes` words beside each other.
 template <WeightType type, bool back, int kLanes, typename Word>
 inline void spread_sets(Word* block) {
@@ -158,6 +192,8 @@ inline void spread_sets(Word* block) {
         for (int u = 0; u < kUnits; ++u) set[u] = words[u * kLanes + lane];
         if constexpr (type == WeightType::kQ6_K) {
           spread_six_bits<back>(set);
+        } else if constexpr (type == WeightType::kQ3_K) {
+          spread_three_bits<back>(set);
         } else if constexpr (type == WeightType::kQ5_K) {
           spread_five_bits<back>(set, [](int v) { return v; });
         } else {

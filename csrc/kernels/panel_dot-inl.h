@@ -95,10 +95,15 @@ TKT_INLINE V::I bits_of(V::I bytes, uint32_t mask) {
 }
 TKT_INLINE V::I word_at(const uint8_t* set, int word) { return V::load_i(set + word * 64); }
 
-// Vector `2 * group + nibble` of a set (block_formats.h) of 2, 4 or 8 of them in 1, 3 or 5 words.
+// Vector `2 * group + nibble` of a set (block_formats.h).
 template <int vector>
 TKT_INLINE V::I four_bits(const uint8_t* set) {
   return bits_of<4 * vector>(word_at(set, 0), 0x0f);
+}
+template <int vector>
+TKT_INLINE V::I three_bits(const uint8_t* set) {
+  if constexpr (vector < 6) return bits_of<3 * (vector % 2)>(word_at(set, vector / 2), 0x07);
+  return V::or_i(bits_of<6>(word_at(set, vector - 6), 0x03), bits_of<vector - 2>(word_at(set, 2), 0x04));
 }
 template <int vector>
 TKT_INLINE V::I six_bits(const uint8_t* set) {
@@ -401,7 +406,8 @@ TKT_INLINE void add_chunk(V::I (&sums)[4], const typename Words::Scales& scales,
     if constexpr (half > 0) {
       TKT_UNROLL for (int n = 0; n < 2; ++n) dot[n] = sums[kBlocks[n] % 4];
     } else if constexpr (Words::kOffsetLog2 >= 0) {
-      const V::I offsets[2] = {scales.template offset_pair<kBlocks[0]>(), scales.template offset_pair<kBlocks[1]>()};
+      const V::I offsets[2] = {scales.template offset_pair<kBlocks[0], Words::kOffsetLog2>(),
+                                 scales.template offset_pair<kBlocks[1], Words::kOffsetLog2>()};
       TKT_UNROLL for (int n = 0; n < 2; ++n) {
         dot[n] = Isa::widen_pairs(Isa::broadcast_pair(act[kBlocks[n]].neg_sum16), offsets[n]);
       }

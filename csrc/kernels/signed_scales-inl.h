@@ -17,6 +17,11 @@ struct SignedScales {
   V::I scale_pair() const {
     return Isa::template signed_byte_pair<j % 4, j % 4, 0>(bytes[j / 4]);
   }
+  // Likewise the scales of the two sub-blocks of `block`, times 2^kLog2.
+  template <int block, int kLog2, class Isa = V>
+  V::I offset_pair() const {
+    return Isa::template signed_byte_pair<block % 2 * 2, block % 2 * 2 + 1, kLog2>(bytes[block / 2]);
+  }
 };
 
 // Bytes below 64, minus 32.

@@ -20,11 +20,6 @@ struct Q6_KWords {
       d = V::load_f16(leading);
       TKT_UNROLL for (int i = 0; i < 4; ++i) bytes[i] = V::load_i(words + i * 64);
     }
-    // The scales of a block of 32 columns times the offset.
-    template <int block, class Isa = V>
-    V::I offset_pair() const {
-      return Isa::template signed_byte_pair<block % 2 * 2, block % 2 * 2 + 1, kOffsetLog2>(bytes[block / 2]);
-    }
   };
   static constexpr int kRun = 2;
   static constexpr int block_of(int chunk, int nibble) { return chunk / 2 * 4 + chunk % 2 + 2 * nibble; }

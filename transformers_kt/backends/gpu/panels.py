@@ -116,6 +116,12 @@ def _six_bits(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor
     return torch.stack((a & 63, b & 63, c & 63, last), dim=-3)
 
 
+def _three_bits(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """The 8 vectors of a set of 3 units, likewise."""
+    whole = [vector for unit in (a, b, c) for vector in (unit & 7, (unit >> 3) & 7)]
+    return torch.stack((*whole, (a >> 6) | ((c >> 4) & 4), (b >> 6) | ((c >> 5) & 4)), dim=-3)
+
+
 def _f32(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     return units.contiguous().view(torch.float32).squeeze(-1)
 
@@ -215,6 +221,17 @@ def _q5_k(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     return _with_minima(units, _sub_blocks(_split(vectors, 4, (4, 2)).flatten(3, 4)))
 
 
+def _q3_k(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    assert scales is not None
+    first, second, upper = units[:, :, 0], units[:, :, 1], units[:, :, 2]  # (panels, blocks, 16, 4)
+    low = torch.cat((first & 15, second & 15, first >> 4, second >> 4), dim=-1)
+    high = torch.cat([(upper >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1)
+    of_16 = (low | (high << 4)).transpose(-1, -2).float() - 32
+    vectors = _three_bits(*_split(units[:, :, 3:], 2, (4, 2, 3)).unbind(4))  # (.., 4 chunks, 2 sets, 8, 16, 4)
+    columns = _sub_blocks(_split(vectors, 4, (4, 2)).flatten(3, 4)).flatten(2, 3) - 4
+    return ((scales * of_16).unsqueeze(3) * _split(columns, 2, (16, 16))).flatten(2, 3)
+
+
 def _iq4_xs(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     d = _halves(units[:, :, 0])[..., 0].unsqueeze(2)
     lower = torch.stack((units[:, :, 1] & 15, units[:, :, 1] >> 4), dim=-1).flatten(-2)  # (panels, blocks, 16, 8)
@@ -246,6 +263,7 @@ _DECODERS: Mapping[str, Callable[[torch.Tensor, torch.Tensor | None], torch.Tens
     "Q6_K": _q6_k,
     "IQ4_NL": _iq4_nl,
     "IQ4_XS": _iq4_xs,
+    "Q3_K": _q3_k,
     "Q4_1": _q4_1,
     "Q5_1": _q5_1,
     "MXFP4": _mxfp4,
