@@ -43,33 +43,29 @@ inline int64_t activation_row_bytes(ActivationFormat format, int64_t cols) {
 // - f16 scales of blocks whose size is no multiple of 4, 32 bytes of a panel, lead two blocks at a time, so that units
 //   stay on 64-byte lines: scales of blocks 0 and 1, units of block 0, units of block 1, scales of blocks 2 and 3, ...
 //   A last block without a second is led by its own scales alone. Scales of one byte lead four blocks likewise.
-// - Lower and upper bits of 5- and 6-bit types, which stand apart in the file, come together in sets of units, one set
-//   after the other. A set holds vectors of 4 columns of all rows: 8 in 5 units in Q5_0, Q5_1 and Q5_K, 4 in 3
-//   units in Q6_K, 8 in 3 units in Q3_K.
-//   Byte by byte, from the lowest bit (v2:0-2 is bits 0 to 2 of vector 2):
-//   Q5_0, Q5_1, Q5_K: unit 0 is v0, v2:0-2; unit 1 v1, v7:3, v2:3-4; unit 2 v3, v5:0-2; unit 3 v4, v7:4, v5:3-4; unit 4 v6,
-//   v7:0-2.
+// - Lower and upper bits of 3-, 5- and 6-bit types, which stand apart in the file, come together in sets of units, one
+//   set after the other. A set holds vectors of 4 columns of all rows: 8 in 5 units in Q5_0, Q5_1 and Q5_K, 4 in 3
+//   units in Q6_K, 8 in 3 units in Q3_K. Byte by byte, from the lowest bit (v2:0-2 is bits 0 to 2 of vector 2):
+//   Q5_0, Q5_1, Q5_K: unit 0 is v0, v2:0-2; unit 1 v1, v7:3, v2:3-4; unit 2 v3, v5:0-2; unit 3 v4, v7:4, v5:3-4; unit 4
+//   v6, v7:0-2.
 //   Q6_K: unit 0 is v0, v3:0-1; unit 1 v1, v3:2-3; unit 2 v2, v3:4-5.
 //   Q3_K: unit 0 is v0, v1, v6:0-1; unit 1 v2, v3, v7:0-1; unit 2 v4, v5, v6:2, v7:2.
 //   To take 8 vectors of 5 bits apart are 23 operations, 4 of 6 bits 11, 8 of 3 bits 19; with nibbles and upper bits
 //   beside them 35, 17 and 37.
-// - Vectors 2 i and 2 i + 1 are group i of 4 columns of two blocks of 32: of Q5_0 and Q5_1, the first and second 16 columns of
-//   one block; of Q5_K and Q3_K, blocks 2 c and 2 c + 1, a chunk c of two sets; of Q6_K, a block and the one 64 columns behind
-//   it, a chunk of four sets. Chunks follow each other as their columns do. Nibbles of IQ4_XS, whose file has the two
-//   halves of a block in a byte, are exchanged for those of Q4_K, blocks 2 c and 2 c + 1.
+// - Vectors 2 i and 2 i + 1 are group i of 4 columns of two blocks of 32: of Q5_0 and Q5_1, the first and second 16
+//   columns of one block; of Q3_K and Q5_K, blocks 2 c and 2 c + 1, a chunk c of two sets; of Q6_K, a block and the one
+//   64 columns behind it, a chunk of four sets. Chunks follow each other as their columns do.
+// - Bits that the file has together change places for vectors of such chunks: nibbles of IQ4_XS, so that it is as Q4_K;
+//   pairs of bits of Q2_K, of which a unit has vectors 0 to 3, two groups, from the lowest bits.
 
 constexpr int kPanelRows = 16;
 
 // Every type with kernels, once: what has an entry a type is made from this list, so that entry i belongs to type i.
 #define TKT_FLOAT_TYPES(X) X(F32) X(F16) X(BF16)
 #define TKT_UNIT_TYPES(X) \
-  X(Q4_0) X(Q5_0) X(Q8_0) X(Q4_K) X(Q5_K) X(Q6_K) X(MXFP4) X(IQ4_NL) X(IQ4_XS) X(Q4_1) X(Q5_1) X(Q3_K)
+  X(Q4_0) X(Q5_0) X(Q8_0) X(Q4_K) X(Q5_K) X(Q6_K) X(MXFP4) X(IQ4_NL) X(IQ4_XS) X(Q4_1) X(Q5_1) X(Q3_K) X(Q2_K)
 // Those whose blocks stand whole in a panel, the 16 rows' one after the other (kernels/words_rows-inl.h).
-// clang-format off
-#define TKT_ROW_TYPES(X)                                                                                             \
-  X(Q2_K) X(IQ3_S) X(IQ3_XXS) X(IQ2_S) X(IQ2_XS) X(IQ2_XXS) X(IQ1_S) X(IQ1_M)               \
-  X(TQ1_0) X(TQ2_0) X(NVFP4)
-// clang-format on
+#define TKT_ROW_TYPES(X) X(IQ3_S) X(IQ3_XXS) X(IQ2_S) X(IQ2_XS) X(IQ2_XXS) X(IQ1_S) X(IQ1_M) X(TQ1_0) X(TQ2_0) X(NVFP4)
 #define TKT_QUANTIZED_TYPES(X) TKT_UNIT_TYPES(X) TKT_ROW_TYPES(X)
 #define TKT_WEIGHT_TYPES(X) TKT_FLOAT_TYPES(X) TKT_QUANTIZED_TYPES(X)
 
@@ -114,7 +110,7 @@ constexpr WeightTypeInfo kWeightTypeInfos[kWeightTypes] = {
     {WeightType::kQ4_1, "Q4_1", 3, 32, 20, 0, 4, 5, -1, ActivationFormat::kQ8},
     {WeightType::kQ5_1, "Q5_1", 7, 32, 24, 0, 4, 6, -1, ActivationFormat::kQ8},
     {WeightType::kQ3_K, "Q3_K", 11, 256, 110, 0, 4, 27, 108, ActivationFormat::kQ8},
-    {WeightType::kQ2_K, "Q2_K", 10, 256, 84, 0, 84, 1, -1, ActivationFormat::kQ8},
+    {WeightType::kQ2_K, "Q2_K", 10, 256, 84, 0, 4, 21, -1, ActivationFormat::kQ8},
     {WeightType::kIQ3_S, "IQ3_S", 21, 256, 110, 0, 110, 1, -1, ActivationFormat::kQ8},
     {WeightType::kIQ3_XXS, "IQ3_XXS", 18, 256, 98, 0, 98, 1, -1, ActivationFormat::kQ8},
     {WeightType::kIQ2_S, "IQ2_S", 22, 256, 82, 0, 82, 1, -1, ActivationFormat::kQ8},
@@ -169,6 +165,12 @@ constexpr int unit_place(WeightType type, int unit) {
     }
     const int chunk = unit / 8, group = unit % 8;
     return kFirst + chunk * kOfChunk + 1 + group + group / 2;
+  }
+  if (type == WeightType::kQ2_K) {
+    if (unit == 20) return 0;         // d, dmin
+    if (unit < 4) return 1 + unit;    // scales and minima
+    const int pair = (unit - 4) / 2;  // qs, regrouped: per 128 weights 4 pairs, a unit of each of two chunks in a pair
+    return 5 + (pair / 4 * 2 + unit % 2) * 4 + pair % 4;
   }
   if (type == WeightType::kQ3_K) {
     constexpr int kFirst = head_units(WeightType::kQ3_K);

@@ -67,7 +67,8 @@ inline void exchange(Word& a, Word& b, Word mask, int distance) {
 // four the pairs of bits of a byte are transposed. Q6_K: per byte of a unit, 2 bits for each of 4 quarters q; chunks
 // are the quarters p and p + 2, so that 2 units of 2 chunks are transposed. IQ4_XS: the nibbles of two blocks, as Q4_K
 // has them. Q3_K: hmask as qh of Q5_K; per byte of a unit of qs 2 bits for each of 4 blocks, the upper two of which
-// change places with the lower two of the unit two further. These are their own inverse.
+// change places with the lower two of the unit two further. Q2_K: qs likewise, with the next unit. These are their own
+// inverse.
 template <WeightType type, bool back, typename Word>
 inline void regroup_bits(Word* units) {
   const Word pairs = in_each_unit<Word>(0x33333333);
@@ -91,6 +92,8 @@ inline void regroup_bits(Word* units) {
     }
   } else if constexpr (type == WeightType::kQ6_K) {
     for (Word* pair = units + 32; pair < units + 48; pair += 2) exchange(pair[0], pair[1], pairs, 2);
+  } else if constexpr (type == WeightType::kQ2_K) {
+    for (Word* pair = units + 4; pair < units + 20; pair += 2) exchange(pair[0], pair[1], fours, 4);
   } else if constexpr (type == WeightType::kIQ4_XS) {
     for (Word* chunk = units + 2; chunk < units + 34; chunk += 8) {
       for (int i = 0; i < 4; ++i) exchange(chunk[i], chunk[4 + i], fours, 4);

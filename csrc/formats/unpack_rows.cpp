@@ -19,10 +19,8 @@ void unpack_rows(WeightType type, const uint8_t* blocks, const UnpackedRowsTarge
     }
     for (int i = 0; i < info.block_elements / 16; ++i) {
       to.scales[i * to.scale_floats + lane] = block.scale[i * 16 / block.sub_columns];
-      to.minima[i * to.scale_floats + lane] = block.min[i * 16 / block.sub_columns];
     }
     to.d[lane] = block.d;
-    to.dmin[lane] = block.dmin;
   }
 }
 

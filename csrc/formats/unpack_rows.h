@@ -9,16 +9,14 @@
 namespace tkt {
 
 // Where the weights of 16 rows go. Those of 4 columns of all rows stand together, lane = row, `group_bytes` from those
-// of the next 4; scales and minima are of 16 columns, and of all rows too, `scale_floats` from those of the next 16.
+// of the next 4; scales are of 16 columns, and of all rows too, `scale_floats` from those of the next 16.
 struct UnpackedRowsTarget {
   uint8_t* weights;
   int64_t group_bytes;
   uint32_t flipped_bits;  // of each 4 weights
   float* scales;
-  float* minima;
   int64_t scale_floats;
   float* d;
-  float* dmin;
 };
 
 // `blocks`: 16 blocks of `type`, one of each row.

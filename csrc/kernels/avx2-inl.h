@@ -37,31 +37,11 @@ struct V : Avx2Primitives {
   TKT_INLINE I add_pairs(I a, I b) {
     return chained({_mm256_add_epi16(a.low, b.low), _mm256_add_epi16(a.high, b.high)});
   }
-  TKT_INLINE I widen_pairs(I a, I factors) {
-    return {_mm256_madd_epi16(a.low, factors.low), _mm256_madd_epi16(a.high, factors.high)};
-  }
-  // Bytes `low` and `high` of each lane as a pair of 16 bits: unsigned, or signed and times 2^kLog2.
-  template <int low, int high>
-  TKT_INLINE I byte_pair(I a) {
-    return bytes_of_lanes(a, 0x80008000u | low | high << 16);
-  }
+  // Likewise, but signed and times 2^kLog2.
   template <int low, int high, int kLog2>
   TKT_INLINE I signed_byte_pair(I a) {
     const I upper = bytes_of_lanes(a, 0x00800080u | low << 8 | high << 24);
     return {_mm256_srai_epi16(upper.low, 8 - kLog2), _mm256_srai_epi16(upper.high, 8 - kLog2)};
-  }
-  // The bytes of each lane that `which` names, 0 where that is 0x80.
-  TKT_INLINE I bytes_of_lanes(I a, uint32_t which) {
-    const __m256i first =
-        _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c);
-    const __m256i places = _mm256_add_epi8(_mm256_set1_epi32(static_cast<int32_t>(which)), first);
-    return {_mm256_shuffle_epi8(a.low, places), _mm256_shuffle_epi8(a.high, places)};
-  }
-  TKT_INLINE I broadcast_pair(const int32_t* two) {
-    long long both;
-    __builtin_memcpy(&both, two, sizeof both);
-    const __m256i pairs = _mm256_shuffle_epi8(_mm256_set1_epi64x(both), _mm256_set1_epi32(0x05040100));
-    return {pairs, pairs};
   }
   // Weights from -128 to 127: magnitudes (-128 has 128, as an unsigned byte) times activations that take over the sign.
   // 2 * 128 * 127 fits in 16 bits. Q8_0: 188 GOPS; 136 with even and odd bytes as products of 16 bits.

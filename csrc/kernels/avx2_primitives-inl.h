@@ -137,6 +137,27 @@ struct Avx2Primitives {
   TKT_INLINE I or_i(I a, I b) { return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)}; }
   TKT_INLINE I xor_i(I a, I b) { return {_mm256_xor_si256(a.low, b.low), _mm256_xor_si256(a.high, b.high)}; }
   TKT_INLINE I add_i(I a, I b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
+  TKT_INLINE I widen_pairs(I a, I factors) {
+    return {_mm256_madd_epi16(a.low, factors.low), _mm256_madd_epi16(a.high, factors.high)};
+  }
+  // Bytes `low` and `high` of each lane as a pair of 16 bits, unsigned.
+  template <int low, int high>
+  TKT_INLINE I byte_pair(I a) {
+    return bytes_of_lanes(a, 0x80008000u | low | high << 16);
+  }
+  // The bytes of each lane that `which` names, 0 where that is 0x80.
+  TKT_INLINE I bytes_of_lanes(I a, uint32_t which) {
+    const __m256i first =
+        _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c);
+    const __m256i places = _mm256_add_epi8(_mm256_set1_epi32(static_cast<int32_t>(which)), first);
+    return {_mm256_shuffle_epi8(a.low, places), _mm256_shuffle_epi8(a.high, places)};
+  }
+  TKT_INLINE I broadcast_pair(const int32_t* two) {
+    long long both;
+    __builtin_memcpy(&both, two, sizeof both);
+    const __m256i pairs = _mm256_shuffle_epi8(_mm256_set1_epi64x(both), _mm256_set1_epi32(0x05040100));
+    return {pairs, pairs};
+  }
   TKT_INLINE I max_i(I a, I b) { return {_mm256_max_epi32(a.low, b.low), _mm256_max_epi32(a.high, b.high)}; }
   TKT_INLINE I sub_i(I a, I b) { return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)}; }
   TKT_INLINE I mul_i(I a, I b) { return {_mm256_mullo_epi32(a.low, b.low), _mm256_mullo_epi32(a.high, b.high)}; }

@@ -28,7 +28,6 @@ struct V : Avx512Primitives {
     __asm__("" : "+v"(sum));
     return sum;
   }
-  TKT_INLINE I widen_pairs(I a, I factors) { return _mm512_madd_epi16(a, factors); }
   // As in avx2.cpp; there is no vpsignb, and a weight of 0 needs no sign.
   TKT_INLINE I dot4_signed(I acc, I w, I a, I factors) {
     const I signed_a = _mm512_mask_sub_epi8(a, _mm512_movepi8_mask(w), _mm512_setzero_si512(), a);

@@ -75,6 +75,19 @@ struct Avx512Primitives {
   TKT_INLINE I or_i(I a, I b) { return _mm512_or_si512(a, b); }
   TKT_INLINE I xor_i(I a, I b) { return _mm512_xor_si512(a, b); }
   TKT_INLINE I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
+  TKT_INLINE I widen_pairs(I a, I factors) { return _mm512_madd_epi16(a, factors); }
+  // Bytes `low` and `high` of each lane as a pair of 16 bits, unsigned.
+  template <int low, int high>
+  TKT_INLINE I byte_pair(I a) {
+    const __m128i places = _mm_add_epi8(_mm_set1_epi32(static_cast<int32_t>(0x80008000u | low | high << 16)),
+                                        _mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
+    return _mm512_shuffle_epi8(a, _mm512_broadcast_i32x4(places));
+  }
+  TKT_INLINE I broadcast_pair(const int32_t* two) {
+    long long both;
+    __builtin_memcpy(&both, two, sizeof both);
+    return _mm512_shuffle_epi8(_mm512_set1_epi64(both), _mm512_set1_epi32(0x05040100));
+  }
   TKT_INLINE I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
   TKT_INLINE I sub_i(I a, I b) { return _mm512_sub_epi32(a, b); }
   TKT_INLINE I mul_i(I a, I b) { return _mm512_mullo_epi32(a, b); }

@@ -66,13 +66,13 @@ struct KernelTable {
   uint32_t required_features;  // CpuFeature bits
 
   // Integer products are exact; a_j is the activation block of 32 that sub-block j meets, d_j its scale.
-  // K-quants but Q2_K, and IQ4_XS, per block: S = 0; for each j: S = fma(float(P_j), d_j, S), where P_j is sc[j] * dot(q_j, a_j),
-  // for Q3_K and Q6_K the sum of its two sub-blocks of 16 in a_j; acc = fma(d, S, acc). Q4_K and Q5_K also: M = 0; M = fma(m[j],
-  // d_sum_j, M); acc = fma(-dmin, M, acc).
+  // K-quants and IQ4_XS, per block: S = 0; for each j: S = fma(float(P_j), d_j, S), where P_j is sc[j] * dot(q_j, a_j),
+  // for Q2_K, Q3_K and Q6_K the sum of its two sub-blocks of 16 in a_j; acc = fma(d, S, acc). Q4_K and Q5_K also:
+  // M = 0; M = fma(m[j], d_sum_j, M); acc = fma(-dmin, M, acc). Q2_K likewise, with two minima in a_j:
+  // M = fma(m0 * sum0 + m1 * sum1, d_j, M).
   // Types whose blocks stand whole in a panel, per block of n activation blocks of 32: S as above over n blocks, where
   // P_j is fma(p1, s1, p0 * s0) of the products p and scales s of 16 columns each, as floats, which makes no difference
-  // where those are integers; acc = fma(d, S, acc). Q2_K also: M = 0; M = fma(fma(m1, -sum1, m0 * -sum0), d_j, M);
-  // acc = fma(dmin, M, acc).
+  // where those are integers; acc = fma(d, S, acc).
   // Other 32-wide types, per block: acc = fma(d * d_j, float(dot(q, a_j)), acc). Q4_1 and Q5_1 then also: acc = fma(m,
   // d_sum_j, acc). Float types: acc = fma(w, x, acc), column by column.
   void (*dot[kWeightTypes])(const DotArgs& args);

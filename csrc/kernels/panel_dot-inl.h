@@ -101,6 +101,10 @@ TKT_INLINE V::I four_bits(const uint8_t* set) {
   return bits_of<4 * vector>(word_at(set, 0), 0x0f);
 }
 template <int vector>
+TKT_INLINE V::I two_bits(const uint8_t* set) {
+  return bits_of<2 * vector>(word_at(set, 0), 0x03);
+}
+template <int vector>
 TKT_INLINE V::I three_bits(const uint8_t* set) {
   if constexpr (vector < 6) return bits_of<3 * (vector % 2)>(word_at(set, vector / 2), 0x07);
   return V::or_i(bits_of<6>(word_at(set, vector - 6), 0x03), bits_of<vector - 2>(word_at(set, 2), 0x04));
@@ -304,10 +308,19 @@ TKT_INLINE void add_blocks(V::F (&scaled)[T][R], const typename Words::Scales (&
   if constexpr (block < 3) add_blocks<Words, T, R, block + 1>(scaled, scales, half, words, lines, act, prefetch);
 }
 
+// minima + what the minima of an activation block's weights take away: one of all 32, or a pair of 16 bits, each of 16.
+// Those are added as integers, exactly: at most 2 * 15 * 16 * 127.
+TKT_INLINE V::F with_minimum(V::F min, const ActivationQ8& a, V::F minima) {
+  return V::fma(min, V::set_f(a.d_sum), minima);
+}
+TKT_INLINE V::F with_minimum(V::I mins, const ActivationQ8& a, V::F minima) {
+  return V::fnma(V::to_float(V::widen_pairs(mins, V::broadcast_pair(a.neg_sum16))), V::set_f(a.d), minima);
+}
+
 template <class Scales, int T, int j>
 TKT_INLINE void add_minima(V::F (&minima)[T], const Scales& scales, int half, const ActivationQ8* const (&act)[T]) {
-  const V::F min = scales.template min<j>(half);
-  TKT_UNROLL for (int t = 0; t < T; ++t) minima[t] = V::fma(min, V::set_f(act[t][j].d_sum), minima[t]);
+  const auto min = scales.template min<j>(half);
+  TKT_UNROLL for (int t = 0; t < T; ++t) minima[t] = with_minimum(min, act[t][j], minima[t]);
   if constexpr (j < 3) add_minima<Scales, T, j + 1>(minima, scales, half, act);
 }
 

@@ -26,13 +26,23 @@ struct UnpackedBlock {
   alignas(64) uint8_t scales[8][2][R][64];
   // Of Q6_K where V::kFoldsScales: the scales of both halves times the offset, as a pair.
   alignas(64) uint8_t offset_scales[8][R][64];
-  alignas(64) float minima[8][R][16];
+  alignas(64) uint8_t minima[8][R][64];  // of 32 columns: floats; of Q2_K pairs of 16 bits
   alignas(64) float d[R][16];
   alignas(64) float dmin[R][16];
 };
 
 TKT_INLINE void store_float(uint8_t* p, V::F x) { V::store(reinterpret_cast<float*>(p), x); }
 TKT_INLINE V::F load_float(const uint8_t* p) { return V::load(reinterpret_cast<const float*>(p)); }
+TKT_INLINE void store_minimum(uint8_t* p, V::F x) { store_float(p, x); }
+TKT_INLINE void store_minimum(uint8_t* p, V::I x) { V::store_i(p, x); }
+template <class Words>
+TKT_INLINE auto load_minimum(const uint8_t* p) {
+  if constexpr (Words::kSubColumns == 16) {
+    return V::load_i(p);
+  } else {
+    return load_float(p);
+  }
+}
 
 // As add_groups_k: kGroups groups of 4 columns, from group kFirst of the 32 columns.
 template <int kNarrowGroups, int T, int R, int kFirst, int kGroups, int group>
@@ -79,7 +89,9 @@ TKT_INLINE void unpack_scales(UnpackedBlock<R>& unpacked, int r, const typename 
   } else {
     store_float(place, V::to_float(scale));
   }
-  if constexpr (Words::Scales::kHasMinima) V::store(unpacked.minima[j][r], scales.template min<j>());
+  if constexpr (Words::Scales::kHasMinima && kColumn % 32 == 0) {
+    store_minimum(unpacked.minima[kBlock][r], scales.template min<kBlock>());
+  }
   if constexpr (kColumn + Words::kSubColumns < 256) unpack_scales<Words, R, j + 1>(unpacked, r, scales);
 }
 
@@ -203,11 +215,9 @@ TKT_NOINLINE void dot_tile_unpacked_k(const UnpackedBlock<R>& unpacked, const Do
       TKT_UNROLL for (int r = 0; r < R; ++r) minima[t][r] = V::zero_f();
     }
     TKT_UNROLL for (int b = 0; b < 8; ++b) {
-      V::F min[R];
-      TKT_UNROLL for (int r = 0; r < R; ++r) min[r] = V::load(unpacked.minima[b][r]);
-      TKT_UNROLL for (int t = 0; t < T; ++t) {
-        const V::F d_sum = V::set_f(act[t][b].d_sum);
-        TKT_UNROLL for (int r = 0; r < R; ++r) minima[t][r] = V::fma(min[r], d_sum, minima[t][r]);
+      TKT_UNROLL for (int r = 0; r < R; ++r) {
+        const auto min = load_minimum<Words>(unpacked.minima[b][r]);
+        TKT_UNROLL for (int t = 0; t < T; ++t) minima[t][r] = with_minimum(min, act[t][b], minima[t][r]);
       }
     }
     TKT_UNROLL for (int r = 0; r < R; ++r) {
@@ -234,7 +244,7 @@ static inline void unpack_blocks_32(const DotArgs& args, int64_t block, int coun
     for (int b = 0; b < count; ++b) {
       const uint8_t* scales = block_scales<Words>(args.panels[r], block + b);
       store_float(unpacked.scales[b][0][r], Words::load_scales(scales));
-      if constexpr (Words::kHasMinima) V::store(unpacked.minima[b][r], Words::load_minima(scales));
+      if constexpr (Words::kHasMinima) store_float(unpacked.minima[b][r], Words::load_minima(scales));
       unpack_groups_32<Words, R, 0>(unpacked, b, r, block_words<Words>(args.panels[r], args.blocks, block + b));
     }
   }
@@ -266,12 +276,13 @@ TKT_NOINLINE void dot_tile_unpacked_32(const UnpackedBlock<R>& unpacked, const D
       const V::F d = V::set_f(act[t][b].d);
       TKT_UNROLL for (int r = 0; r < R; ++r) {
         if constexpr (Words::kOffsetLog2 >= 0) {
-          dot[t][r] = V::add_i(dot[t][r], V::template shift_left<Words::kOffsetLog2>(V::broadcast_i(&act[t][b].neg_sum)));
+          const V::I neg_sum = V::broadcast_i(&act[t][b].neg_sum);
+          dot[t][r] = V::add_i(dot[t][r], V::template shift_left<Words::kOffsetLog2>(neg_sum));
         }
         const V::F both_d = V::mul(load_float(unpacked.scales[b][0][r]), d);
         acc[t][r] = V::fma(both_d, V::to_float(dot[t][r]), acc[t][r]);
         if constexpr (Words::kHasMinima) {
-          acc[t][r] = V::fma(V::load(unpacked.minima[b][r]), V::set_f(act[t][b].d_sum), acc[t][r]);
+          acc[t][r] = V::fma(load_float(unpacked.minima[b][r]), V::set_f(act[t][b].d_sum), acc[t][r]);
         }
       }
     }

@@ -44,7 +44,14 @@ float add_k_quant(const DecodedBlock& w, const ActivationQ8* a, bool minima_too,
   float minima = 0.0f;
   for (int block = 0; block < 8; ++block) {
     scaled = std::fma(scaled_products(w, block * 32, a[block]), a[block].d, scaled);
-    if (minima_too) minima = std::fma(w.min[block], a[block].d_sum, minima);
+    if (!minima_too) continue;
+    if (w.sub_columns == 32) {
+      minima = std::fma(w.min[block], a[block].d_sum, minima);
+    } else {
+      float of_both = 0.0f;
+      for (int i = 0; i < 2; ++i) of_both += w.min[2 * block + i] * static_cast<float>(a[block].neg_sum16[i]);
+      minima = std::fma(-of_both, a[block].d, minima);
+    }
   }
   acc = std::fma(w.d, scaled, acc);
   return minima_too ? std::fma(-w.dmin, minima, acc) : acc;
@@ -56,18 +63,12 @@ float add_32(const DecodedBlock& w, const ActivationQ8& a, bool minimum_too, flo
 }
 
 // As kernel_table.h has it for types whose blocks stand whole in a panel.
-float add_whole_block(const DecodedBlock& w, const ActivationQ8* a, int blocks, bool minima_too, float acc) {
+float add_whole_block(const DecodedBlock& w, const ActivationQ8* a, int blocks, float acc) {
   float scaled = 0.0f;
-  float minima = 0.0f;
   for (int block = 0; block < blocks; ++block) {
     scaled = std::fma(scaled_products(w, block * 32, a[block]), a[block].d, scaled);
-    const float* min = w.min + block * 32 / w.sub_columns;
-    float of_halves = min[0] * static_cast<float>(a[block].neg_sum16[0]);
-    of_halves = std::fma(min[w.sub_columns < 32 ? 1 : 0], static_cast<float>(a[block].neg_sum16[1]), of_halves);
-    minima = std::fma(of_halves, a[block].d, minima);
   }
-  acc = std::fma(w.d, scaled, acc);
-  return minima_too ? std::fma(w.dmin, minima, acc) : acc;
+  return std::fma(w.d, scaled, acc);
 }
 
 float dot_row(WeightType type, const uint8_t* panel, int64_t blocks, int lane, const uint8_t* activations) {
@@ -83,7 +84,7 @@ float dot_row(WeightType type, const uint8_t* panel, int64_t blocks, int lane, c
     const ActivationQ8* a = reinterpret_cast<const ActivationQ8*>(activations) + b * info.block_elements / 32;
     DecodedBlock w;
     decode_block(type, block, w);
-    acc = info.whole_blocks()          ? add_whole_block(w, a, info.block_elements / 32, has_minima(type), acc)
+    acc = info.whole_blocks()          ? add_whole_block(w, a, info.block_elements / 32, acc)
           : info.block_elements == 256 ? add_k_quant(w, a, has_minima(type), acc)
                                        : add_32(w, *a, has_minima(type), acc);
   }

@@ -6,9 +6,7 @@ template <int R>
 struct UnpackedRows {
   alignas(64) uint8_t weights[64][R][64];  // of 4 columns
   alignas(64) float scales[16][R][16];     // of 16 columns
-  alignas(64) float minima[16][R][16];
   alignas(64) float d[R][16];
-  alignas(64) float dmin[R][16];
 };
 
 // Bytes of both signs: what Q8_0 does with them (words_q8_0-inl.h).
@@ -19,8 +17,7 @@ template <int R>
 static void unpack_rows_of(WeightType type, const DotArgs& args, int64_t block, UnpackedRows<R>& rows) {
   const int64_t bytes = int64_t{info_of(type).block_bytes} * kPanelRows;
   for (int r = 0; r < R; ++r) {
-    const UnpackedRowsTarget to{rows.weights[0][r], R * 64, kRowsFlippedBits, rows.scales[0][r],
-                                rows.minima[0][r],  R * 16, rows.d[r],        rows.dmin[r]};
+    const UnpackedRowsTarget to{rows.weights[0][r], R * 64, kRowsFlippedBits, rows.scales[0][r], R * 16, rows.d[r]};
     unpack_rows(type, args.panels[r] + block * bytes, to);
   }
 }
@@ -58,7 +55,7 @@ TKT_INLINE void add_row_halves(V::F (&sums)[T][R], const UnpackedRows<R>& rows, 
 
 template <int T, int R>
 TKT_NOINLINE void dot_rows_tile(const UnpackedRows<R>& rows, const DotArgs& args, int64_t block, int blocks32,
-                                bool minima_too, int token) {
+                                int token) {
   const ActivationQ8* act[T];
   V::F acc[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -80,23 +77,6 @@ TKT_NOINLINE void dot_rows_tile(const UnpackedRows<R>& rows, const DotArgs& args
       acc[t][r] = V::fma(d, acc[t][r], before);
     }
   }
-  if (minima_too) {
-    for (int r = 0; r < R; ++r) {
-      V::F minima[T];
-      TKT_UNROLL for (int t = 0; t < T; ++t) minima[t] = V::zero_f();
-      for (int b = 0; b < blocks32; ++b) {
-        const V::F low = V::load(rows.minima[b * 2][r]);
-        const V::F high = V::load(rows.minima[b * 2 + 1][r]);
-        TKT_UNROLL for (int t = 0; t < T; ++t) {
-          const V::F of_low = V::mul(low, V::set_f(static_cast<float>(act[t][b].neg_sum16[0])));
-          const V::F of_both = V::fma(high, V::set_f(static_cast<float>(act[t][b].neg_sum16[1])), of_low);
-          minima[t] = V::fma(of_both, V::set_f(act[t][b].d), minima[t]);
-        }
-      }
-      const V::F dmin = V::load(rows.dmin[r]);
-      TKT_UNROLL for (int t = 0; t < T; ++t) acc[t][r] = V::fma(dmin, minima[t], acc[t][r]);
-    }
-  }
   TKT_UNROLL for (int t = 0; t < T; ++t) {
     TKT_UNROLL for (int r = 0; r < R; ++r) V::store(args.out + (token + t) * 32 + r * 16, acc[t][r]);
   }
@@ -107,15 +87,14 @@ constexpr int kRowsTileTokens = 4;
 template <int R>
 static void dot_rows_of(WeightType type, const DotArgs& args) {
   const int blocks32 = info_of(type).block_elements / 32;
-  const bool minima_too = has_minima(type);
   UnpackedRows<R> rows;
   for (int64_t block = 0; block < args.blocks; ++block) {
     unpack_rows_of<R>(type, args, block, rows);
     int token = 0;
     for (; token + kRowsTileTokens <= args.tokens; token += kRowsTileTokens) {
-      dot_rows_tile<kRowsTileTokens, R>(rows, args, block, blocks32, minima_too, token);
+      dot_rows_tile<kRowsTileTokens, R>(rows, args, block, blocks32, token);
     }
-    for (; token < args.tokens; ++token) dot_rows_tile<1, R>(rows, args, block, blocks32, minima_too, token);
+    for (; token < args.tokens; ++token) dot_rows_tile<1, R>(rows, args, block, blocks32, token);
   }
 }
 

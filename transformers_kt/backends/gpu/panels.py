@@ -221,6 +221,16 @@ def _q5_k(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     return _with_minima(units, _sub_blocks(_split(vectors, 4, (4, 2)).flatten(3, 4)))
 
 
+def _q2_k(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    head = _halves(units[:, :, 0]).unsqueeze(2)  # (panels, blocks, 1, 16, 2)
+    both = units[:, :, 1:5].transpose(-1, -2).flatten(2, 3)  # (panels, blocks, 16 sub-blocks, 16)
+    of_16, minima = head[..., 0] * (both & 15).float(), head[..., 1] * (both >> 4).float()
+    sets = _split(units[:, :, 5:], 2, (4, 4))
+    vectors = torch.stack([(sets >> shift) & 3 for shift in (0, 2, 4, 6)], dim=4)  # (.., 4 chunks, 4 sets, 4, 16, 4)
+    columns = _sub_blocks(_split(vectors, 4, (2, 2)).flatten(3, 4)).flatten(2, 3)
+    return (of_16.unsqueeze(3) * _split(columns, 2, (16, 16)) - minima.unsqueeze(3)).flatten(2, 3)
+
+
 def _q3_k(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     assert scales is not None
     first, second, upper = units[:, :, 0], units[:, :, 1], units[:, :, 2]  # (panels, blocks, 16, 4)
@@ -263,6 +273,7 @@ _DECODERS: Mapping[str, Callable[[torch.Tensor, torch.Tensor | None], torch.Tens
     "Q6_K": _q6_k,
     "IQ4_NL": _iq4_nl,
     "IQ4_XS": _iq4_xs,
+    "Q2_K": _q2_k,
     "Q3_K": _q3_k,
     "Q4_1": _q4_1,
     "Q5_1": _q5_1,
