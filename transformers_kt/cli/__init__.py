@@ -21,6 +21,7 @@ def build_app() -> typer.Typer:
 
     from transformers_kt.cli.ask import ask_command
     from transformers_kt.cli.chat import chat_command
+    from transformers_kt.cli.doctor import doctor_command
     from transformers_kt.cli.inspect import inspect_command
     from transformers_kt.cli.options import our_spelling
     from transformers_kt.cli.plan import plan_command
@@ -50,6 +51,7 @@ def build_app() -> typer.Typer:
     app.command("chat", context_settings={"token_normalize_func": our_spelling})(chat_command)
     app.command("ask", no_args_is_help=True)(ask_command)
     app.command("inspect", no_args_is_help=True)(inspect_command)
+    app.command("doctor")(doctor_command)
     app.command("plan", no_args_is_help=True)(plan_command)
     # What follows the program's name, its options too, is its own.
     its_own = {"ignore_unknown_options": True, "allow_interspersed_args": False}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import transformers_kt._C as _C
 from transformers_kt.cli import options
 from transformers_kt.cli.models import MODEL_HELP
 from transformers_kt.cli.screen import Screen, console
@@ -120,7 +121,6 @@ def _statistics(conversation: Conversation) -> Table:
     from rich import box
     from rich.table import Table
 
-    import transformers_kt
     from transformers_kt.cli.conversation import memory_in_use, shown_rate
 
     answers = conversation.answers
@@ -132,7 +132,7 @@ def _statistics(conversation: Conversation) -> Table:
     rows = {
         "model": conversation.model.kt_report.title,
         "kernels": conversation.model.kt_report.kernels,
-        "threads": str(transformers_kt.thread_count()),
+        "threads": str(_C.thread_count()),
         "answers": f"{len(answers):,}",
         "in the cache": f"{len(conversation.cached_ids):,} of {conversation.positions:,} tokens",
         "prompts": f"{computed:,} tokens computed, {sum(answer.reused for answer in answers):,} reused, "
@@ -244,10 +244,8 @@ def chat_command(
         options=chosen,
         chunk=chunk_size,
     )
-    import transformers_kt
-
     screen.print(_what_runs_where(conversation.model.kt_report))
-    print(f"{transformers_kt.thread_count()} threads. Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands.\n")
+    print(f"{_C.thread_count()} threads. Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands.\n")
     loop = ChatLoop(conversation)
     if prompt_file is not None:
         loop.ask(_question_in(prompt_file))

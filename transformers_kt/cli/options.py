@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import transformers_kt._C as _C
 from transformers_kt.cli.models import BUNDLED, located
 from transformers_kt.errors import InputError
 from transformers_kt.rules import AUTO
@@ -103,11 +104,10 @@ def loaded_conversation(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-    import transformers_kt
     from transformers_kt.cli.conversation import Conversation
 
     if threads is not None:
-        transformers_kt.set_thread_count(threads)
+        _C.set_thread_count(threads)
     if seed is not None:
         set_seed(seed)
     if model is None and gguf_path is None:

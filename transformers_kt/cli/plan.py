@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from transformers_kt.cli.models import located
 from transformers_kt.errors import InputError
 from transformers_kt.planning.plan import DEFAULT_CONTEXT, plan
 from transformers_kt.planning.report import require_plot
@@ -57,7 +58,7 @@ def plan_command(
     if plot is not None:
         require_plot(plot)
     report = plan(
-        model,
+        located(model),
         gguf_path=gguf_path,
         kt_rules=kt_rules,
         device_map=_device_map(device_map),

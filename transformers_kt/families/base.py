@@ -86,6 +86,13 @@ class Router:
     scale: float
 
 
+class Example(NamedTuple):
+    """A published file, by what it takes: bytes of memory with 4,096 tokens of context, and read for each token."""
+
+    memory: int
+    read_per_token: int
+
+
 class Merge(NamedTuple):
     """A parameter of a stock module that GGUF holds under ``roles``; ``join`` makes its float32 values of theirs."""
 
@@ -143,7 +150,8 @@ class Family:
     hold beside those. ``zero_where_absent`` are buffers that files leave out where they would be zero.
 
     ``keys_from`` is the tensor of a layer from which the keys in the KV cache come: the cache lies where it does.
-    ``float_on_gpu`` are names of modules whose weights a GPU needs as float16.
+    ``float_on_gpu`` are names of modules whose weights a GPU needs as float16. ``examples`` are files to tell a machine
+    by.
     """
 
     name: str
@@ -164,6 +172,7 @@ class Family:
     mla: Callable[[Any], MlaDims] | None = None
     router: Callable[[Any], Router] | None = None
     tokenizers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    examples: Mapping[str, Example] = field(default_factory=dict)
     plain: PlainConfigs | None = None
     outline: Outline | None = None
 

@@ -9,12 +9,15 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
+import transformers_kt._C as _C
 from transformers_kt.errors import InputError, OutOfMemoryError, RuleError
+from transformers_kt.planning.bandwidth import ram_bandwidth
 from transformers_kt.rules.devices import CPU, gpu_name, gpu_number
 from transformers_kt.text import format_bytes
 
@@ -128,11 +131,11 @@ def read_bandwidths(bandwidth: float | Sequence[float] | str | None) -> Bandwidt
     if bandwidth is None:
         return Bandwidths(_ASSUMED_RAM_BANDWIDTH, _ASSUMED_GPU_BANDWIDTH, {"assumed": (RAM, GPUS)})
     if bandwidth == "measure":
+        of_ram = ram_bandwidth(usable_cpus()[: _C.thread_count()])
         if free_gpu_memory():
-            measured = _measured_bandwidth(CPU), _measured_bandwidth(gpu_name(0))
-            return Bandwidths(*measured, {"measured on this machine": (RAM, GPUS)})
+            return Bandwidths(of_ram, _measured_gpu_bandwidth(), {"measured on this machine": (RAM, GPUS)})
         unstated = {"measured on this machine": (RAM,), "assumed": (GPUS,)}
-        return Bandwidths(_measured_bandwidth(CPU), _ASSUMED_GPU_BANDWIDTH, unstated)
+        return Bandwidths(of_ram, _ASSUMED_GPU_BANDWIDTH, unstated)
     try:
         given = [bandwidth] if isinstance(bandwidth, int | float) else bandwidth
         numbers = [float(number) for number in (given.split(",") if isinstance(given, str) else given)]
@@ -147,11 +150,18 @@ def read_bandwidths(bandwidth: float | Sequence[float] | str | None) -> Bandwidt
     return Bandwidths(1e9 * numbers[0], 1e9 * numbers[1], {})
 
 
-def _measured_bandwidth(device: str) -> float:
-    """Bytes per second that torch reads in a sum, the best of a few rounds."""
+def usable_cpus() -> list[int]:
+    """The CPUs that this process may use: one of each physical core first, then their siblings."""
+    nodes: Any = _C.topology()["nodes"]
+    cores = [core for _, cores in nodes for core in cores]
+    return [cpu for turn in zip_longest(*cores) for cpu in turn if cpu is not None]
+
+
+def _measured_gpu_bandwidth() -> float:
+    """Bytes per second that torch reads in a sum on the first GPU, the best of a few rounds."""
     import torch
 
-    values = torch.ones(_MEASURED_BYTES // 4, dtype=torch.float32, device=device)
+    values = torch.ones(_MEASURED_BYTES // 4, dtype=torch.float32, device=gpu_name(0))
     times = []
     for _ in range(_MEASURED_ROUNDS):
         start = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers_kt.families.base import Family
+from transformers_kt.families.base import Example, Family
 from transformers_kt.families.deepseek.config import PLAIN, config_values, dims, mla, router
 from transformers_kt.families.deepseek.outline import OUTLINE, V2, V3
 from transformers_kt.families.deepseek.tensors import CORRECTION_BIAS, KEYS, KV_B, MERGES, UNREAD, layer_rows, sizes
@@ -64,6 +64,11 @@ DEEPSEEK = Family(
     },
     limits={"attention": (_attention_bias, _rope_in_halves), "moe": (_other_routing,)},
     tokenizers=TOKENIZERS,
+    examples={
+        "DeepSeek-V2-Lite Q4_K_M": Example(10_700_000_000, 1_610_000_000),
+        "DeepSeek-V2.5 Q4_K_M": Example(144_000_000_000, 12_600_000_000),
+        "DeepSeek-R1 Q4_K_M": Example(406_000_000_000, 22_300_000_000),
+    },
     plain=PLAIN,
     outline=OUTLINE,
 )
