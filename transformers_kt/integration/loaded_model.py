@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from transformers_kt.errors import InputError, UnsupportedOperationError
 from transformers_kt.integration.loading import KtReport
+from transformers_kt.integration.replaced_classes import ReplacedClasses
 from transformers_kt.integration.torch_threads import one_torch_thread
 from transformers_kt.planning.request import PLACEMENT_NUMBERS
 from transformers_kt.rules import TORCH
@@ -286,15 +287,18 @@ _FORWARD_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "i
 
 
 class InputGuard:
-    """A forward pre-hook that refuses token ids and positions out of range, and outputs that no module records."""
+    """A forward pre-hook that refuses token ids and positions out of range, outputs that no module records, and patches
+    that no module would call."""
 
-    def __init__(self, config: Any, lost_outputs: Collection[str]) -> None:
+    def __init__(self, config: Any, lost_outputs: Collection[str], replaced: ReplacedClasses) -> None:
         self._config = config
+        self._replaced = replaced
         self._vocab_size = config.vocab_size
         self._positions = config.max_position_embeddings
         self._lost_outputs = lost_outputs
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._replaced.require_unpatched()
         if args:
             kwargs = {**dict(zip(_FORWARD_ARGUMENTS, args, strict=False)), **kwargs}
         for output in self._lost_outputs:

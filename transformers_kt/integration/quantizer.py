@@ -19,6 +19,7 @@ from transformers_kt.families.tree import tree_of
 from transformers_kt.integration import loading
 from transformers_kt.integration.loaded_model import InputGuard, refuse_training
 from transformers_kt.integration.loading import KtReport
+from transformers_kt.integration.replaced_classes import ReplacedClasses
 from transformers_kt.planning import hardware
 from transformers_kt.planning.costs import FastMemory
 from transformers_kt.planning.decision import Decision, Machine, ModelRequest, decide
@@ -109,6 +110,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
             # which our attention reads too.
             model.config._attn_implementation = METHOD
         recorded = _recorded_modules(model)
+        self._replaced = ReplacedClasses(model, decision.assignments)
         self._parameters = sum(parameter.numel() for parameter in model.parameters())  # of the stock skeleton
         loading.apply_plan(model, decision.assignments, self._job.modules)
         self._lost_outputs = tuple(key for key, count in _recorded_modules(model).items() if count < recorded[key])
@@ -134,7 +136,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         fuse_base_models(model)
         model.kt_report = KtReport(request.title, decision.plan.source, rows, decision.notes, tune_prefetch(model))
         model.kt_parameters = self._parameters
-        guard = InputGuard(model.config, self._lost_outputs)
+        guard = InputGuard(model.config, self._lost_outputs, self._replaced)
         model.base_model.register_forward_pre_hook(guard, with_kwargs=True)
         if request.placement.device_map is not None or torch.accelerator.is_available():
             # Else pipeline() moves the model to the accelerator. Not set without need: with it, pipeline(device="cpu")

@@ -28,6 +28,7 @@ from transformers_kt.modules.fused.decoder_layer import FastPath, is_fused, stoc
 from transformers_kt.modules.fused.latent_cache import GrowingLayers, growing_layers
 from transformers_kt.modules.mla import ranges_mask, visible_keys
 from transformers_kt.modules.norm import KtRMSNorm
+from transformers_kt.modules.patches import patched_method
 from transformers_kt.modules.rotary import KtRotaryEmbedding
 
 # Tokens of a sequence that go through all layers in one call; a longer one can be stopped between layers.
@@ -184,11 +185,13 @@ def _visible(
 
 
 def fuse_base_models(model: nn.Module) -> None:
-    """Give the fast path to the base models in the loaded ``model`` whose modules are all ours."""
+    """Give the fast path to the base models in the loaded ``model`` whose modules are all ours, unless their class was
+    patched."""
     stock = stock_classes("base_model")
     module: Any
     for module in model.modules():
-        if any(dotted(cls) in stock for cls in type(module).__mro__) and _is_ours(module):
+        is_stock = any(dotted(cls) in stock for cls in type(module).__mro__)
+        if is_stock and _is_ours(module) and patched_method(type(module)) is None:
             require_cache_argument(type(model))  # which hands it on
             module.__class__ = subclass_in_front(_FastPathModel, type(module))
             module._packed_model = None

@@ -25,6 +25,7 @@ from transformers_kt.modules.fused.cache_argument import CACHE_ARGUMENT, require
 from transformers_kt.modules.fused.latent_cache import growing_layer
 from transformers_kt.modules.mla import KtMlaAttention
 from transformers_kt.modules.norm import KtRMSNorm
+from transformers_kt.modules.patches import METHODS, patched_method
 from transformers_kt.modules.rotary import as_rope_table
 
 
@@ -60,7 +61,7 @@ class FastPath:
         self._hooks = [each._forward_hooks for each in self._modules]
         self._hooks += [each._forward_pre_hooks for each in self._modules]
         called = dict.fromkeys((*map(type, (*self._modules, *layers)), *map(stock_class, layers), *classes))
-        self._methods = [(cls, name, getattr(cls, name)) for cls in called for name in ("forward", "__call__")]
+        self._methods = [(cls, name, getattr(cls, name)) for cls in called for name in METHODS]
 
     def is_open(self) -> bool:
         if torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]
@@ -160,10 +161,10 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def fuse_decoder_layers(model: nn.Module) -> None:
-    """Fuse the decoder layers of the loaded ``model`` whose parts are all ours."""
+    """Fuse the decoder layers of the loaded ``model`` whose parts are all ours, unless their class was patched."""
     stock = stock_classes("decoder_layer")
     for module in model.modules():
-        if dotted(type(module)) in stock:
+        if dotted(type(module)) in stock and patched_method(type(module)) is None:
             _fuse(module)
 
 
