@@ -12,7 +12,7 @@ import torch
 from tiny_examples import Example
 from transformers import AutoModelForCausalLM
 
-from transformers_kt.errors import UnsupportedOperationError
+from transformers_kt.errors import InputError, UnsupportedOperationError
 
 
 @pytest.mark.usefixtures("either_operations")
@@ -95,24 +95,18 @@ def test_an_adapter_that_finds_no_layer_is_refused_with_the_rules_that_keep_it(
         kt_model("v2-mixed").add_adapter(peft.LoraConfig(r=4, target_modules=["o_proj"]))
 
 
-def test_prompt_tuning_runs_where_rules_keep_the_embedding(
+def test_prompt_tuning_runs_with_packed_embeddings(
     gguf_file: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As rules/observable.yaml says. PEFT looks the embedding up among the parameters of torch.
-
-    What it generates is compared with a model of torch's modules alone: PEFT 0.21 counts a token's place wrongly from
-    the second on under transformers 5.24, so that both differ from the same embeddings given by hand.
+    """What it generates is compared with a model of torch's modules alone: PEFT 0.21 counts a token's place wrongly
+    from the second on under transformers 5.24, so that both differ from the same embeddings given by hand.
     """
     peft = pytest.importorskip("peft")
     monkeypatch.undo()
     torch_alone = [{"match": {"name": ""}, "replace": {"op": "torch"}}]
-    torch_embedding = [
-        {"match": {"name": "embed_tokens$"}, "replace": {"op": "torch"}},
-        {"match": {"name": ""}, "replace": {"op": "auto"}},
-    ]
     ids = torch.arange(3, 20)[None]
     generated = []
-    for rules in (torch_alone, torch_embedding):
+    for rules in (torch_alone, "auto"):
         model = AutoModelForCausalLM.from_pretrained(None, gguf_path=gguf_file("v2-mixed"), kt_rules=rules)
         torch.manual_seed(0)
         with torch.no_grad():
@@ -123,3 +117,30 @@ def test_prompt_tuning_runs_where_rules_keep_the_embedding(
             greedy: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
             generated.append(tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **greedy).tolist())
     assert generated[0] == generated[1]
+
+
+def test_prefix_tuning_is_refused_as_keys_of_another_attention(
+    kt_model: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft")
+    monkeypatch.undo()
+    tuned = peft.get_peft_model(
+        kt_model("v2-mixed"), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    )
+    for tokens in (2, 40):  # in one call and in several
+        with pytest.raises(InputError, match=r"keys of shape \(1, \d+, 4, \d+\) for model\.layers\.0\.self_attn"):
+            tuned(input_ids=torch.arange(3, 3 + tokens)[None])
+
+
+def test_the_embedding_is_one_to_who_looks_for_it(kt_model: Callable[[str], Any]) -> None:
+    model = kt_model("v2-mixed")
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, torch.nn.Embedding)
+    weight = embedding.weight
+    stock = torch.nn.Embedding(*weight.shape, _weight=weight.as_subclass(torch.Tensor))
+    assert str(embedding) == str(stock).replace("Embedding", "KtEmbedding")
+    assert {name: getattr(embedding, name) for name in stock.__constants__} == {
+        name: getattr(stock, name) for name in stock.__constants__
+    }
+    ids = torch.tensor([[0, 3], [7, 3]])
+    assert torch.equal(embedding(ids), stock(ids))

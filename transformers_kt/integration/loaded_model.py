@@ -84,6 +84,10 @@ class Reload(NamedTuple):
         return model
 
 
+# For prompt tuning PEFT asks any model for this module, and then looks among the parameters of torch for one of as many
+# rows as there are tokens: rows in GGUF blocks are none.
+_EMBEDDING_OF_BERT = "embeddings.word_embeddings"
+
 _SMALL_SHARE = 0.01  # of the weights: norms and routers stay far below
 
 
@@ -132,8 +136,17 @@ class KtModelMixin:
     def dtype(self) -> torch.dtype:
         return torch.float32
 
+    def get_submodule(self, target: str) -> nn.Module:
+        if target == _EMBEDDING_OF_BERT:
+            found: nn.Module = self.get_input_embeddings()  # type: ignore[attr-defined]
+            return found
+        return super().get_submodule(target)  # type: ignore[misc,no-any-return]
+
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of memory that the weights hold, packed ones included."""
+        """Bytes of memory that the weights hold, packed ones included; of each module, ``kt_report.rows`` has them.
+
+        accelerate's ``compute_module_sizes`` counts tensors of torch, of which packed weights are none.
+        """
         return self.kt_report.nbytes
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

@@ -35,15 +35,21 @@ class _EmbeddingTable:
         out[:] = dequantize(self.rows[ids], GGMLQuantizationType(int(self.ggml_type)))
 
 
-class KtEmbedding(KtModule):
-    """``nn.Embedding``: integer ids (...) -> float32 (..., embedding_dim). Takes every type the gguf package knows."""
+class KtEmbedding(KtModule, nn.Embedding):
+    """``nn.Embedding``: integer ids (...) -> float32 (..., embedding_dim). Takes every type the gguf package knows.
+
+    It is one to libraries that look for it. ``padding_idx`` is None: it only matters to gradients.
+    """
 
     operation = OPERATIONS["embedding_cpu"]
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not that of nn.Embedding, which takes memory
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
+        self.padding_idx = self.max_norm = None
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+        self._is_hf_initialized = True  # transformers fills the weight of any other nn.Embedding
         self._table: Handle | None = None
 
     @classmethod
@@ -65,8 +71,10 @@ class KtEmbedding(KtModule):
         return table
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> torch.Tensor | None:  # type: ignore[override]
         """float32 (num_embeddings, embedding_dim), dequantized at each call; writing into it is refused."""
+        if self._table is None:  # until loaded
+            return None
         ids = np.arange(self.num_embeddings, dtype=np.int64)
         values = np.empty((self.num_embeddings, self.embedding_dim), np.float32)
         self.table.gather(ids, values)

@@ -148,9 +148,24 @@ class KtMlaAttention(KtModule):
         if cache is not None:
             earlier = int(cache.get_seq_length(self.layer_idx)) if attention_mask is None else 0
             grow_in_place(cache, self.layer_idx)
-            cached = cache.update(latents.unsqueeze(1), ropes.unsqueeze(1), self.layer_idx)
+            try:
+                cached = cache.update(latents.unsqueeze(1), ropes.unsqueeze(1), self.layer_idx)
+            except RuntimeError as error:
+                self._refuse_other_keys(cache, error)
+                raise
             latents, ropes = (as_float32(states).squeeze(1) for states in cached)
         return latents, ropes, self.visible_keys(attention_mask, latents, tokens, earlier)
+
+    def _refuse_other_keys(self, cache: Any, error: RuntimeError) -> None:
+        """Raise `InputError` if the cache holds keys of another kind of attention, as prefix tuning makes them."""
+        layers = getattr(cache, "layers", ())
+        keys = getattr(layers[self.layer_idx], "keys", None) if self.layer_idx < len(layers) else None
+        if isinstance(keys, torch.Tensor) and (keys.shape[1], keys.shape[-1]) != (1, self.latent_dim):
+            raise InputError(
+                f"the cache holds keys of shape {tuple(keys.shape)} for {self._name}, which keeps latents (batch, 1, "
+                f"keys, {self.latent_dim}). Keys of one size for all heads, as PEFT's prefix tuning makes them, are "
+                "none of this attention, nor of stock transformers'; prompt tuning puts embeddings before the text"
+            ) from error
 
     def visible_keys(
         self, attention_mask: torch.Tensor | None, latents: torch.Tensor, tokens: int, earlier: int

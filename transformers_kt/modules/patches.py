@@ -18,8 +18,5 @@ def patched_method(cls: type[nn.Module]) -> str | None:
         method = getattr(cls, name)
         where = getattr(method, "__globals__", {}).get("__name__", type(method).__module__)
         if where.partition(".")[0] not in libraries:
-            found = getattr(getattr(method, "__code__", method), "co_qualname", None) or getattr(
-                method, "__name__", "?"
-            )
-            return f"{name}, which is {where}.{found} now"
+            return f"{name}, which is {where}.{getattr(method, '__name__', '?')} now"
     return None
