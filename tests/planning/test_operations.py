@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from transformers_kt.backends.gpu.panels import LAYOUTS
 from transformers_kt.errors import UnsupportedModelError, UnsupportedTypeError
 from transformers_kt.families.deepseek.outline import OUTLINE, V2, V3
 from transformers_kt.families.tree import TORCH_CLASSES, ModuleNode
@@ -44,8 +45,8 @@ def tensor(ggml_type: GgmlType, shape: tuple[int, ...] = (64, 256), nbytes: int 
 
 
 def test_every_operation_has_one_module() -> None:
-    on_the_cpu = {op: operation for op, operation in OPERATIONS.items() if operation.backend == "cpu"}
-    assert {name: module.operation for name, module in MODULES.items()} == on_the_cpu
+    ours = {op: operation for op, operation in OPERATIONS.items() if operation.backend != "torch"}
+    assert {name: module.operation for name, module in MODULES.items()} == ours
 
 
 def test_every_operation_of_the_cpu_is_planned_for_gpus_too_and_torch_is_one_for_both() -> None:
@@ -116,11 +117,19 @@ def test_the_key_half_of_kv_b_counts_as_floats(ggml_type: GgmlType, float_bytes:
     assert found == 1000 + 80_000 / 2 + 4 * 64 * 256 * float_bytes
 
 
-def test_attention_on_a_gpu_counts_both_halves_of_kv_b_in_float16() -> None:
-    whole = {"kv_b_proj.weight": tensor(GgmlType.Q4_K, (4 * 128, 256)), "o_proj.weight": tensor(GgmlType.Q4_K)}
-    assert OPERATIONS["attention_gpu"].memory_needed(whole, config(), "cuda:0") == 4 * 128 * 256 * 2 + 1000
-    halves = {role: tensor(GgmlType.Q8_0, (4, 64, 256)) for role in ("kv_b_proj.k_b", "kv_b_proj.v_b")}
-    assert OPERATIONS["attention_gpu"].memory_needed(halves, config(), "cuda:0") == 2 * 4 * 64 * 256 * 2
+def test_the_key_half_of_kv_b_alone_is_float16_where_the_device_reads_not_its_type() -> None:
+    for ggml_type, on_cpu, on_gpu in ((GgmlType.Q8_0, 1000, 1000), (GgmlType.IQ1_S, 1000, 4 * 64 * 256 * 2)):
+        half = {"kv_b_proj.k_b": tensor(ggml_type, (4, 64, 256))}
+        assert OPERATIONS["attention_cpu"].memory_needed(half, config()) == on_cpu
+        assert OPERATIONS["attention_gpu"].memory_needed(half, config(), "cuda:0") == on_gpu
+
+
+def test_types_that_gpus_read_have_decoders_and_others_are_refused() -> None:
+    assert set(operations.GPU_TYPES) <= set(LAYOUTS)
+    weight = {"weight": tensor(GgmlType.IQ1_S)}
+    OPERATIONS["linear_cpu"].check_types(weight, "lm_head")
+    with pytest.raises(UnsupportedTypeError, match=r"type IQ1_S, which is not read on GPUs \(lm_head\)"):
+        OPERATIONS["linear_gpu"].check_types(weight, "lm_head")
 
 
 def test_what_stays_stock_counts_as_float32_on_the_cpu_and_in_16_bits_on_a_gpu_where_the_file_has_blocks() -> None:

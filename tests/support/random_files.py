@@ -53,6 +53,7 @@ class RandomFile:
 
 RANDOM_FILES = {
     "v3-F32": RandomFile("v3_like"),
+    "v2-F32": RandomFile("v2_like", export={"split_kv_b": False}),
     "v2-F16": RandomFile("v2_like", export={"weight_type": Type.F16, "split_kv_b": False}),
     "v2-mixed": RandomFile("v2_like", types=_MIXED),
     "v2-lite-BF16": RandomFile("v2_lite_like", export={"split_kv_b": False}, types=_BF16),

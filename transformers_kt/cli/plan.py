@@ -9,7 +9,8 @@ import typer
 
 from transformers_kt.cli.models import located
 from transformers_kt.errors import InputError
-from transformers_kt.planning.plan import DEFAULT_CONTEXT, plan
+from transformers_kt.planning.costs import DEFAULT_CONTEXT
+from transformers_kt.planning.plan import plan
 from transformers_kt.planning.report import require_plot
 
 _ARGUMENTS = ("gguf_path", "kt_rules", "device_map", "ram", "context", "bandwidth", "kt_cpu_layers", "kt_gpu_experts")

@@ -150,8 +150,7 @@ class Family:
     hold beside those. ``zero_where_absent`` are buffers that files leave out where they would be zero.
 
     ``keys_from`` is the tensor of a layer from which the keys in the KV cache come: the cache lies where it does.
-    ``float_on_gpu`` are names of modules whose weights a GPU needs as float16. ``examples`` are files to tell a machine
-    by.
+    ``examples`` are files to tell a machine by.
     """
 
     name: str
@@ -168,7 +167,6 @@ class Family:
     unread: tuple[str, ...] = ()
     merges: Mapping[str, Merge] = field(default_factory=lambda: EXPERT_MERGES)
     zero_where_absent: tuple[str, ...] = ()
-    float_on_gpu: tuple[str, ...] = ()
     mla: Callable[[Any], MlaDims] | None = None
     router: Callable[[Any], Router] | None = None
     tokenizers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -22,12 +22,16 @@ from torch import nn
 import transformers_kt._C as _C
 from transformers_kt.families.registry import family_of
 from transformers_kt.gguf import damage
+from transformers_kt.modules.gpu.base import OnDevice
+from transformers_kt.modules.gpu.stock import move_stock
 from transformers_kt.planning.assignments import Assignment
 from transformers_kt.planning.tables import grouped, new_table, rendered
 from transformers_kt.rules import TORCH
+from transformers_kt.rules.devices import CPU
 from transformers_kt.text import format_bytes, listed
 
 if TYPE_CHECKING:
+    from transformers_kt.backends.gpu.device import Device
     from transformers_kt.families.base import Family
     from transformers_kt.gguf.reader import TensorInfo
     from transformers_kt.modules.base import KtModule, TensorData
@@ -105,14 +109,19 @@ class KtReport:
         return rendered(f"{self.title}, rules: {self.rules}", table, *lines)
 
 
-def apply_plan(model: nn.Module, assignments: Iterable[Assignment], modules: Modules) -> None:
+def apply_plan(
+    model: nn.Module, assignments: Iterable[Assignment], modules: Modules, devices: Mapping[str, Device]
+) -> None:
     """Put the operations that ``assignments`` name into the skeleton ``model``, without weights."""
     config: Any = model.config
     for assignment in assignments:
-        path = assignment.entry.module
+        path, device = assignment.entry.module, assignment.entry.device
         if assignment.operation.backend != TORCH:
             stock = model.get_submodule(path)
-            model.set_submodule(path, modules[assignment.entry.op].from_module(stock, config, path))
+            module = modules[assignment.entry.op].from_module(stock, config, path)
+            if isinstance(module, OnDevice):
+                module.place(devices[device])
+            model.set_submodule(path, module)
 
 
 def fill(
@@ -120,6 +129,7 @@ def fill(
     assignments: Sequence[Assignment],
     source: TensorSource,
     progress: ProgressBar,
+    devices: Mapping[str, Device],
 ) -> tuple[ReportRow, ...]:
     """Load every weight of ``model`` (plan applied, no memory taken yet). ``progress`` moves by bytes read.
 
@@ -134,7 +144,10 @@ def fill(
             entry = assignment.entry
             reader = _Reader(source, progress)
             if assignment.operation.backend == TORCH:
-                nbytes = _load_stock(model.get_submodule(entry.module), family, assignment.tensors, reader)
+                stock = model.get_submodule(entry.module)
+                nbytes = _load_stock(stock, family, assignment.tensors, reader)
+                if entry.device != CPU:
+                    nbytes = move_stock(stock, assignment.tensors, devices[entry.device])
             else:
                 nbytes = _operation_at(model, entry.module).load(assignment.tensors, reader)
             reader.finish()

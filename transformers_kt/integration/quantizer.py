@@ -14,24 +14,25 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from transformers_kt.backends.gpu.devices import devices
 from transformers_kt.errors import UnsupportedOperationError
+from transformers_kt.families.registry import dims_of
 from transformers_kt.families.tree import tree_of
 from transformers_kt.integration import loading
 from transformers_kt.integration.loaded_model import InputGuard, refuse_training
 from transformers_kt.integration.loading import KtReport
 from transformers_kt.integration.replaced_classes import ReplacedClasses
 from transformers_kt.planning import hardware
-from transformers_kt.planning.costs import FastMemory
+from transformers_kt.planning.costs import DEFAULT_CONTEXT, Costs
 from transformers_kt.planning.decision import Decision, Machine, ModelRequest, decide
 from transformers_kt.rules import AUTO
-from transformers_kt.rules.devices import CPU, gpu_name
+from transformers_kt.rules.devices import CPU
 from transformers_kt.text import format_bytes
 
 if TYPE_CHECKING:
     from transformers_kt.integration.loading import Modules
 
 METHOD = "kt"  # quant_method, and the name of our attention in transformers' registries
-_NO_NEEDS = FastMemory(kv_cache_per_layer=0, buffers=0)  # of GPUs, on which nothing is placed
 logger = logging.getLogger(__name__)
 
 
@@ -101,10 +102,12 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         assert self._job is not None
         request = self._job.request
-        machine = _machine()
-        decision = self._decision = decide(request, tree_of(model), machine, _NO_NEEDS)
-        _log(decision, machine, request.title)
-        decision.require_loadable(request.title, request.placement.tightest(hardware.free_memory()))
+        machine = _machine(request)
+        costs = Costs(request.config, min(DEFAULT_CONTEXT, dims_of(request.config).context))
+        decision = self._decision = decide(request, tree_of(model), machine, costs.on_gpus)
+        _log(decision, request.title)
+        free = request.placement.tightest(hardware.free_memory())
+        decision.require_loadable(request.title, free, machine.hardware.capacities)
         if decision.all_attention_is_ours:
             # Masks in our own short form. Where stock attention shares them they stay as transformers makes them,
             # which our attention reads too.
@@ -112,7 +115,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         recorded = _recorded_modules(model)
         self._replaced = ReplacedClasses(model, decision.assignments)
         self._parameters = sum(parameter.numel() for parameter in model.parameters())  # of the stock skeleton
-        loading.apply_plan(model, decision.assignments, self._job.modules)
+        loading.apply_plan(model, decision.assignments, self._job.modules, devices())
         self._lost_outputs = tuple(key for key, count in _recorded_modules(model).items() if count < recorded[key])
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
@@ -123,6 +126,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         from transformers_kt.integration.tune_prefetch import tune_prefetch
         from transformers_kt.modules.fused.base_model import fuse_base_models
         from transformers_kt.modules.fused.decoder_layer import fuse_decoder_layers
+        from transformers_kt.modules.fused.hybrid_model import fuse_hybrid_models
 
         job, self._job = self._job, None
         decision, self._decision = self._decision, None
@@ -131,17 +135,19 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         request, total = job.request, decision.stored_bytes
         description = f"Loading {request.title} ({format_bytes(total)})"
         with transformers_logging.tqdm(total=total, desc=description, unit="B", unit_scale=True) as bar:
-            rows = loading.fill(model, decision.assignments, request.checkpoint, bar)
+            rows = loading.fill(model, decision.assignments, request.checkpoint, bar, devices())
         fuse_decoder_layers(model)
         fuse_base_models(model)
-        model.kt_report = KtReport(request.title, decision.plan.source, rows, decision.notes, tune_prefetch(model))
+        fuse_hybrid_models(model)
+        notes = (*decision.notes, *_notes_of_gpus(decision))
+        model.kt_report = KtReport(request.title, decision.plan.source, rows, notes, tune_prefetch(model))
         model.kt_parameters = self._parameters
         guard = InputGuard(model.config, self._lost_outputs, self._replaced)
         model.base_model.register_forward_pre_hook(guard, with_kwargs=True)
         if request.placement.device_map is not None or torch.accelerator.is_available():
             # Else pipeline() moves the model to the accelerator. Not set without need: with it, pipeline(device="cpu")
             # is refused, here as for every model that was loaded with a device_map.
-            model.hf_device_map = dict(decision.device_map or {"": CPU})
+            model.hf_device_map = _device_map_of_torch(decision)
 
     def is_serializable(self) -> bool:
         return False
@@ -157,21 +163,41 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         )
 
 
-def _machine() -> Machine:
-    """This machine. transformers would dispatch over the GPUs of a device map, but the operations of this version
-    compute on the CPU: automatic placement is offered none."""
-    gpus = tuple(map(gpu_name, range(torch.cuda.device_count())))
-    on_the_cpu = hardware.Hardware((), hardware.free_memory().nbytes)
-    return Machine(on_the_cpu, "this machine has", 'device_map="cpu" runs the same plan on the CPU', gpus)
+def _machine(request: ModelRequest) -> Machine:
+    """This machine, as far as the request allows it to be used."""
+    gpus = tuple(device.free_bytes() for device in devices().values())
+    here = request.placement.limited(hardware.Hardware(gpus, hardware.free_memory().nbytes))
+    return Machine(here, "this machine has", 'device_map="cpu" runs the same plan on the CPU')
 
 
-def _log(decision: Decision, machine: Machine, title: str) -> None:
+def _device_map_of_torch(decision: Decision) -> dict[str, str]:
+    """Modules to devices of torch, for those who look where inputs go: the CPU first, where ids are looked up."""
+    placed = decision.device_map or {entry.module: entry.device for entry in decision.plan.entries}
+    if set(placed.values()) == {CPU}:
+        return dict(decision.device_map or {"": CPU})
+    there = devices()
+    found = {module: str(there[device].torch_device) if device != CPU else CPU for module, device in placed.items()}
+    return dict(sorted(found.items(), key=lambda item: item[1] != CPU))
+
+
+def _log(decision: Decision, title: str) -> None:
     if decision.file_notes:
         logger.warning("%s:\n%s", title, "\n".join(decision.file_notes))
     if decision.plan.notes:
         logger.warning("%s does not do all that its rules say:\n%s", title, "\n".join(decision.plan.notes))
-    if decision.plan.source == AUTO and machine.unused:
-        logger.info("all of %s is on the CPU: this version leaves %s unused", title, ", ".join(machine.unused))
+    for note in _notes_of_gpus(decision):
+        logger.warning("%s: %s", title, note)
+
+
+def _notes_of_gpus(decision: Decision) -> list[str]:
+    """That results differ from the CPU's is said, never silent."""
+    if not decision.gpus:
+        return []
+    fakes = " (FAKES, computed by torch on the CPU)" if hardware.fake_gpu_memory() is not None else ""
+    return [
+        f"{', '.join(decision.gpus)}{fakes}: GPUs round otherwise than the CPU. "
+        'device_map="cpu" gives the same bits on every machine.'
+    ]
 
 
 def _recorded_modules(model: Any) -> dict[str, int]:

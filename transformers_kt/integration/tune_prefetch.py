@@ -7,6 +7,7 @@ from torch import nn
 import transformers_kt._C as _C
 from transformers_kt.modules.base import KtModule
 from transformers_kt.modules.experts import KtExperts, KtMoe
+from transformers_kt.modules.gpu.base import OnDevice
 
 
 def tune_prefetch(model: nn.Module) -> str:
@@ -15,7 +16,8 @@ def tune_prefetch(model: nn.Module) -> str:
     A quarter of a second; no result changes. Experts of less than 0.5 GB, which caches may hold, are not timed: every
     matrix then keeps what suits the CPU's vendor.
     """
-    experts = [module.routed for module in model.modules() if isinstance(module, KtExperts | KtMoe)]
+    ours = [module for module in model.modules() if isinstance(module, KtExperts | KtMoe)]
+    experts = [module.routed for module in ours if not isinstance(module, OnDevice)]
     timed = [matrix for each in experts for matrix in each.matrices]
     speeds = _C.tune_prefetch(timed)
     if not speeds:

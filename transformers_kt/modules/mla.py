@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ from transformers_kt.modules.rotary import as_rope_table
 from transformers_kt.planning.operations import KERNEL_TYPES, OPERATIONS, is_wide
 
 _NORMS = ("q_a_layernorm.weight", "kv_a_layernorm.weight")
-_MATRICES = ("q_proj.weight", "q_a_proj.weight", "q_b_proj.weight", "kv_a_proj_with_mqa.weight", "o_proj.weight")
+MATRICES = ("q_proj.weight", "q_a_proj.weight", "q_b_proj.weight", "kv_a_proj_with_mqa.weight", "o_proj.weight")
 
 
 class KtMlaAttention(KtModule):
@@ -41,6 +41,7 @@ class KtMlaAttention(KtModule):
     """
 
     operation = OPERATIONS["attention_cpu"]
+    kernel_types: ClassVar[Collection[str]] = frozenset(KERNEL_TYPES.values())
 
     def __init__(self, dims: Mapping[str, Any], layer_idx: int, name: str) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class KtMlaAttention(KtModule):
         return cls(dims, stock.layer_idx, name)
 
     def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
-        packed = {role: pack_matrices(tensors[role], data) for role in _MATRICES if role in tensors}
+        packed = {role: pack_matrices(tensors[role], data) for role in MATRICES if role in tensors}
         norms = {role: float_values(tensors[role], data(tensors[role])) for role in _NORMS if role in tensors}
         k_b, v_b = self._pack_kv_b(tensors, data)
         attention = _C.MlaAttention(
@@ -102,7 +103,7 @@ class KtMlaAttention(KtModule):
         return k_b, v_b
 
     def _pack_keys(self, tensor: TensorInfo, data: TensorData) -> Any:
-        if int(tensor.ggml_type) in KERNEL_TYPES:
+        if tensor.ggml_type.name in self.kernel_types:
             return pack_matrices(tensor, data)
         return pack_floats(float_values(tensor, data(tensor)), GgmlType.F16)
 

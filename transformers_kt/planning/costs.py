@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers_kt.families.registry import family_of
 from transformers_kt.planning.assignments import Assignment
 from transformers_kt.planning.hardware import Bandwidths, Hardware
-from transformers_kt.planning.operations import bytes_on_gpu
+from transformers_kt.planning.operations import keys_as_floats_on_gpu
 from transformers_kt.planning.report import DeviceUse, PlanRow
 from transformers_kt.rules.devices import CPU, gpu_name
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _CUDA_BYTES = 512 << 20
 # Work buffers are for this many tokens at once, what generate(prefill_chunk_size=512) keeps longer prompts to.
 PREFILL_TOKENS = 512
+DEFAULT_CONTEXT = 32768
+"""Tokens that GPUs keep room for where nothing is said, up to what the model takes."""
 _CPU_FLOAT_BYTES = 4  # activations, cache and stock modules: float32 on the CPU, 16 bits on a GPU
 _GPU_FLOAT_BYTES = 2
 _EXPERT_ROLES = ("gate", "up", "down")
@@ -63,7 +65,7 @@ def gpu_bytes(slots: Iterable[TensorSlot], tensors: Mapping[str, TensorInfo], co
     sizes: dict[str, int] = {}
     for slot in slots:
         role = f"{slot.module.rpartition('.')[2]}.{slot.role}"  # as the operation of the outer module has it
-        sizes[slot.module] = sizes.get(slot.module, 0) + bytes_on_gpu(role, tensors[slot.gguf_name], config)
+        sizes[slot.module] = sizes.get(slot.module, 0) + keys_as_floats_on_gpu(role, tensors[slot.gguf_name], config)
     return sizes
 
 

@@ -18,6 +18,7 @@ from transformers_kt.planning.hardware import MemoryLimit, require_memory
 from transformers_kt.planning.operations import ATTENTION
 from transformers_kt.planning.placement import auto_device_map, cpu_expert_layers
 from transformers_kt.rules import AUTO
+from transformers_kt.rules.devices import CPU
 from transformers_kt.text import layer_number
 
 if TYPE_CHECKING:
@@ -50,25 +51,21 @@ class ModelRequest:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The devices to decide for. Automatic placement chooses among those of ``hardware``.
+    """The devices to decide for.
 
-    ``unused`` are devices that are there and that this version does not compute on. What is said of a device that is
-    not there begins with ``presence`` ("this machine has") and ends with ``remedy``.
+    What is said of a device that is not there begins with ``presence`` ("this machine has") and ends with ``remedy``.
     """
 
     hardware: Hardware
     presence: str
     remedy: str
-    unused: tuple[str, ...] = ()
 
     def objection(self, device: str) -> str | None:
         """Why nothing can be put on ``device``, and what to do; None where it can."""
         usable = self.hardware.capacities
         if device in usable:
             return None
-        if device in self.unused:
-            return f"but this version computes on the CPU only. {self.remedy}"
-        return f"which is not there: {self.presence} {', '.join([*usable, *self.unused])}. {self.remedy}"
+        return f"which is not there: {self.presence} {', '.join(usable)}. {self.remedy}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +94,20 @@ class Decision:
         """Bytes to read from the checkpoint."""
         return sum(assignment.stored_bytes for assignment in self.assignments)
 
-    def require_loadable(self, title: str, free: MemoryLimit) -> None:
-        """Raise the first of ``problems``, or `OutOfMemoryError` where the weights do not fit into ``free``."""
+    @property
+    def gpus(self) -> tuple[str, ...]:
+        """The GPUs that something lies on."""
+        return tuple(sorted(device for device in self.weight_bytes if device != CPU))
+
+    def require_loadable(self, title: str, free: MemoryLimit, on_gpus: Mapping[str, int]) -> None:
+        """Raise the first of ``problems``, or `OutOfMemoryError` where the weights do not fit into ``free`` RAM or what
+        ``on_gpus`` has of each GPU."""
         for problem in self.problems:
             raise problem
-        require_memory(sum(self.weight_bytes.values()), title, free)
+        require_memory(self.weight_bytes.get(CPU, 0), title, free)
+        for gpu in self.gpus:
+            limit = MemoryLimit(on_gpus[gpu], f"memory of {gpu}")
+            require_memory(self.weight_bytes[gpu], f"the part of {title} on {gpu}", limit)
 
 
 def decide(request: ModelRequest, tree: ModelTree, machine: Machine, needs: FastMemory) -> Decision:

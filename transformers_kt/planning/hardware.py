@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import os
 import re
@@ -36,6 +38,9 @@ _ASSUMED_GPU_BANDWIDTH = 900e9
 _MEASURED_BYTES = 1 << 28
 _MEASURED_ROUNDS = 3
 RAM, GPUS = "RAM", "GPUs"  # in notes
+FAKE_GPUS = "TRANSFORMERS_KT_FAKE_GPUS"
+"""The environment variable that puts fakes in the place of GPUs: their sizes, as "24GiB,24GiB"."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +112,31 @@ def described_hardware(
     return Hardware(sizes, parse_bytes(ram, "ram"))
 
 
+def fake_gpu_memory() -> tuple[int, ...] | None:
+    """Bytes of each GPU that `FAKE_GPUS` names; None where it is not set. Says loudly, once, that they are none."""
+    sizes = os.environ.get(FAKE_GPUS)
+    if not sizes:
+        return None
+    found = tuple(parse_bytes(size, FAKE_GPUS) for size in sizes.split(","))
+    _warn_of_fakes(sizes)
+    return found
+
+
+@functools.cache
+def _warn_of_fakes(sizes: str) -> None:
+    logger.warning(
+        "%s=%s: GPUs are FAKES, computed by torch on the CPU, to try placements and to test. Answers are right, speed "
+        "says nothing",
+        FAKE_GPUS,
+        sizes,
+    )
+
+
 def free_gpu_memory() -> tuple[int, ...]:
-    """Bytes free on each GPU of this machine."""
+    """Bytes free on each GPU of this machine, or of the fakes in their place."""
+    fakes = fake_gpu_memory()
+    if fakes is not None:
+        return fakes
     is_driverless = sys.platform == "linux" and not any(map(os.path.exists, _GPU_DRIVERS))
     if is_driverless and "torch" not in sys.modules:
         return ()

@@ -6,7 +6,7 @@ Plans are made of this alone. Loading asks the same questions before it takes me
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,7 +16,7 @@ import numpy as np
 import transformers_kt._C as _C
 from transformers_kt.errors import UnsupportedModelError, UnsupportedTypeError
 from transformers_kt.families.base import Limit
-from transformers_kt.families.registry import families, family_of, mla_of, stock_classes
+from transformers_kt.families.registry import families, mla_of, stock_classes
 from transformers_kt.families.tree import TORCH_CLASSES, ModuleNode
 from transformers_kt.gguf.quantizations import published_with
 from transformers_kt.gguf.reader import GgmlType, TensorInfo
@@ -26,9 +26,16 @@ from transformers_kt.rules.devices import BACKENDS, CPU
 KERNEL_TYPES: dict[int, str] = {number: name for name, number, _elements, _nbytes in _C.weight_types()}
 """ggml type number -> name, for every type that can be multiplied with."""
 
+GPU_TYPES = (
+    *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "IQ4_NL", "IQ4_XS"),
+    *("Q4_1", "Q5_1", "Q3_K", "Q2_K"),
+)
+"""Names of the types that GPUs read."""
+
 ATTENTION, ROTARY = "attention", "rotary"
 """The kinds that have to agree: our rotary embedding feeds our attention only."""
 
+CPU_BACKEND, GPU = BACKENDS
 _STATIC_ROPE_TYPES = ("default", "linear", "yarn")
 _FLOAT32_BYTES, _FLOAT16_BYTES = 4, 2
 
@@ -99,6 +106,12 @@ class Operation:
         for role, tensor in tensors.items():
             if len(tensor.shape) > 1 and role not in self.of_any_type:
                 _require_kernel(tensor)
+                if self.backend == GPU and tensor.ggml_type.name not in GPU_TYPES:
+                    raise UnsupportedTypeError(
+                        f"{tensor.path}: tensor {tensor.name} has type {tensor.ggml_type.name}, which is not read on "
+                        f"GPUs ({path}); they read {', '.join(GPU_TYPES)}. Keep the module on the CPU, or all of the "
+                        'model with device_map="cpu"'
+                    )
             elif int(tensor.ggml_type) not in KERNEL_TYPES:
                 require_dequantizable(tensor, role)
 
@@ -185,23 +198,25 @@ def _dynamic_rope(node: ModuleNode, config: Any) -> str | None:
 # --- The operations --------------------------------------------------------------------------------------------------
 
 
-def _keys_as_floats(role: str, tensor: TensorInfo, config: Any) -> int:
+def keys_as_floats(role: str, tensor: TensorInfo, config: Any) -> int:
     """The key half of kv_b becomes float in place of its blocks: absorbing needs it across their direction. Where it
     stands alone, that is only for types without a kernel."""
+    return _keys_as_floats(role, tensor, config, tuple(KERNEL_TYPES.values()))
+
+
+def keys_as_floats_on_gpu(role: str, tensor: TensorInfo, config: Any) -> int:
+    return _keys_as_floats(role, tensor, config, GPU_TYPES)
+
+
+def _keys_as_floats(role: str, tensor: TensorInfo, config: Any, kernel_types: Collection[str]) -> int:
     if role not in ("kv_b_proj.weight", "kv_b_proj.k_b"):
         return tensor.nbytes
     mla = mla_of(config)
     keys = mla.heads * mla.nope * mla.latent
     if role == "kv_b_proj.k_b":
-        return tensor.nbytes if int(tensor.ggml_type) in KERNEL_TYPES else _FLOAT16_BYTES * keys
+        return tensor.nbytes if tensor.ggml_type.name in kernel_types else _FLOAT16_BYTES * keys
     float_bytes = _FLOAT32_BYTES if is_wide(tensor) else _FLOAT16_BYTES
     return tensor.nbytes - tensor.nbytes * mla.nope // (mla.nope + mla.value) + float_bytes * keys
-
-
-def bytes_on_gpu(role: str, tensor: TensorInfo, config: Any) -> int:
-    """Those of the file, but float16 where the family says that a module needs it."""
-    is_float = role.rpartition(".")[0] in family_of(config).float_on_gpu
-    return _FLOAT16_BYTES * math.prod(tensor.shape) if is_float else tensor.nbytes
 
 
 def _halves_in_float32(role: str, tensor: TensorInfo, config: Any) -> int:
@@ -230,10 +245,11 @@ def _on_both(
     limits: tuple[Limit, ...] = (),
     on_cpu: _BytesOf = _as_stored,
     on_gpu: _BytesOf = _as_stored,
+    of_any_type_on_cpu: frozenset[str] = frozenset(),
 ) -> Iterator[Operation]:
     """The operations of a kind: they differ in their backend, and in what their tensors take there."""
-    for backend, bytes_of in zip(BACKENDS, (on_cpu, on_gpu), strict=True):
-        yield Operation(kind, backend, roles, torch_classes, of_any_type, limits, bytes_of)
+    yield Operation(kind, CPU_BACKEND, roles, torch_classes, of_any_type | of_any_type_on_cpu, limits, on_cpu)
+    yield Operation(kind, GPU, roles, torch_classes, of_any_type, limits, on_gpu)
 
 
 OPERATIONS: Mapping[str, Operation] = {
@@ -246,8 +262,8 @@ OPERATIONS: Mapping[str, Operation] = {
             | {f"kv_b_proj.{half}" for half in _KV_B_HALVES},
             # llama.cpp makes it Q5_1 or IQ4_NL where its rows, 128 or 192 wide, fit no K-quant: in every Q5_K_M.
             of_any_type=frozenset({"kv_b_proj.k_b"}),
-            on_cpu=_keys_as_floats,
-            on_gpu=bytes_on_gpu,
+            on_cpu=keys_as_floats,
+            on_gpu=keys_as_floats_on_gpu,
         ),
         *_on_both(
             "moe",
@@ -268,13 +284,18 @@ OPERATIONS: Mapping[str, Operation] = {
             on_cpu=_halves_in_float32,
             on_gpu=_halves_in_float16,
         ),
-        *_on_both("embedding", frozenset({"weight"}), (TORCH_CLASSES["Embedding"],), of_any_type=frozenset({"weight"})),
+        *_on_both(
+            "embedding",
+            frozenset({"weight"}),
+            (TORCH_CLASSES["Embedding"],),
+            of_any_type_on_cpu=frozenset({"weight"}),
+        ),
         *_on_both("norm", frozenset({"weight"})),
         *_on_both(ROTARY, frozenset(), limits=(_dynamic_rope,)),
         _StockModule(TORCH, TORCH, frozenset()),
     )
 }
-"""Name -> operation, coarse before fine. Those of GPUs are planned only: none of this version computes there."""
+"""Name -> operation, coarse before fine."""
 
 
 def replaced_classes() -> dict[str, tuple[str, ...]]:

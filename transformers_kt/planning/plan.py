@@ -16,7 +16,7 @@ from transformers_kt.families.plain_config import plain_config, read_config
 from transformers_kt.families.registry import dims_of, family_of
 from transformers_kt.families.tensors import check_tensors
 from transformers_kt.families.tree import ModelTree, tree_of
-from transformers_kt.planning.costs import PREFILL_TOKENS, Costs, device_uses, plan_row
+from transformers_kt.planning.costs import DEFAULT_CONTEXT, PREFILL_TOKENS, Costs, device_uses, plan_row
 from transformers_kt.planning.decision import Decision, Machine, ModelRequest, decide
 from transformers_kt.planning.device_map import PlacementRequest
 from transformers_kt.planning.hardware import RAM, Bandwidths, Hardware, described_hardware, read_bandwidths
@@ -30,13 +30,10 @@ from transformers_kt.planning.request import (
     rules_or_default,
     without,
 )
-from transformers_kt.rules import AUTO, KtRules, Plan, RuleList, load_rules
-from transformers_kt.rules.devices import CPU
+from transformers_kt.rules import AUTO, KtRules, RuleList, load_rules
 
 if TYPE_CHECKING:
     from transformers_kt.gguf.checkpoint import Checkpoint
-
-DEFAULT_CONTEXT = 32768
 
 
 def plan(
@@ -64,8 +61,6 @@ def plan(
     machine to plan for; what is left out is as here and now. ``context`` is the number of tokens to have room for, up
     to what the model takes. ``bandwidth`` is what RAM reads, or RAM and each GPU, in GB/s, or "measure"; 100 and 900
     are assumed where nothing is said.
-
-    With GPUs, this plans what later versions will run: this one computes on the CPU.
 
     Raises the errors that loading would raise, but not for want of memory and for tensor types without a kernel:
     those the report lists as ``problems``.
@@ -97,7 +92,7 @@ def _report(
 ) -> PlanReport:
     rows = tuple(plan_row(request.config, assignment, costs) for assignment in decision.assignments)
     devices = device_uses(decision.assignments, rows, hardware, speeds, costs)
-    notes = (*_notes(decision.plan, devices, speeds), *decision.notes)
+    notes = (*_notes(devices, speeds), *decision.notes)
     problems = (*shortages(devices), *(f"Cannot be loaded: {problem}." for problem in decision.problems))
     return PlanReport(request.title, request.rules.source, context, rows, devices, notes, problems)
 
@@ -122,12 +117,10 @@ def _model(
     return real_config, tree_of(stock_model.skeleton(real_config))
 
 
-def _notes(found: Plan, devices: Sequence[DeviceUse], speeds: Bandwidths) -> list[str]:
+def _notes(devices: Sequence[DeviceUse], speeds: Bandwidths) -> list[str]:
     notes = []
     for how, of_what in speeds.unstated.items():
         if there := [name for name in of_what if name == RAM or len(devices) > 1]:
             notes.append(f"The bandwidth of {' and '.join(there)} is {how}; bandwidth= (--bandwidth) states it.")
     notes.append(f"Buffers are for {PREFILL_TOKENS} tokens at a time: generate(prefill_chunk_size={PREFILL_TOKENS}).")
-    if any(entry.device != CPU for entry in found.entries):
-        notes.append('GPUs are planned, not yet used: this version loads with device_map="cpu" only.')
     return notes

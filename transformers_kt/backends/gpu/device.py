@@ -7,17 +7,24 @@ event that nobody waits for, or a buffer written too early, changes results on a
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import math
 import queue
 import random
 import threading
 import time
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
+
+from transformers_kt.errors import OutOfMemoryError
+from transformers_kt.text import format_bytes
 
 Work = Callable[[], object]
 """Device work: torch operations and kernels over tensors that exist already."""
@@ -40,7 +47,7 @@ class Stream(ABC):
 
     @abstractmethod
     def launch(self, work: Work) -> None:
-        """Run ``work`` after all that was launched before; returns at once."""
+        """Run ``work`` after all that was launched before, under `torch.inference_mode`; returns at once."""
 
     @abstractmethod
     def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
@@ -54,6 +61,14 @@ class Stream(ABC):
     def wait(self, event: Event) -> None:
         """What is launched from here on starts after ``event``, as it was last recorded."""
 
+    @abstractmethod
+    def follow_torch(self) -> None:
+        """What is launched from here on starts after all that torch was given on its own current stream."""
+
+    @abstractmethod
+    def discard(self, tensor: torch.Tensor) -> None:
+        """Nobody reads what ``tensor`` holds once the work launched so far is done. Fakes overwrite it."""
+
 
 class Launchable(ABC):
     """Work that was captured once and runs again without its Python."""
@@ -63,10 +78,16 @@ class Launchable(ABC):
 
 
 class Device(ABC):
-    """One GPU. ``name`` is "cuda:0", ``torch_device`` where its tensors are made."""
+    """One GPU. ``name`` is "cuda:0", ``torch_device`` where its tensors are made.
+
+    ``activations`` is the dtype of what is multiplied with weights and of the KV cache; sums, norms, routers and the
+    residual are float32. ``has_kernels`` says whether those in Triton run here; else the plain torch forms do.
+    """
 
     name: str
     torch_device: torch.device
+    activations: torch.dtype
+    has_kernels: bool
 
     @abstractmethod
     def stream(self) -> Stream: ...
@@ -85,8 +106,23 @@ class Device(ABC):
     @abstractmethod
     def free_bytes(self) -> int: ...
 
+    @abstractmethod
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(tuple(shape), dtype=dtype, device=self.torch_device)
+        """Memory of the device. Raises OutOfMemoryError, with what is needed and what is free."""
+
+    @abstractmethod
+    def current(self) -> contextlib.AbstractContextManager[object]:
+        """Kernels called inside run here, on torch's own current stream."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Device:
+        return self  # there is one of each
+
+    def _out_of_memory(self, what: str) -> OutOfMemoryError:
+        return OutOfMemoryError(
+            f"{self.name} is out of memory: {what}, {format_bytes(self.free_bytes())} are free. Shorten the prompt, "
+            "pass generate(prefill_chunk_size=...), keep more experts in RAM (kt_gpu_experts=, kt_cpu_layers=), or "
+            'load with device_map="cpu"'
+        )
 
 
 # --- torch.cuda ------------------------------------------------------------------------------------------------------
@@ -106,17 +142,19 @@ class _CudaEvent(Event):
 
 
 class _CudaStream(Stream):
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        self.stream = torch.cuda.Stream(device.torch_device)  # type: ignore[no-untyped-call]
 
     @override
     def launch(self, work: Work) -> None:
-        with torch.cuda.stream(self.stream):
+        with torch.inference_mode(), torch.cuda.stream(self.stream), self._device.reporting_memory():
             work()
 
     @override
     def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
-        with torch.cuda.stream(self.stream):
+        # Between GPUs torch orders the copy after this stream, and this stream after the copy.
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
             to.copy_(source, non_blocking=True)
 
     @override
@@ -128,6 +166,14 @@ class _CudaStream(Stream):
     def wait(self, event: Event) -> None:
         assert isinstance(event, _CudaEvent)
         self.stream.wait_event(event.event)
+
+    @override
+    def follow_torch(self) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream(self._device.torch_device))
+
+    @override
+    def discard(self, tensor: torch.Tensor) -> None:
+        """On a GPU that would cost time."""
 
 
 class _CudaGraph(Launchable):
@@ -142,13 +188,33 @@ class _CudaGraph(Launchable):
 class CudaDevice(Device):
     """A GPU of torch.cuda."""
 
+    activations = torch.bfloat16
+
     def __init__(self, number: int) -> None:
         self.name = f"cuda:{number}"
         self.torch_device = torch.device(self.name)
+        self.has_kernels = importlib.util.find_spec("triton") is not None
+
+    @contextlib.contextmanager
+    def reporting_memory(self) -> Iterator[None]:
+        """Turns torch's error for want of memory into ours."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(str(error).splitlines()[0]) from error
+
+    @override
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        with self.reporting_memory():
+            return torch.empty(tuple(shape), dtype=dtype, device=self.torch_device)
 
     @override
     def stream(self) -> Stream:
-        return _CudaStream(self.torch_device)
+        return _CudaStream(self)
+
+    @override
+    def current(self) -> contextlib.AbstractContextManager[object]:
+        return torch.cuda.device(self.torch_device)
 
     @override
     def event(self) -> Event:
@@ -206,12 +272,13 @@ class _FakeStream(Stream):
         threading.Thread(target=self._run, name=f"fake {device.name}", daemon=True).start()
 
     def _run(self) -> None:
+        torch.get_num_threads()  # asking sets it for this thread: else its first product is divided, with other bits
         while True:
             work = self._work.get()
             if self._device.longest_delay_s:
                 time.sleep(self._random.random() * self._device.longest_delay_s)
             try:
-                with torch.no_grad():
+                with torch.inference_mode():
                     work()
             except BaseException as error:  # as on a GPU, who waits next hears of it
                 self._failure = error
@@ -240,6 +307,14 @@ class _FakeStream(Stream):
         assert isinstance(event, _FakeEvent)
         flag = event.flag
         self._work.put(lambda: _wait(flag))
+
+    @override
+    def follow_torch(self) -> None:
+        """Torch on the CPU is done when it returns."""
+
+    @override
+    def discard(self, tensor: torch.Tensor) -> None:
+        self._work.put(lambda: poisoned(tensor))
 
 
 def _copy(to: torch.Tensor, source: torch.Tensor) -> None:
@@ -276,19 +351,37 @@ class _FakeGraph(Launchable):
 class FakeDevice(Device):
     """A GPU that is not there: its tensors lie on the CPU, its streams are threads.
 
-    ``longest_delay_s`` bounds the pause before each piece of work, drawn from ``seed``.
+    It computes in float32, unless ``activations`` says otherwise, with the plain torch forms. ``longest_delay_s``
+    bounds the pause before each piece of work, drawn from ``seed``.
     """
 
-    def __init__(self, number: int, nbytes: int, *, longest_delay_s: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        number: int,
+        nbytes: int,
+        *,
+        longest_delay_s: float = 0.0,
+        seed: int = 0,
+        activations: torch.dtype = torch.float32,
+        has_kernels: bool = False,
+    ) -> None:
         self.name = f"cuda:{number}"
         self.torch_device = torch.device("cpu")
         self.nbytes = nbytes
         self.longest_delay_s = longest_delay_s
+        self.activations = activations
+        self.has_kernels = has_kernels
         self._seeds = random.Random(seed)
+        self._taken = 0
+        self._lock = threading.RLock()  # memory can be given back by a garbage collection wherever it was taken
 
     @override
     def stream(self) -> Stream:
         return _FakeStream(self, self._seeds.getrandbits(32))
+
+    @override
+    def current(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
 
     @override
     def event(self) -> Event:
@@ -306,11 +399,22 @@ class FakeDevice(Device):
 
     @override
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        return poisoned(super().empty(shape, dtype))
+        nbytes = math.prod(shape) * dtype.itemsize
+        with self._lock:
+            if nbytes > self.free_bytes():
+                raise self._out_of_memory(f"{format_bytes(nbytes)} are needed")
+            tensor = torch.empty(tuple(shape), dtype=dtype)
+            self._taken += nbytes
+            weakref.finalize(tensor.untyped_storage(), self._give_back, nbytes)
+        return poisoned(tensor)
+
+    def _give_back(self, nbytes: int) -> None:
+        with self._lock:
+            self._taken -= nbytes
 
     @override
     def free_bytes(self) -> int:
-        return self.nbytes
+        return self.nbytes - self._taken
 
 
 def poisoned(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from transformers_kt.families.base import Example, Family
 from transformers_kt.families.deepseek.config import PLAIN, config_values, dims, mla, router
 from transformers_kt.families.deepseek.outline import OUTLINE, V2, V3
-from transformers_kt.families.deepseek.tensors import CORRECTION_BIAS, KEYS, KV_B, MERGES, UNREAD, layer_rows, sizes
+from transformers_kt.families.deepseek.tensors import CORRECTION_BIAS, KEYS, MERGES, UNREAD, layer_rows, sizes
 from transformers_kt.families.deepseek.tokenizers import TOKENIZERS
 from transformers_kt.families.tree import ModuleNode
 
@@ -49,8 +49,6 @@ DEEPSEEK = Family(
     merges=MERGES,
     zero_where_absent=(CORRECTION_BIAS,),
     keys_from=f"{KEYS}.weight",
-    # Absorbed attention multiplies with its halves per head and transposed, across the direction of the blocks.
-    float_on_gpu=(KV_B,),
     config_values=config_values,
     stock_classes={
         "attention": _of_both("Attention"),

@@ -35,7 +35,7 @@ from transformers_kt.modules.rotary import KtRotaryEmbedding
 _SMALL_BATCH_TOKENS = 32
 
 # Outputs, chosen in a call or in the config, that only the stock pass gives.
-_RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
+RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
 class _PackedModel:
@@ -71,11 +71,11 @@ class _PackedModel:
         self._see_norm_weights()
         x = np.empty((*ids.shape, embedding.embedding_dim), np.float32)
         embedding.table.gather(ids.reshape(-1), x.reshape(-1, x.shape[-1]))
-        buffers = keys.grow(ids.shape[1])
+        keys.grow(ids.shape[1])
         table = rotary.table(positions)
         out = torch.empty(x.shape, dtype=torch.float32)
         states = out.numpy()
-        self._stack.append_and_forward(x, table, buffers, keys.length, ranges, mask, states)
+        self._stack.append_and_forward(x, table, keys.packed, keys.length, ranges, mask, states)
         rows = states.reshape(-1, x.shape[-1])
         _C.rms_norm(rows, self._last_norm, norm.eps, rows)
         return out
@@ -142,9 +142,9 @@ class _FastPathModel:
 
 def _is_ours(model: Any) -> bool:
     """Whether all of its modules are such as were loaded here."""
-    around = isinstance(model.embed_tokens, KtEmbedding) and isinstance(model.rotary_emb, KtRotaryEmbedding)
+    around = type(model.embed_tokens) is KtEmbedding and type(model.rotary_emb) is KtRotaryEmbedding
     layers = _layers_of(model)
-    return around and isinstance(model.norm, KtRMSNorm) and bool(layers) and all(map(is_fused, layers))
+    return around and type(model.norm) is KtRMSNorm and bool(layers) and all(map(is_fused, layers))
 
 
 def _layers_of(model: Any) -> list[Any]:
@@ -161,7 +161,7 @@ def _is_plain(model: Any, input_ids: Any, kwargs: dict[str, Any]) -> bool:
     options = {"return_dict": config.return_dict, **kwargs}
     if not options.pop("return_dict") or any(value is not None and value is not False for value in options.values()):
         return False
-    return ops.computes_at_once() and not any(getattr(config, output, False) for output in _RECORDED)
+    return ops.computes_at_once() and not any(getattr(config, output, False) for output in RECORDED)
 
 
 def _is_of_keys(attention_mask: torch.Tensor | None, input_ids: torch.Tensor, keys: GrowingLayers) -> bool:

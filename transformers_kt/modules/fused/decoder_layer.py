@@ -137,16 +137,16 @@ class _FusedDecoderLayer:
         return out
 
 
-_SUBCLASSES: dict[type[nn.Module], Any] = {}
+_SUBCLASSES: dict[tuple[type, type[nn.Module]], Any] = {}
 
 
 def subclass_in_front(ours: type, stock: type[nn.Module]) -> Any:
     """`stock` with the methods of `ours` before its own, under its own name."""
-    if stock not in _SUBCLASSES:
+    if (ours, stock) not in _SUBCLASSES:
         require_cache_argument(stock)
         names = {key: getattr(stock, key) for key in ("__module__", "__qualname__", "__doc__")}
-        _SUBCLASSES[stock] = type(stock.__name__, (ours, stock), names)
-    return _SUBCLASSES[stock]
+        _SUBCLASSES[ours, stock] = type(stock.__name__, (ours, stock), names)
+    return _SUBCLASSES[ours, stock]
 
 
 def stock_class(module: nn.Module) -> type[nn.Module]:
@@ -171,8 +171,9 @@ def fuse_decoder_layers(model: nn.Module) -> None:
 def _fuse(layer: Any) -> None:
     norms = layer.input_layernorm, layer.post_attention_layernorm
     attention, feed_forward = layer.self_attn, layer.mlp
-    ours = all(isinstance(norm, KtRMSNorm) for norm in norms) and isinstance(attention, KtMlaAttention)
-    if not ours or not isinstance(feed_forward, KtMoe | KtMlp):
+    # Not their subclasses, which compute on GPUs.
+    ours = all(type(norm) is KtRMSNorm for norm in norms) and type(attention) is KtMlaAttention
+    if not ours or type(feed_forward) not in (KtMoe, KtMlp):
         return
     packed = feed_forward.weights.packed
     is_moe = isinstance(feed_forward, KtMoe)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 import transformers_kt._C as _C
+from transformers_kt.errors import OutOfMemoryError
 
 _SMALLEST = 256
 """Tokens of room in a new buffer."""
+
+Kind = tuple[torch.dtype, torch.device]
+FLOATS: Kind = (torch.float32, torch.device("cpu"))
+"""What kind of keys the extension reads."""
+
+Empty = Callable[..., torch.Tensor]
+"""`torch.empty` for buffers, or what counts the memory of a device too."""
 
 
 class LatentCacheLayer(DynamicLayer):  # type: ignore[misc]
@@ -31,6 +40,7 @@ class LatentCacheLayer(DynamicLayer):  # type: ignore[misc]
         self._buffers: list[torch.Tensor | None] = [None, None]  # which they begin, where these are ours alone
         self._returned = 0  # tokens that `update` gave away; their rows in the buffers are not written again
         self._group: GrowingLayers | None = None
+        self._empty: Empty = torch.empty
         super().__init__(*args, **kwargs)
 
     @property
@@ -76,14 +86,14 @@ class LatentCacheLayer(DynamicLayer):  # type: ignore[misc]
         keys = self._states[0]
         return int(keys.shape[-2]) if self.is_initialized and keys is not None and keys.numel() else 0
 
-    def takes_floats(self, batch: int) -> bool:
-        """Whether it can grow by float32 states of `batch` sequences and one head."""
+    def takes(self, batch: int, kind: Kind) -> bool:
+        """Whether it can grow by states of a `kind`, of `batch` sequences and one head."""
         keys, values = self.own_states()
         if not self.is_initialized or any(states is None or states.ndim != 4 for states in (keys, values)):
             return False
         as_long = keys.shape[-2] == values.shape[-2]
-        of_floats = keys.dtype == values.dtype == torch.float32
-        return as_long and of_floats and tuple(keys.shape[:2]) == tuple(values.shape[:2]) == (batch, 1)
+        of_kind = (keys.dtype, keys.device) == (values.dtype, values.device) == kind
+        return as_long and of_kind and tuple(keys.shape[:2]) == tuple(values.shape[:2]) == (batch, 1)
 
     def grow(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values with `tokens` more rows at their end, which the caller has to fill; not to be kept."""
@@ -99,10 +109,16 @@ class LatentCacheLayer(DynamicLayer):  # type: ignore[misc]
             self._buffers = [None, None]  # it was cropped, and somebody may hold what was cut off
         if self._buffers[0] is None and self._buffers[1] is None:
             self._returned = 0
-        buffers = [_with_room(*pair, tokens) for pair in zip(self._buffers, states, strict=True)]
+        buffers = [_with_room(*pair, tokens, self._empty) for pair in zip(self._buffers, states, strict=True)]
         self._buffers = [*buffers]
         self._states = _beginnings(buffers, [each.shape[-2] for each in states])  # else smaller ones would stay alive
         return buffers
+
+    def fit(self) -> None:
+        """Gives back room that it does not need."""
+        states = self.own_states()
+        buffers = [_with_room(None, each, 1, self._empty) for each in states]
+        self._buffers, self._states = [*buffers], _beginnings(buffers, [each.shape[-2] for each in states])
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -129,7 +145,7 @@ class LatentCacheLayer(DynamicLayer):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles. A shallow copy has the same keys and values, and neither writes behind them."""
         states = [self.keys, self.values]
-        return {**vars(self), "_states": states, "_buffers": [None, None], "_returned": 0}
+        return {**vars(self), "_states": states, "_buffers": [None, None], "_returned": 0, "_empty": torch.empty}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LatentCacheLayer:
         # By way of a pickle's state the original would part with its buffers, and the copy be copied again as it grows.
@@ -141,7 +157,7 @@ class LatentCacheLayer(DynamicLayer):  # type: ignore[misc]
         if self.get_seq_length() == 0:
             copied._states = copy.deepcopy(states, memo)
         else:
-            buffers = [_with_room(None, each, 1) for each in states]
+            buffers = [_with_room(None, each, 1, self._empty) for each in states]
             copied._buffers, copied._states = [*buffers], _beginnings(buffers, [each.shape[-2] for each in states])
             copied._returned = 0
         return copied
@@ -157,19 +173,47 @@ class GrowingLayers:
     def __init__(self, layers: list[LatentCacheLayer]) -> None:
         self.layers = layers
         self.length = layers[0].get_seq_length()
-        self.batch: int = layers[0].own_states()[0].shape[0]
+        states = [layer.own_states()[0] for layer in layers]
+        self.batch: int = states[0].shape[0]
+        self.kinds = [(keys.dtype, keys.device) for keys in states]
         self._room = 0
+        self._packed: _C.KeyBuffers | None = None
 
-    def grow(self, tokens: int) -> _C.KeyBuffers:
-        """Takes in `tokens` more, whose rows at the end the caller has to fill, in buffers with room for more."""
-        if self.length + tokens > self._room:
-            buffers = [layer.make_room(tokens) for layer in self.layers]
-            self._room = min(buffer.shape[-2] for pair in buffers for buffer in pair)
-            columns = zip(*buffers, strict=True)
-            self._packed = _C.KeyBuffers(*([buffer.numpy()[:, 0] for buffer in column] for column in columns))
+    def grow(self, tokens: int) -> None:
+        """Takes in `tokens` more, whose rows at the end of the `buffers` the caller has to fill."""
+        self._is_new_room = self.length + tokens > self._room
+        if self._is_new_room:
+            try:
+                self.buffers = [layer.make_room(tokens) for layer in self.layers]
+            except BaseException:
+                self._fit()
+                raise
+            self._room = min(buffer.shape[-2] for pair in self.buffers for buffer in pair)
+            self._packed = None
             for layer in self.layers:
                 layer._group = self
         self.length += tokens
+
+    def take_back(self, tokens: int) -> None:
+        """Undoes the last `grow`, whose rows were not filled, and gives back the room that it made."""
+        self.length -= tokens
+        if self._is_new_room:
+            self._fit()
+
+    def _fit(self) -> None:
+        """Each layer on its own, with room as for what it holds."""
+        self.dissolve()
+        self._room = 0
+        with contextlib.suppress(OutOfMemoryError):  # the larger buffers do as well
+            for layer in self.layers:
+                layer.fit()
+
+    @property
+    def packed(self) -> _C.KeyBuffers:
+        """The buffers for the extension."""
+        if self._packed is None:
+            columns = zip(*self.buffers, strict=True)
+            self._packed = _C.KeyBuffers(*([buffer.numpy()[:, 0] for buffer in column] for column in columns))
         return self._packed
 
     def dissolve(self) -> None:
@@ -191,14 +235,14 @@ def _goes_on(states: Any, added: torch.Tensor) -> bool:
     return bool(of_rows and states.dtype == added.dtype and states.device == added.device)
 
 
-def _with_room(buffer: torch.Tensor | None, states: torch.Tensor, tokens: int) -> torch.Tensor:
+def _with_room(buffer: torch.Tensor | None, states: torch.Tensor, tokens: int, empty: Empty) -> torch.Tensor:
     """`buffer`, which begins with `states`, where `tokens` more fit; else a larger one that does."""
     length = states.shape[-2]
     if buffer is not None and buffer.shape[-2] >= length + tokens:
         return buffer
     # Half again as much: the memory spared outweighs the few copies saved by doubling.
     room = max(_SMALLEST, length + tokens + (length + tokens) // 2)
-    larger = states.new_empty((*states.shape[:-2], room, states.shape[-1]))
+    larger = empty((*states.shape[:-2], room, states.shape[-1]), dtype=states.dtype, device=states.device)
     larger[:, :, :length] = states
     return larger
 
@@ -216,23 +260,51 @@ def grow_in_place(cache: Cache, layer_idx: int) -> None:
         cache.layers[layer_idx] = layer
 
 
-def growing_layer(cache: Any, layer_idx: int, batch: int) -> LatentCacheLayer | None:
-    """The layer of ``cache`` that float32 keys of `batch` sequences can be written into; None: use its `update`."""
+def held_states(cache: Any, layer_idx: int) -> torch.Tensor | None:
+    """The keys that a layer of ``cache`` holds, to look at their dtype and device; None where it holds none yet."""
+    layers = getattr(cache, "layers", ())
+    if layer_idx >= len(layers) or not getattr(layers[layer_idx], "is_initialized", False):
+        return None
+    layer = layers[layer_idx]
+    keys = layer.own_states()[0] if isinstance(layer, LatentCacheLayer) else getattr(layer, "keys", None)
+    return keys if isinstance(keys, torch.Tensor) else None
+
+
+def start_layer(cache: Cache, layer_idx: int, keys: torch.Tensor, values: torch.Tensor, empty: Empty) -> None:
+    """Makes a layer of a plain ``DynamicCache`` that holds nothing yet hold ``keys`` and ``values``, of no tokens, and
+    take room for more from ``empty``; leaves others alone."""
+    if type(cache) is not DynamicCache or cache.offloading:
+        return
+    grow_in_place(cache, layer_idx)
+    if cache.layer_class_to_replicate is LatentCacheLayer:
+        while len(cache.layers) <= layer_idx:
+            cache.layers.append(LatentCacheLayer())
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if type(layer) is LatentCacheLayer and not layer.is_initialized:
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values, layer._empty = keys, values, empty
+
+
+def growing_layer(cache: Any, layer_idx: int, batch: int, kind: Kind = FLOATS) -> LatentCacheLayer | None:
+    """The layer of ``cache`` that keys of `batch` sequences can be written into; None: use its `update`."""
     # A subclass may do more in its update than its layers do in theirs.
     if type(cache) is not DynamicCache or cache.offloading or layer_idx >= len(cache.layers):
         return None
     layer = cache.layers[layer_idx]
-    return layer if type(layer) is LatentCacheLayer and layer.takes_floats(batch) else None
+    return layer if type(layer) is LatentCacheLayer and layer.takes(batch, kind) else None
 
 
-def growing_layers(cache: Any, layer_indices: Sequence[int], batch: int) -> GrowingLayers | None:
-    """The same for several layers, which hold as many tokens."""
+def growing_layers(
+    cache: Any, layer_indices: Sequence[int], batch: int, kinds: Sequence[Kind] | None = None
+) -> GrowingLayers | None:
+    """The same for several layers, which hold as many tokens; ``kinds`` has that of each, `FLOATS` if left out."""
+    kinds = [FLOATS] * len(layer_indices) if kinds is None else kinds
     if type(cache) is DynamicCache and not cache.offloading and max(layer_indices) < len(cache.layers):
         layers = [cache.layers[index] for index in layer_indices]
         group = getattr(layers[0], "_group", None)
         if group is not None and group.layers == layers:
-            return group if group.batch == batch else None
-    found = [growing_layer(cache, index, batch) for index in layer_indices]
+            return group if group.batch == batch and group.kinds == kinds else None
+    found = [growing_layer(cache, index, batch, kind) for index, kind in zip(layer_indices, kinds, strict=True)]
     layers = [layer for layer in found if layer is not None]
     if len(layers) < len(found) or len({layer.get_seq_length() for layer in layers}) > 1:
         return None

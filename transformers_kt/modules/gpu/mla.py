@@ -1,0 +1,102 @@
+"""Multi-head latent attention on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from transformers_kt.backends.gpu import operations
+from transformers_kt.backends.gpu.matrices import DeviceMatrix, upload
+from transformers_kt.gguf.reader import TensorInfo
+from transformers_kt.modules.base import TensorData, as_float32
+from transformers_kt.modules.fused.latent_cache import grow_in_place, held_states
+from transformers_kt.modules.gpu.base import OnDevice
+from transformers_kt.modules.mla import MATRICES, KtMlaAttention
+from transformers_kt.modules.rotary import as_rope_table
+from transformers_kt.planning.operations import GPU_TYPES, OPERATIONS
+
+
+class KtGpuMlaAttention(OnDevice, KtMlaAttention):
+    """`KtMlaAttention` on a GPU, where its latents lie too. Absorbed for prompts as for single tokens."""
+
+    operation = OPERATIONS["attention_gpu"]
+    kernel_types = frozenset(GPU_TYPES)
+    _matrices: Mapping[str, DeviceMatrix]
+    _norms: Mapping[str, torch.Tensor]
+
+    def load(self, tensors: Mapping[str, TensorInfo], data: TensorData) -> int:
+        k_b, v_b = (upload(half, self.device) for half in self._pack_kv_b(tensors, data))
+        own = {role: self._uploaded(tensors[role], data) for role in MATRICES if role in tensors}
+        self._matrices = {**own, "k_b": k_b, "v_b": v_b}
+        norms = {role: self._floats(tensors, role, data) for role in ("q_a_layernorm.weight", "kv_a_layernorm.weight")}
+        self._norms = {role: weight for role, weight in norms.items() if weight is not None}
+        in_matrices = sum(matrix.nbytes for matrix in self._matrices.values())
+        return in_matrices + sum(weight.nbytes for weight in self._norms.values())
+
+    def new_keys(self, x: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``x`` (batch, tokens, hidden), ``table`` float32 (batch, tokens, rope) -> latents, rotary keys in float32."""
+        keys = self._matrices["kv_a_proj_with_mqa.weight"].multiply(x)
+        latents, ropes = torch.split(keys, [self.latent_dim, self.rope_dim], dim=-1)
+        norm = self._norms["kv_a_layernorm.weight"]
+        return operations.rms_norm(latents, norm, self._dims["norm_eps"]), operations.rotate(ropes, table)
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        table: torch.Tensor,
+        latents: torch.Tensor,
+        ropes: torch.Tensor,
+        visible: torch.Tensor,
+    ) -> torch.Tensor:
+        """``x`` (batch, tokens, hidden) over ``latents`` (batch, keys, latent) and ``ropes`` (batch, keys, rope), of
+        which ``visible`` says what is seen as in `operations.attend`: float32 (batch, tokens, hidden)."""
+        batch, tokens, _hidden = x.shape
+        heads, nope, value = (self._dims[key] for key in ("heads", "nope_dim", "value_dim"))
+        if "q_a_proj.weight" in self._matrices:
+            compressed = self._matrices["q_a_proj.weight"].multiply(x)
+            norm = self._norms["q_a_layernorm.weight"]
+            compressed = operations.rms_norm(compressed, norm, self._dims["norm_eps"])
+            query = self._matrices["q_b_proj.weight"].multiply(compressed)
+        else:
+            query = self._matrices["q_proj.weight"].multiply(x)
+        plain, rotary = torch.split(query.view(batch, tokens, heads, -1), [nope, self.rope_dim], dim=-1)
+        of_heads = plain.reshape(batch * tokens, heads, nope).transpose(0, 1)
+        absorbed = self._matrices["k_b"].multiply_each(of_heads).transpose(0, 1).view(batch, tokens, heads, -1)
+        rotary = operations.rotate(rotary, table.unsqueeze(2))
+        scaled = torch.cat((absorbed, rotary), dim=-1) * self._dims["softmax_scale"]
+        contexts = operations.attend(scaled, latents, ropes, visible, self.device)
+        of_heads = contexts.reshape(batch * tokens, heads, -1).transpose(0, 1)
+        values = self._matrices["v_b"].multiply_each(of_heads).transpose(0, 1).reshape(batch, tokens, heads * value)
+        return self._matrices["o_proj.weight"].multiply(values)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        cache = past_key_values if cache is None else cache
+        with self.device.current():
+            x = self._taken(as_float32(hidden_states))
+            table = self._taken(as_rope_table(position_embeddings, len(x)))
+            latents, ropes = self.new_keys(x, table)
+            latents, ropes, visible = self.cached_keys(latents, ropes, attention_mask, cache)
+            return self.attend(x, table, latents, ropes, self._taken(visible)).cpu(), None
+
+    def cached_keys(
+        self, latents: torch.Tensor, ropes: torch.Tensor, attention_mask: torch.Tensor | None, cache: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As on the CPU; the cache keeps its dtype and its place, which for a new one is the device."""
+        if cache is not None:
+            grow_in_place(cache, self.layer_idx)
+        held = held_states(cache, self.layer_idx)
+        dtype, device = (self.device.activations, latents.device) if held is None else (held.dtype, held.device)
+        kept = (latents.to(device, dtype), ropes.to(device, dtype))
+        latents, ropes, visible = super().cached_keys(kept[0], kept[1], attention_mask, cache)
+        here = self.device.torch_device, self.device.activations
+        return latents.to(*here), ropes.to(*here), visible
