@@ -17,7 +17,7 @@ OTHER_CXX_FILES := $(wildcard tests/native/*.h tests/native/*.cpp tools/wheel/*.
 
 .DELETE_ON_ERROR:
 .PHONY: help demo chat test fuzz-files test-native test-triton compile-kernels lint bench bench-models wheel \
-    test-wheel clean
+    test-wheel load-server clean
 
 help:
 	@echo "make demo         set up .venv, then watch the bundled model think and answer"
@@ -27,6 +27,7 @@ help:
 	@echo "make fuzz-files   try 20,000 damaged files"
 	@echo "make test-triton  run the tests of GPU kernels, interpreted where there is no GPU"
 	@echo "make compile-kernels  compile the GPU kernels for GPUs that need not be here"
+	@echo "make load-server  500 requests at a server, half of them left, and what memory it holds"
 	@echo "make lint         check formatting, style and types"
 	@echo "make bench        measure kernels and MoE layers; BENCH=--benchmark-compare sets them against the last run"
 	@echo "make bench-models measure a whole model, and its peers where they are installed"
@@ -61,6 +62,10 @@ test-transformers-%: $(VENV)/.installed-test
 # The tests try 2,000 of them.
 fuzz-files: $(VENV)/.installed-test
 	PYTHONPATH=tests/support $(BIN)/python tests/support/damaged_files.py
+
+# The tests send 48 requests.
+load-server: $(VENV)/.installed-test
+	PYTHONPATH=tests/support $(BIN)/python tests/support/server_load.py
 
 # Kernels for GPUs, interpreted where there is none. Apart, because triton is a gigabyte.
 test-triton: $(VENV)/.installed-test $(VENV)/.installed-gpu

@@ -3,6 +3,7 @@
 TRANSFORMERS_KT=1             every Python that starts imports this package when it imports transformers (startup/)
 TRANSFORMERS_KT_RULES=...     kt_rules of calls that name none: auto, a YAML file or the name of bundled rules
 TRANSFORMERS_KT_THREADS=N     as set_thread_count(N) right after the import
+TRANSFORMERS_KT_API_KEY=...   --api-key of transformers-kt serve, unseen by other users of the machine
 TRANSFORMERS_KT_ISA=...       kernels of this instruction set in place of the best (csrc/kernels/dispatch.cpp)
 """
 

@@ -26,6 +26,7 @@ def build_app() -> typer.Typer:
     from transformers_kt.cli.options import our_spelling
     from transformers_kt.cli.plan import plan_command
     from transformers_kt.cli.run import run_command
+    from transformers_kt.cli.serve import serve_command
 
     def print_version(wanted: bool) -> None:
         if wanted:
@@ -56,6 +57,9 @@ def build_app() -> typer.Typer:
     # What follows the program's name, its options too, is its own.
     its_own = {"ignore_unknown_options": True, "allow_interspersed_args": False}
     app.command("run", no_args_is_help=True, context_settings=its_own)(run_command)
+    # So are these, for transformers, whose server's options are known once it is imported.
+    passed_on = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+    app.command("serve", context_settings=passed_on)(serve_command)
     return app
 
 

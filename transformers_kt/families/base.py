@@ -109,6 +109,13 @@ def _unchanged(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return values
 
 
+class ResponseTemplate(NamedTuple):
+    """``template``, as tokenizers of transformers have it, for a chat template in which all ``markers`` occur."""
+
+    markers: tuple[str, ...]
+    template: Mapping[str, Any]
+
+
 EXPERT_MERGES: Mapping[str, Merge] = {
     "gate_up_proj": Merge(("gate", "up"), _gate_up),
     "down_proj": Merge(("down",), _unchanged),
@@ -171,6 +178,7 @@ class Family:
     router: Callable[[Any], Router] | None = None
     tokenizers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     examples: Mapping[str, Example] = field(default_factory=dict)
+    responses: tuple[ResponseTemplate, ...] = ()
     plain: PlainConfigs | None = None
     outline: Outline | None = None
 

@@ -85,6 +85,17 @@ def family_in(facts: Facts) -> Family:
     return found
 
 
+def response_template(chat_template: Any) -> dict[str, Any] | None:
+    """How to take thoughts and answer apart where this is the chat template of the tokenizer; None if not known.
+
+    Of all families, for tokenizers are named apart from architectures.
+    """
+    if not isinstance(chat_template, str):
+        return None
+    known = (response for family in _families for response in family.responses)
+    return next((dict(r.template) for r in known if all(marker in chat_template for marker in r.markers)), None)
+
+
 @functools.cache  # asked for every module of a model
 def stock_classes(kind: str) -> tuple[str, ...]:
     """The dotted names of the classes of ``kind`` in all families, as `Family.stock_classes` has them."""

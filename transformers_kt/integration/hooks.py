@@ -17,6 +17,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from transformers_kt.families.registry import response_template
 from transformers_kt.planning.request import NAME_OPTIONS, SOURCE_OPTIONS, Call, read_request, without
 
 WRAPPED = "_wrapped_by_transformers_kt"
@@ -91,8 +92,26 @@ def _answer(module: Any, name: str, answer: Any) -> None:
     setattr(module, name, answered)
 
 
+def _separate_thoughts(module: Any) -> None:
+    """Let ``transformers serve`` know the response templates of our families, where a tokenizer brings none.
+
+    Not on the tokenizer: with one, pipelines would show special tokens in every text.
+    """
+    stock = module.get_response_template
+
+    @functools.wraps(stock)
+    def get_response_template(processor: Any, model: Any) -> Any:
+        template = stock(processor, model)
+        if template is not None or not hasattr(model, "kt_report"):
+            return template
+        return response_template(getattr(processor, "chat_template", None))
+
+    module.get_response_template = get_response_template
+
+
 _WRAPPERS: Mapping[str, Callable[[Any], None]] = {
     "transformers.pipelines": _answer_for_pipelines,
+    "transformers.cli.serving.utils": _separate_thoughts,
     "transformers.modeling_utils": lambda module: wrap(module.PreTrainedModel, "load_model"),
     "transformers.models.auto.modeling_auto": _wrap_auto_models,
     "transformers.models.auto.configuration_auto": lambda module: wrap(module.AutoConfig, "load_config"),

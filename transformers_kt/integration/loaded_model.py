@@ -221,6 +221,12 @@ class KtModelMixin:
             "resize_token_embeddings() is not possible: the rows of the embedding are those of the GGUF"
         )
 
+    def require_positions(self, tokens: int) -> None:
+        """Raises InputError for a prompt of more tokens than the model has positions."""
+        positions = self.config.max_position_embeddings  # type: ignore[attr-defined]
+        if tokens > positions:
+            raise InputError(_too_long(tokens, positions))
+
     def _prepare_generated_length(
         self,
         generation_config: Any,
@@ -240,8 +246,7 @@ class KtModelMixin:
             inputs_tensor,
         )
         positions = self.config.max_position_embeddings  # type: ignore[attr-defined]
-        if input_ids_length > positions:  # checked here: in chunked prefill the guard would see it late
-            raise InputError(_too_long(input_ids_length, positions))
+        self.require_positions(input_ids_length)  # checked here: in chunked prefill the guard would see it late
         # Embeddings come in place of ids, which then count from zero.
         given = inputs_tensor.shape[1] if model_input_name == "inputs_embeds" and input_ids_length == 0 else 0
         # Prompt lookup guesses this many tokens past the end of the text, whatever the maximum.

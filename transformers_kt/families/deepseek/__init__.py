@@ -7,6 +7,7 @@ from typing import Any
 from transformers_kt.families.base import Example, Family
 from transformers_kt.families.deepseek.config import PLAIN, config_values, dims, mla, router
 from transformers_kt.families.deepseek.outline import OUTLINE, V2, V3
+from transformers_kt.families.deepseek.responses import RESPONSES
 from transformers_kt.families.deepseek.tensors import CORRECTION_BIAS, KEYS, MERGES, UNREAD, layer_rows, sizes
 from transformers_kt.families.deepseek.tokenizers import TOKENIZERS
 from transformers_kt.families.tree import ModuleNode
@@ -67,6 +68,7 @@ DEEPSEEK = Family(
         "DeepSeek-V2.5 Q4_K_M": Example(144_000_000_000, 12_600_000_000),
         "DeepSeek-R1 Q4_K_M": Example(406_000_000_000, 22_300_000_000),
     },
+    responses=RESPONSES,
     plain=PLAIN,
     outline=OUTLINE,
 )
