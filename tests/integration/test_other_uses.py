@@ -88,6 +88,12 @@ def test_paged_caches_are_refused_with_what_to_do_instead(model: Any, call: Call
         call(model)
 
 
+@pytest.mark.parametrize("attention", ["paged|eager", "paged|sdpa", "paged|flash_attention_2"])
+def test_paged_attention_is_refused_before_memory_is_taken(v3: Example, attention: str) -> None:
+    with pytest.raises(errors.UnsupportedOperationError, match=r'attn_implementation="paged\|.*left-padded batch'):
+        AutoModelForCausalLM.from_pretrained(v3.folder, kt_rules="auto", attn_implementation=attention)
+
+
 @pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2", "paged|eager"])
 def test_attention_that_reads_no_mask_of_ours_is_refused_after_loading(model: Any, attention: str) -> None:
     with pytest.raises(errors.UnsupportedOperationError, match=r"Load it with from_pretrained"):
@@ -97,6 +103,9 @@ def test_attention_that_reads_no_mask_of_ours_is_refused_after_loading(model: An
 def test_prediction_layers_are_refused_with_what_guesses_tokens(model: Any, v3: Example) -> None:
     with pytest.raises(errors.UnsupportedOperationError, match="prompt_lookup_num_tokens"):
         model.generate(v3.prompt, use_mtp=True, max_new_tokens=2)
+    with pytest.raises(errors.UnsupportedOperationError, match="use_mtp= cannot be combined with a GGUF"):
+        AutoModelForCausalLM.from_pretrained(v3.folder, kt_rules="auto", use_mtp=True)
+    AutoModelForCausalLM.from_pretrained(v3.folder, kt_rules="auto", use_mtp=False)
 
 
 def test_trainer_is_refused_with_how_to_evaluate(model: Any, v3: Example, tmp_path: Path) -> None:

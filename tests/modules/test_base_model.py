@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
+from transformers_kt.errors import UnsupportedOperationError
 from transformers_kt.modules.fused.base_model import _PackedModel
 
 PROMPT = random_tokens(40, seed=1)
@@ -287,6 +289,21 @@ def test_hooks_of_accelerate_change_no_bit(model: Any, at_once: list[int]) -> No
         assert torch.equal(ours, reference)
     model(STEP, past_key_values=cache)
     assert at_once == [3, 3, 3]
+
+
+# ---- Parts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["model", "model.layers.1", "model.layers.1.mlp", "model.layers.0.self_attn", "model.embed_tokens", "lm_head"],
+)
+def test_a_part_is_copied_but_not_pickled(model: Any, path: str) -> None:
+    part = model.get_submodule(path)
+    for copied in (copy.copy(part), copy.deepcopy(part)):
+        assert type(copied) is type(part)
+    with pytest.raises(UnsupportedOperationError, match=f"a {type(part).__name__} cannot be pickled by itself"):
+        pickle.dumps(part)
 
 
 # ---- Patched classes ------------------------------------------------------------------------------------------------

@@ -21,7 +21,13 @@ from transformers_kt.errors import CheckpointNotFoundError, UnsupportedModelErro
 from transformers_kt.families.from_gguf import generation_config_from_gguf, notes_from_gguf, tokenizer_from_gguf
 from transformers_kt.families.registry import require_routable
 from transformers_kt.families.tensors import check_tensors
-from transformers_kt.integration.loaded_model import OBSERVABLE, KtGenerationMixin, KtModelMixin, Reload
+from transformers_kt.integration.loaded_model import (
+    OBSERVABLE,
+    KtGenerationMixin,
+    KtModelMixin,
+    Reload,
+    refuse_pages,
+)
 from transformers_kt.integration.quantizer import METHOD, KtConfig, LoadJob
 from transformers_kt.planning.decision import ModelRequest
 from transformers_kt.planning.device_map import PlacementRequest
@@ -50,6 +56,7 @@ _REFUSED_OPTIONS = {
     "state_dict": "the weights come from the GGUF",
     "distributed_config": "one process computes the whole model",
     "device_mesh": "one process computes the whole model",
+    "use_mtp": "the layer that predicts further tokens is not loaded from one",
     "tp_plan": "one process computes the whole model",
     "tp_size": "one process computes the whole model",
 }
@@ -161,7 +168,7 @@ def _load(
     """What from_pretrained returns, loaded from the GGUF of ``request``. All checks come before memory is taken."""
     args, options = call.args, dict(call.options)
     for key, reason in _REFUSED_OPTIONS.items():
-        if options.pop(key, None) is not None:
+        if options.pop(key, None) not in (None, False):
             raise UnsupportedOperationError(f"{key}= cannot be combined with a GGUF: {reason}. Leave it out")
     _refuse_adapter(request)
     placement = PlacementRequest.read(
@@ -175,7 +182,10 @@ def _load(
     given, attention = options.pop("config", None), options.pop("attn_implementation", None)
     trust_remote_code = options.get("trust_remote_code")
     config, rest = resolved_config(request, given, options, checkpoint)
-    config._attn_implementation = attention = _stock_attention(attention, config)
+    attention = _stock_attention(attention, config)
+    if str(attention).startswith("paged|"):
+        refuse_pages(f'attn_implementation="{attention}"')
+    config._attn_implementation = attention
     notes = notes_from_gguf(checkpoint) if given is None and request.folder is None else ()
     require_routable(config)
     slots = check_tensors(checkpoint, config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from transformers_kt.errors import InputError, UnsupportedOperationError
 from transformers_kt.integration.loading import KtReport
 from transformers_kt.integration.replaced_classes import ReplacedClasses
 from transformers_kt.integration.torch_threads import one_torch_thread
+from transformers_kt.modules.base import NotPickledAlone
 from transformers_kt.planning.request import PLACEMENT_NUMBERS
 from transformers_kt.rules import TORCH
 
@@ -91,7 +91,7 @@ _EMBEDDING_OF_BERT = "embeddings.word_embeddings"
 _SMALL_SHARE = 0.01  # of the weights: norms and routers stay far below
 
 
-class KtModelMixin:
+class KtModelMixin(NotPickledAlone):
     """What differs between a model filled from a GGUF and its stock class."""
 
     kt_report: KtReport
@@ -106,17 +106,6 @@ class KtModelMixin:
         """
         state = dict(self.state_dict())  # type: ignore[attr-defined]
         return self.kt_reload, (state, getattr(self, "generation_config", None))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied: Any = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(vars(self), memo))
-        return copied
-
-    def __copy__(self) -> Any:
-        copied: Any = type(self).__new__(type(self))
-        copied.__setstate__(dict(vars(self)))
-        return copied
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
         named = str(attn_implementation)
@@ -284,16 +273,16 @@ class KtGenerationMixin:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse_pages("init_continuous_batching()")
+        refuse_pages("init_continuous_batching()")
 
     def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse_pages("continuous batching")
+        refuse_pages("continuous batching")
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse_pages("generate_batch()")
+        refuse_pages("generate_batch()")
 
 
-def _refuse_pages(what: str) -> NoReturn:
+def refuse_pages(what: str) -> NoReturn:
     raise UnsupportedOperationError(
         f"{what} is not possible: it keeps keys in pages, which this model's attention does not read. "
         "generate() takes several prompts as one left-padded batch"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -31,7 +32,28 @@ class TensorData(Protocol):
         """All of a tensor to ``matrix``, on all threads: the way for large ones."""
 
 
-class KtModule(nn.Module):
+class NotPickledAlone:
+    """A part of a model that can be copied, but not pickled: its weights lie outside torch, its class was made here."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedOperationError(
+            f"a {type(self).__name__} cannot be pickled by itself: its weights are blocks of a GGUF. Pickle the whole "
+            "model, which loads them again in the other process, or load the model there"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied: Any = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def __copy__(self) -> Any:
+        copied: Any = type(self).__new__(type(self))
+        copied.__setstate__(dict(vars(self)))
+        return copied
+
+
+class KtModule(NotPickledAlone, nn.Module):
     """A module whose weights are GGUF blocks outside torch.
 
     It is made from the stock module it replaces while that is on the meta device, told which tensors it gets, and

@@ -22,6 +22,7 @@ from transformers_kt.backends import cpu
 from transformers_kt.backends import schemas as ops
 from transformers_kt.families.registry import stock_classes
 from transformers_kt.families.tree import dotted
+from transformers_kt.modules.base import NotPickledAlone
 from transformers_kt.modules.embedding import KtEmbedding
 from transformers_kt.modules.fused.cache_argument import CACHE_ARGUMENT, require_cache_argument
 from transformers_kt.modules.fused.decoder_layer import FastPath, is_fused, stock_class, subclass_in_front
@@ -93,7 +94,7 @@ class _PackedModel:
         """None: the copy of a model packs itself."""
 
 
-class _FastPathModel:
+class _FastPathModel(NotPickledAlone):
     """The forward pass of a base model, before that of its stock class."""
 
     _packed_model: _PackedModel | None

@@ -19,7 +19,7 @@ import transformers_kt._C as _C
 from transformers_kt.backends import schemas as ops
 from transformers_kt.families.registry import stock_classes
 from transformers_kt.families.tree import dotted
-from transformers_kt.modules.base import Handle, as_float32
+from transformers_kt.modules.base import Handle, NotPickledAlone, as_float32
 from transformers_kt.modules.experts import KtMlp, KtMoe
 from transformers_kt.modules.fused.cache_argument import CACHE_ARGUMENT, require_cache_argument
 from transformers_kt.modules.fused.latent_cache import growing_layer
@@ -89,7 +89,7 @@ def _is_wrapped(module: nn.Module) -> bool:
     return getattr(module.__dict__["forward"], "__func__", None) is not type(module).forward
 
 
-class _FusedDecoderLayer:
+class _FusedDecoderLayer(NotPickledAlone):
     """The forward pass of a decoder layer, before that of its stock class."""
 
     parts: LayerParts
