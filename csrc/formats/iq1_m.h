@@ -19,11 +19,16 @@ struct BlockIQ1_M {
 };
 static_assert(sizeof(BlockIQ1_M) == 56, "ggml block size");
 
-inline void decode(const BlockIQ1_M& block, DecodedBlock& out) {
+// Of a weight in eighths.
+inline float scale_of(const BlockIQ1_M& block) {
   uint16_t d = 0;
   for (int i = 0; i < 4; ++i) d = static_cast<uint16_t>(d | block.scales[i] >> 12 << (4 * i));
+  return float_from_f16(d) / 8;
+}
+
+inline void decode(const BlockIQ1_M& block, DecodedBlock& out) {
   out.sub_columns = 16;
-  out.d = float_from_f16(d) / 8;
+  out.d = scale_of(block);
   set_no_minima(out);
   for (int j = 0; j < 16; ++j) out.scale[j] = static_cast<float>(2 * (block.scales[j / 4] >> (j % 4 * 3) & 7) + 1);
   for (int k = 0; k < 32; ++k) {

@@ -158,6 +158,25 @@ struct Avx2Primitives {
     const __m256i pairs = _mm256_shuffle_epi8(_mm256_set1_epi64x(both), _mm256_set1_epi32(0x05040100));
     return {pairs, pairs};
   }
+  // a - b in byte i of each lane where bit first + i of `bits` is set, else `otherwise`.
+  template <int first>
+  TKT_INLINE I sub_bytes_where(I bits, I a, I b, I otherwise) {
+    bits = bytes_of_lanes(bits, first / 8 * 0x01010101u);
+    const __m256i each = _mm256_set1_epi32(static_cast<int32_t>(0x08040201u << first % 8));
+    const auto half = [each](__m256i bits, __m256i a, __m256i b, __m256i otherwise) {
+      return _mm256_blendv_epi8(otherwise, _mm256_sub_epi8(a, b),
+                                _mm256_cmpeq_epi8(_mm256_and_si256(bits, each), each));
+    };
+    return {half(bits.low, a.low, b.low, otherwise.low), half(bits.high, a.high, b.high, otherwise.high)};
+  }
+  // Of pairs of 32 bits, 8 in each, the lower ones and the upper ones.
+  template <int which>
+  TKT_INLINE __m256i of_pairs_8(__m256i a, __m256i b) {
+    const __m256 both = _mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), which);
+    return _mm256_permute4x64_epi64(_mm256_castps_si256(both), 0xd8);
+  }
+  TKT_INLINE I lower_of_pairs(I a, I b) { return {of_pairs_8<0x88>(a.low, a.high), of_pairs_8<0x88>(b.low, b.high)}; }
+  TKT_INLINE I upper_of_pairs(I a, I b) { return {of_pairs_8<0xdd>(a.low, a.high), of_pairs_8<0xdd>(b.low, b.high)}; }
   TKT_INLINE I max_i(I a, I b) { return {_mm256_max_epi32(a.low, b.low), _mm256_max_epi32(a.high, b.high)}; }
   TKT_INLINE I sub_i(I a, I b) { return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)}; }
   TKT_INLINE I mul_i(I a, I b) { return {_mm256_mullo_epi32(a.low, b.low), _mm256_mullo_epi32(a.high, b.high)}; }

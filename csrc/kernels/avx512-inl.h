@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "formats/four_bit_values.h"
+#include "formats/grid_rows.h"
 #include "formats/unpack_rows.h"
 #include "kernels/exp_constants.h"
 #include "kernels/kernel_table.h"

@@ -88,6 +88,24 @@ struct Avx512Primitives {
     __builtin_memcpy(&both, two, sizeof both);
     return _mm512_shuffle_epi8(_mm512_set1_epi64(both), _mm512_set1_epi32(0x05040100));
   }
+  // a - b in byte i of each lane where bit first + i of `bits` is set, else `otherwise`.
+  template <int first>
+  TKT_INLINE I sub_bytes_where(I bits, I a, I b, I otherwise) {
+    const __m128i places =
+        _mm_add_epi8(_mm_set1_epi8(first / 8), _mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
+    const I each = _mm512_set1_epi32(static_cast<int32_t>(0x08040201u << first % 8));
+    const __mmask64 where = _mm512_test_epi8_mask(_mm512_shuffle_epi8(bits, _mm512_broadcast_i32x4(places)), each);
+    return _mm512_mask_sub_epi8(otherwise, where, a, b);
+  }
+  // Of pairs of 32 bits, 8 in each, the lower ones and the upper ones.
+  TKT_INLINE I lower_of_pairs(I a, I b) {
+    return _mm512_permutex2var_epi32(a, _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+                                     b);
+  }
+  TKT_INLINE I upper_of_pairs(I a, I b) {
+    return _mm512_permutex2var_epi32(a, _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31),
+                                     b);
+  }
   TKT_INLINE I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
   TKT_INLINE I sub_i(I a, I b) { return _mm512_sub_epi32(a, b); }
   TKT_INLINE I mul_i(I a, I b) { return _mm512_mullo_epi32(a, b); }

@@ -1,6 +1,7 @@
-// Types whose blocks stand whole in a panel, by rows: a block of 16 rows is decoded to signed bytes in L1
-// (formats/unpack_rows.h), then all tokens run over it. One loop serves them all, so that a type costs its decoder
-// alone.
+// Types whose blocks stand whole in a panel, by rows: a block of 16 rows is decoded to signed bytes in L1, then all
+// tokens run over it. One loop serves them all, so that a type costs its decoder alone. Types with a grid are looked up
+// row by row (formats/grid_rows.h) and get signs and scales from vectors, the others from scalar code
+// (formats/unpack_rows.h).
 
 template <int R>
 struct UnpackedRows {
@@ -13,10 +14,111 @@ struct UnpackedRows {
 constexpr int kRowsOffsetLog2 = V::kAddsIn16Bits ? -1 : 7;
 constexpr uint32_t kRowsFlippedBits = V::kAddsIn16Bits ? 0 : 0x80808080u;
 
+constexpr bool has_grid(WeightType type) {
+#define TKT_OR(name) type == WeightType::k##name ||
+  return TKT_GRID_TYPES(TKT_OR) false;
+#undef TKT_OR
+}
+constexpr bool has_eighths(WeightType type) { return type == WeightType::kIQ1_S || type == WeightType::kIQ1_M; }
+
+// Of each column of GridRows::signs, a bit.
+template <WeightType type>
+TKT_INLINE V::I grid_signs(V::I stored) {
+  if constexpr (type == WeightType::kIQ1_S) {  // one for all
+    return V::template shift_right_signed<31>(V::template shift_left<16>(stored));
+  } else if constexpr (type == WeightType::kIQ1_M) {  // one for 8, the highest of each nibble
+    V::I bits = V::and_i(V::template shift_right<3>(stored), V::set_i(0x1111));
+    bits = V::and_i(V::or_i(bits, V::template shift_left<8>(bits)), V::set_i(0x00110011));
+    bits = V::and_i(V::or_i(bits, V::template shift_left<4>(bits)), V::set_i(0x01010101));
+    return V::sub_i(V::template shift_left<8>(bits), bits);
+  } else if constexpr (type == WeightType::kIQ3_S || type == WeightType::kIQ2_S) {
+    return stored;
+  } else {
+    V::I bits = stored;
+    if constexpr (type != WeightType::kIQ2_XS) {
+      bits = V::or_i(
+          V::or_i(V::and_i(stored, V::set_i(0x7f)), V::and_i(V::template shift_left<1>(stored), V::set_i(0x7f00))),
+          V::or_i(V::and_i(V::template shift_left<2>(stored), V::set_i(0x7f0000)),
+                  V::and_i(V::template shift_left<3>(stored), V::set_i(0x7f000000))));
+    }
+    // The eighth of each byte makes their number even. What comes from the byte above does not reach bit 0.
+    V::I odd = V::xor_i(bits, V::template shift_right<4>(bits));
+    odd = V::xor_i(odd, V::template shift_right<2>(odd));
+    odd = V::xor_i(odd, V::template shift_right<1>(odd));
+    return V::or_i(bits, V::template shift_left<7>(V::and_i(odd, V::set_i(0x01010101))));
+  }
+}
+
+template <WeightType type, int first>
+TKT_INLINE V::I signed_entries(V::I entries, V::I signs) {
+  V::I weights;
+  if constexpr (has_eighths(type)) {  // 8 w + 1, or 2 less
+    const V::I plus = V::or_i(V::and_i(V::template shift_left<3>(entries), V::set_i(static_cast<int32_t>(0xf8f8f8f8u))),
+                              V::set_i(0x01010101));
+    weights = V::template sub_bytes_where<first>(signs, plus, V::set_i(0x02020202), plus);
+  } else {
+    weights = V::template sub_bytes_where<first>(signs, V::set_i(0), entries, entries);
+  }
+  return kRowsFlippedBits == 0 ? weights : V::xor_i(weights, V::set_i(static_cast<int32_t>(kRowsFlippedBits)));
+}
+
+// 2 sc + 1 of sc in the lowest bits.
+template <WeightType type>
+TKT_INLINE V::F odd_scale(V::I stored) {
+  const V::I sc = V::and_i(stored, V::set_i(has_eighths(type) ? 7 : 15));
+  return V::to_float(V::or_i(V::template shift_left<1>(sc), V::set_i(1)));
+}
+
+template <WeightType type, int R, int k>
+TKT_INLINE void unpack_entries(const GridRows& grid, int j, V::I signs, UnpackedRows<R>& rows, int r) {
+  const uint64_t* entries = grid.entries[j * 4 + k];
+  const V::I a = V::load_i(entries), b = V::load_i(entries + 8);
+  V::store_i(rows.weights[j * 8 + 2 * k][r], signed_entries<type, 8 * k>(V::lower_of_pairs(a, b), signs));
+  V::store_i(rows.weights[j * 8 + 2 * k + 1][r], signed_entries<type, 8 * k + 4>(V::upper_of_pairs(a, b), signs));
+  if constexpr (k < 3) unpack_entries<type, R, k + 1>(grid, j, signs, rows, r);
+}
+
+template <WeightType type, int R>
+TKT_NOINLINE void unpack_grid(const GridRows& grid, UnpackedRows<R>& rows, int r) {
+  V::store(rows.d[r], V::load(grid.d));
+  for (int j = 0; j < 8; ++j) {
+    const V::I stored = V::load_i(grid.signs[j]);
+    V::F scales[2];
+    if constexpr (type == WeightType::kIQ3_XXS || type == WeightType::kIQ2_XXS) {
+      scales[0] = scales[1] = odd_scale<type>(V::template shift_right<28>(stored));
+    } else if constexpr (type == WeightType::kIQ1_S) {
+      scales[0] = scales[1] = odd_scale<type>(V::template shift_right<12>(stored));
+    } else {
+      const V::I both = V::load_i(grid.scales[j]);
+      scales[0] = odd_scale<type>(both);
+      scales[1] = type == WeightType::kIQ3_S
+                      ? scales[0]
+                      : odd_scale<type>(V::template shift_right<type == WeightType::kIQ1_M ? 3 : 4>(both));
+    }
+    for (int half = 0; half < 2; ++half) V::store(rows.scales[j * 2 + half][r], scales[half]);
+    unpack_entries<type, R, 0>(grid, j, grid_signs<type>(stored), rows, r);
+  }
+}
+
 template <int R>
 static void unpack_rows_of(WeightType type, const DotArgs& args, int64_t block, UnpackedRows<R>& rows) {
   const int64_t bytes = int64_t{info_of(type).block_bytes} * kPanelRows;
   for (int r = 0; r < R; ++r) {
+    if (has_grid(type)) {
+      GridRows grid;
+      look_up_grid_rows(type, args.panels[r] + block * bytes, grid);
+      switch (type) {
+#define TKT_CASE(name)                                  \
+  case WeightType::k##name:                             \
+    unpack_grid<WeightType::k##name, R>(grid, rows, r); \
+    break;
+        TKT_GRID_TYPES(TKT_CASE)
+#undef TKT_CASE
+        default:
+          break;
+      }
+      continue;
+    }
     const UnpackedRowsTarget to{rows.weights[0][r], R * 64, kRowsFlippedBits, rows.scales[0][r], R * 16, rows.d[r]};
     unpack_rows(type, args.panels[r] + block * bytes, to);
   }
