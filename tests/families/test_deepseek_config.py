@@ -12,7 +12,13 @@ import torch
 from gguf_handmade import TINY_V2, TINY_V3, metadata, refusal, tiny_tensors, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Glm4MoeLiteConfig,
+)
 
 from transformers_kt.errors import GgufFormatError, UnsupportedModelError
 from transformers_kt.families.from_gguf import config_from_gguf, generation_config_from_gguf, notes_from_gguf
@@ -154,6 +160,60 @@ V2_LITE_CONFIG: dict[str, Any] = {
     "first_k_dense_replace": 1,
     "vocab_size": 102400,
 }
+KIMI_FILE: dict[str, Any] = {
+    **V3_FILE,
+    "context_length": 131072,
+    "attention.layer_norm_rms_epsilon": 9.999999747378752e-06,
+    "attention.head_count": 64,
+    "leading_dense_block_count": 1,
+    "vocab_size": 163840,
+    "expert_count": 384,
+    "expert_weights_scale": 2.8269999027252197,
+    "rope.freq_base": 50000.0,
+    "rope.scaling.factor": 32.0,
+}
+KIMI_CONFIG: dict[str, Any] = {
+    **V3_CONFIG,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "first_k_dense_replace": 1,
+    "vocab_size": 163840,
+    "n_routed_experts": 384,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.827,
+}
+GLM_FILE: dict[str, Any] = {
+    "block_count": 48,
+    "nextn_predict_layers": 1,
+    "context_length": 202752,
+    "embedding_length": 2048,
+    "feed_forward_length": 10240,
+    "attention.head_count": 20,
+    "attention.head_count_kv": 1,
+    "attention.layer_norm_rms_epsilon": 9.999999747378752e-06,
+    "attention.q_lora_rank": 768,
+    "attention.kv_lora_rank": 512,
+    "attention.key_length": 576,
+    "attention.value_length": 512,
+    "attention.key_length_mla": 256,
+    "attention.value_length_mla": 256,
+    "rope.freq_base": 1000000.0,
+    "rope.dimension_count": 64,
+    "leading_dense_block_count": 1,
+    "vocab_size": 154880,
+    "expert_feed_forward_length": 1536,
+    "expert_count": 64,
+    "expert_used_count": 4,
+    "expert_shared_count": 1,
+    "expert_weights_scale": 1.7999999523162842,
+    "expert_weights_norm": True,
+    "expert_gating_func": 2,
+    "expert_group_count": 1,
+    "expert_group_used_count": 1,
+}
 GROUPS = {"expert_group_count", "expert_group_used_count"}
 PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "v3_of_2025_01": ({**V3_FILE, **OLD_HEADS, "attention.head_count_kv": 128}, V3_CONFIG, 1.0),
@@ -193,6 +253,44 @@ def test_the_published_config_comes_back(which: str) -> None:
     }
     assert config.architectures == [type(config).__name__.replace("Config", "ForCausalLM")]
     assert type(config).from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+def test_kimis_yarn_comes_back_though_the_file_has_no_betas() -> None:
+    """Its ramp has no width, which the converter of 2025 left out; others mean 32 where they say nothing."""
+    config = config_from_gguf(metadata({**KIMI_FILE, **NEW_HEADS}))
+    assert {key: getattr(config, key) for key in KIMI_CONFIG} == KIMI_CONFIG
+    assert config.rope_parameters == {
+        "rope_type": "yarn",
+        "rope_theta": 50000.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 1.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+
+
+# What the values of a GLM-4.7-Flash are called in the class that a GGUF alone is loaded with.
+GLM_KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "n_shared_experts", "n_routed_experts", "routed_scaling_factor"),
+    *("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim", "qk_nope_head_dim", "n_group", "topk_group"),
+    *("num_experts_per_tok", "norm_topk_prob", "hidden_act", "max_position_embeddings", "rms_norm_eps"),
+    *("attention_bias", "rope_interleave", "tie_word_embeddings"),
+)
+
+
+@pytest.mark.parametrize("missing", [(), (*GROUPS, "expert_weights_scale", "expert_weights_norm", "rope.freq_base")])
+def test_glm_lite_comes_back_as_the_class_that_computes_it(missing: tuple[str, ...]) -> None:
+    """Glm4MoeLiteConfig's defaults are the published model; the GGUF names no class."""
+    config = config_from_gguf(metadata({key: value for key, value in GLM_FILE.items() if key not in missing}))
+    published = Glm4MoeLiteConfig()
+    assert {key: getattr(config, key) for key in GLM_KEYS} == {key: getattr(published, key) for key in GLM_KEYS}
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 1000000.0}
+    assert [layer >= config.first_k_dense_replace for layer in range(47)] == [
+        kind == "sparse" for kind in published.mlp_layer_types
+    ]
 
 
 @pytest.mark.parametrize("facts", [TINY_V3, TINY_V2], ids=["v3", "v2"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Config
+from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Config, Glm4MoeLiteConfig
 
 from transformers_kt.assets import bundled_model
 from transformers_kt.families.deepseek.outline import OUTLINE, SEEN
@@ -29,6 +29,10 @@ CONFIGS: dict[str, Any] = {
     "V3, embeddings double as the head": DeepseekV3Config(num_hidden_layers=2, tie_word_embeddings=True),
     "V2": DeepseekV2Config(**V2_SIZES),
     "V2-Lite": DeepseekV2Config(**LITE_SIZES),
+    "GLM-4.7-Flash": Glm4MoeLiteConfig(),
+    "GLM-4.7-Flash, layers in another order": Glm4MoeLiteConfig(
+        num_hidden_layers=3, mlp_layer_types=["sparse", "dense", "sparse"], first_k_dense_replace=3
+    ),
 }
 
 
@@ -87,7 +91,7 @@ def test_modules_of_other_kinds_have_no_outline(values: dict[str, Any]) -> None:
 # ---- Names of classes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["V3", "V2"])
+@pytest.mark.parametrize("name", ["V3", "V2", "GLM-4.7-Flash"])
 def test_every_class_of_the_models_is_known(name: str) -> None:
     tree = tree_of(skeleton(CONFIGS[name]))
     assert all(OUTLINE.knows_class(cls) for _, node in tree.modules() for cls in node.classes)

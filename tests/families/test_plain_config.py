@@ -8,7 +8,8 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from transformers import DeepseekV2Config, DeepseekV3Config
+from transformers import DeepseekV2Config, DeepseekV3Config, Glm4MoeLiteConfig
+from transformers.models.kimi_k25 import Kimi_K25Config
 
 from transformers_kt.assets import bundled_model
 from transformers_kt.families.deepseek.config import PLAIN
@@ -17,7 +18,7 @@ from transformers_kt.families.plain_config import plain_config, read_config
 from transformers_kt.gguf.checkpoint import open_checkpoint
 
 DEFAULTS = PLAIN.defaults
-CLASSES: dict[str, Any] = {cls.model_type: cls for cls in (DeepseekV2Config, DeepseekV3Config)}
+CLASSES: dict[str, Any] = {cls.model_type: cls for cls in (DeepseekV2Config, DeepseekV3Config, Glm4MoeLiteConfig)}
 GOLDEN = sorted(Path(__file__).parents[1].glob("golden/*.gguf"))
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}
 # As the published config.json files have them: old names for RoPE, keys that transformers' classes do not know.
@@ -52,6 +53,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "topk_method": "group_limited_greedy",
         "rope_parameters": {**YARN, "rope_type": "yarn", "rope_theta": 10000.0},
     },
+    "GLM-4.7-Flash": {
+        "model_type": "glm4_moe_lite",
+        "topk_method": "noaux_tc",
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 1,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "partial_rotary_factor": 1.0,
+    },
     "without RoPE": {"model_type": "deepseek_v3", "rope_theta": 10000},
     "linear": {"model_type": "deepseek_v3", "rope_scaling": {"type": "linear", "factor": 2.0}},
 }
@@ -76,6 +86,36 @@ def test_a_published_config_gives_the_values_that_transformers_reads_from_it(nam
     assert values_of(plain) == values_of(CLASSES[facts["model_type"]].from_dict(json.loads(json.dumps(facts))))
 
 
+KIMI_TEXT = {
+    "num_hidden_layers": 61,
+    "num_attention_heads": 64,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 384,
+    "vocab_size": 163840,
+    "rope_scaling": {**YARN, "beta_fast": 1.0, "beta_slow": 1.0, "factor": 64.0},
+    "rope_theta": 50000.0,
+}
+KIMI = {
+    "K2": {**KIMI_TEXT, "model_type": "kimi_k2"},
+    "K2.5": {"model_type": "kimi_k25", "text_config": {**KIMI_TEXT, "model_type": "kimi_k2"}, "hidden_size": 1152},
+    "K2.5 as transformers writes it": {"model_type": "kimi_k25", "text_config": {**KIMI_TEXT}},
+}
+
+
+@pytest.mark.parametrize("name", KIMI)
+def test_a_language_model_under_another_name_is_read_as_the_one_it_is(name: str) -> None:
+    plain = plain_config(KIMI[name])
+    assert plain is not None
+    assert values_of(plain) == values_of(DeepseekV3Config.from_dict(json.loads(json.dumps(KIMI_TEXT))))
+
+
+def test_the_language_model_of_a_larger_one_is_the_one_that_transformers_makes_there() -> None:
+    text = Kimi_K25Config.from_dict(json.loads(json.dumps(KIMI["K2.5"]))).text_config
+    plain = plain_config(KIMI["K2.5"])
+    assert plain is not None
+    assert values_of(plain) == values_of(text)
+
+
 @pytest.mark.parametrize("path", [bundled_model(), *GOLDEN], ids=lambda path: path.stem)
 def test_a_gguf_gives_the_values_that_loading_takes_from_it(path: Path) -> None:
     checkpoint = open_checkpoint(path)
@@ -88,6 +128,8 @@ def test_a_gguf_gives_the_values_that_loading_takes_from_it(path: Path) -> None:
     "odd",
     [
         {"model_type": "llama"},
+        {"model_type": "kimi_k25"},
+        {"model_type": "kimi_k25", "text_config": {"model_type": "llama"}},
         {"model_type": None},
         {"hidden_size": "7168"},
         {"hidden_size": 7168.0},

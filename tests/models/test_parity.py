@@ -22,7 +22,7 @@ FLOAT_TOLERANCE = 6e-4
 LENGTHS = [1, 7, 64, 700]  # 700: past the 128 positions that YaRN stretches, and over six attention splits
 
 
-@pytest.fixture(scope="module", params=["v3_like", "v2_like", "v2_lite_like"])
+@pytest.fixture(scope="module", params=["v3_like", "v2_like", "v2_lite_like", "glm_lite_like", "kimi_like"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """A random model of transformers in float32, and the same read back from its F32 GGUF."""
     stock = getattr(random_models, request.param)()

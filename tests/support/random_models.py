@@ -1,10 +1,10 @@
-"""Tiny DeepSeek models with random weights, in the shapes that differ: V3, V2 and V2-Lite.
+"""Tiny DeepSeek models with random weights, in the shapes that differ: V3, V2, V2-Lite, GLM-4.7-Flash and Kimi-K2.
 
 All are float32, seeded, and scaled so that a comparison of logits means something: activations keep unit size through
 the layers, logits spread by about three, attention is neither flat nor one-hot, and every expert gets tokens. YaRN is
 on everywhere, with a short original length, so that a prompt of a few hundred tokens passes it.
 
-Keyword arguments of the three functions override fields of the config.
+Keyword arguments of the functions override fields of the config.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ import math
 from typing import Any
 
 import torch
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Glm4MoeLiteConfig,
+    Glm4MoeLiteForCausalLM,
+)
 
 ORIGINAL_POSITIONS = 128
 
@@ -131,6 +138,54 @@ def v3_narrow(seed: int = 0, **overrides: Any) -> DeepseekV3ForCausalLM:
         "first_k_dense_replace": 1,
     }
     return v3_like(seed, **{**narrow, **overrides})
+
+
+def glm_lite_like(seed: int = 0, **overrides: Any) -> Glm4MoeLiteForCausalLM:
+    """GLM-4.7-Flash: heads that do not divide by 8, keys wider without rotation than with, values wider than keys
+    without rotation, one group, plain RoPE."""
+    config = Glm4MoeLiteConfig(
+        **{
+            **_SHARED,
+            "intermediate_size": 320,
+            "moe_intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "q_lora_rank": 96,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 48,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 64,
+            "n_routed_experts": 16,
+            "num_experts_per_tok": 4,
+            "n_shared_experts": 1,
+            "routed_scaling_factor": 1.8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+            **overrides,
+        }
+    )
+    model = Glm4MoeLiteForCausalLM(config)
+    _randomize(model, seed)
+    return model
+
+
+def kimi_like(seed: int = 0, **overrides: Any) -> DeepseekV3ForCausalLM:
+    """Kimi-K2: one group, one dense layer, half as many heads, YaRN whose ramp has no width."""
+    kimi = {
+        "first_k_dense_replace": 1,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "n_routed_experts": 24,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 64,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.827,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {**_yarn(1.0), "rope_theta": 50000.0, "beta_fast": 1.0, "beta_slow": 1.0},
+    }
+    return v3_like(seed, **{**kimi, **overrides})
 
 
 def v2_like(seed: int = 0, **overrides: Any) -> DeepseekV2ForCausalLM:

@@ -146,7 +146,9 @@ class Family:
     """Models that have the same tensors and the same modules.
 
     ``about`` says in a few words which models these are. ``architectures`` are values of general.architecture,
-    ``model_types`` those of the ``model_type`` of configs, which transformers has classes for.
+    ``model_types`` those of the ``model_type`` of configs, which transformers has classes for. ``aliases`` are values
+    that it has none for, with the one that computes the same; ``language_parts`` those of models that have more parts,
+    with the key of the language model's config there and its ``model_type`` where that does not say it.
 
     ``stock_classes`` are the dotted names of transformers' classes that an operation can stand for, by operation
     ("experts", "attention", ...), and those that are fused ("decoder_layer", "base_model"). What it lacks stays as
@@ -170,6 +172,8 @@ class Family:
     config_values: Callable[[Facts], dict[str, Any]]
     stock_classes: Mapping[str, tuple[str, ...]]
     keys_from: str
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    language_parts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     limits: Mapping[str, tuple[Limit, ...]] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     merges: Mapping[str, Merge] = field(default_factory=lambda: EXPERT_MERGES)

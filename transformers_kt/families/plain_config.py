@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from transformers_kt.families.registry import families
+from transformers_kt.families.registry import families, language_model
 
 PlainConfig = SimpleNamespace
 """Has ``model_type`` and what `PlainConfigs.defaults` names, under the names of transformers' configs."""
@@ -24,6 +24,7 @@ _CONFIG_FILE = "config.json"
 
 def plain_config(facts: Mapping[str, Any]) -> PlainConfig | None:
     """The config that ``facts`` state, as a config.json holds them; None where anything is out of the ordinary."""
+    facts = language_model(facts)
     model_type = facts.get("model_type")
     plain = next((family.plain for family in families() if model_type in family.model_types), None)
     if plain is None or not isinstance(model_type, str) or model_type not in plain.defaults:

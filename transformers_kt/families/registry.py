@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from transformers_kt.errors import UnsupportedModelError
@@ -66,10 +67,33 @@ def family_of_type(model_type: Any, where: str) -> Family:
     """The same by the ``model_type`` alone; ``where`` it was found, for the message."""
     found = next((family for family in _families if model_type in family.model_types), None)
     if found is None:
-        known = [name for family in _families for name in family.model_types]
+        known = [name for family in _families for name in _names(family)]
         accepted = " and ".join(filter(None, (", ".join(known[:-1]), known[-1])))
         raise UnsupportedModelError(f"{where}: the config's model_type is {model_type!r}; {accepted} are accepted")
     return found
+
+
+def knows(facts: Mapping[str, Any]) -> bool:
+    """Whether the content of a config.json is of a model of some family."""
+    model_type = language_model(facts).get("model_type")
+    return any(model_type in family.model_types for family in _families)
+
+
+def language_model(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The content of a config.json as transformers' class of the language model reads it: its part of a larger model,
+    under a ``model_type`` that transformers has. Any other content as it is."""
+    for family in _families:
+        key, model_type = family.language_parts.get(str(facts.get("model_type")), ("", ""))
+        if isinstance(part := facts.get(key), Mapping):
+            facts = {"model_type": model_type, **part}
+    for family in _families:
+        if (alias := family.aliases.get(str(facts.get("model_type")))) is not None:
+            facts = {**facts, "model_type": alias}
+    return facts
+
+
+def _names(family: Family) -> tuple[str, ...]:
+    return (*family.model_types, *family.aliases, *family.language_parts)
 
 
 def family_in(facts: Facts) -> Family:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from transformers_kt._environment import default_rules
 from transformers_kt.errors import CheckpointError, CheckpointNotFoundError, KtError
-from transformers_kt.families.registry import families
+from transformers_kt.families.registry import families, knows
 from transformers_kt.gguf.checkpoint import Checkpoint, cached_file, is_hub_name, open_checkpoint
 from transformers_kt.gguf.reader import GgufFile
 from transformers_kt.rules.files import AUTO, KtRules
@@ -181,8 +181,7 @@ def _is_known(config: Path) -> bool:
         facts = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    known = [model_type for family in families() for model_type in family.model_types]
-    return isinstance(facts, dict) and facts.get("model_type") in known
+    return isinstance(facts, dict) and knows(facts)
 
 
 def _has_config(name: str, hub: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from transformers_kt.families.from_gguf import config_from_gguf
-from transformers_kt.families.registry import families, family_of_type
+from transformers_kt.families.registry import families, family_of_type, language_model
 from transformers_kt.planning.request import MOOT_OPTIONS, Request
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def _is_foreign(config: PreTrainedConfig) -> bool:
 
 
 def _config_from_dict(facts: Mapping[str, Any], where: str) -> PreTrainedConfig:
+    facts = language_model(facts)
     model_type = facts.get("model_type")
     family_of_type(model_type, where)
     config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(dict(facts))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from transformers_kt.errors import RuleError
-from transformers_kt.families.deepseek.outline import V2, V3
+from transformers_kt.families.deepseek.outline import GLM_LITE, V2, V3
 from transformers_kt.rules.checks import require_keys
 from transformers_kt.rules.devices import CPU, DEVICES_ACCEPTED, parse_device
 from transformers_kt.text import brief, nearest
@@ -119,8 +119,8 @@ _STOCK_CLASSES: Mapping[str, str] = {
 }
 # Families that none of our operations stands for -> the classes that they are for.
 CLASSES_OF = {
-    ROUTER: (V2 + "DeepseekV2TopkRouter", V3 + "DeepseekV3TopkRouter"),
-    MODEL: (V2 + "DeepseekV2Model", V3 + "DeepseekV3Model"),
+    ROUTER: (V2 + "DeepseekV2TopkRouter", V3 + "DeepseekV3TopkRouter", GLM_LITE + "Glm4MoeLiteTopkRouter"),
+    MODEL: (V2 + "DeepseekV2Model", V3 + "DeepseekV3Model", GLM_LITE + "Glm4MoeLiteModel"),
 }
 
 _OPS = {

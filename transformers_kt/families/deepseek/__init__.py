@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers_kt.families.base import Example, Family
 from transformers_kt.families.deepseek.config import PLAIN, config_values, dims, mla, router
-from transformers_kt.families.deepseek.outline import OUTLINE, V2, V3
+from transformers_kt.families.deepseek.outline import GLM_LITE, OUTLINE, V2, V3
 from transformers_kt.families.deepseek.responses import RESPONSES
 from transformers_kt.families.deepseek.tensors import CORRECTION_BIAS, KEYS, MERGES, UNREAD, layer_rows, sizes
 from transformers_kt.families.deepseek.tokenizers import TOKENIZERS
@@ -32,15 +32,18 @@ def _other_routing(node: ModuleNode, config: Any) -> str | None:
     return f"topk_method is {method!r}; supported: {', '.join(_TOPK_METHODS)}"
 
 
-def _of_both(v2: str, v3: str | None = None) -> tuple[str, ...]:
-    return (f"{V2}DeepseekV2{v2}", f"{V3}DeepseekV3{v3 or v2}")
+def _of_all(name: str, of_v2: str | None = None) -> tuple[str, ...]:
+    return (f"{V2}DeepseekV2{of_v2 or name}", f"{V3}DeepseekV3{name}", f"{GLM_LITE}Glm4MoeLite{name}")
 
 
 DEEPSEEK = Family(
     name="deepseek",
     about="DeepSeek V2, V3, R1 and models built like them",
     architectures=("deepseek2",),
-    model_types=("deepseek_v2", "deepseek_v3"),
+    model_types=("deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+    # The folders of Kimi-K2 bring a class of their own, a copy of V3's, as the language model of K2.5 is one.
+    aliases={"kimi_k2": "deepseek_v3"},
+    language_parts={"kimi_k25": ("text_config", "deepseek_v3")},
     dims=dims,
     mla=mla,
     router=router,
@@ -52,14 +55,14 @@ DEEPSEEK = Family(
     keys_from=f"{KEYS}.weight",
     config_values=config_values,
     stock_classes={
-        "attention": _of_both("Attention"),
-        "moe": _of_both("Moe", "MoE"),
-        "mlp": _of_both("MLP"),
-        "experts": _of_both("Experts"),
-        "norm": _of_both("RMSNorm"),
-        "rotary": _of_both("RotaryEmbedding"),
-        "decoder_layer": _of_both("DecoderLayer"),
-        "base_model": _of_both("Model"),
+        "attention": _of_all("Attention"),
+        "moe": _of_all("MoE", of_v2="Moe"),
+        "mlp": _of_all("MLP"),
+        "experts": _of_all("Experts"),
+        "norm": _of_all("RMSNorm"),
+        "rotary": _of_all("RotaryEmbedding"),
+        "decoder_layer": _of_all("DecoderLayer"),
+        "base_model": _of_all("Model"),
     },
     limits={"attention": (_attention_bias, _rope_in_halves), "moe": (_other_routing,)},
     tokenizers=TOKENIZERS,

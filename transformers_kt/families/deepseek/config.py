@@ -55,6 +55,8 @@ _PUBLISHED = {
     _Routing(_SIGMOID, 7168, 256, 8): _Published((8, 4), 2.5, True, 10000.0, 1.0, 32.0),
     # Kimi-K2
     _Routing(_SIGMOID, 7168, 384, 8): _Published((1, 1), 2.827, True, 50000.0, 1.0, 1.0),
+    # GLM-4.7-Flash
+    _Routing(_SIGMOID, 2048, 64, 4): _Published((1, 1), 1.8, True, 1000000.0, None, 32.0),
     # Moonlight
     _Routing(_SIGMOID, 2048, 64, 6): _Published((1, 1), 2.446, True, 50000.0, None, 32.0),
 }
@@ -105,16 +107,25 @@ def mla(config: Any) -> MlaDims:
     )
 
 
+def sparse_layers(config: Any) -> tuple[bool, ...]:
+    """Which layers have experts."""
+    layers = range(config.num_hidden_layers)
+    if config.model_type == "glm4_moe_lite":  # its class reads no first_k_dense_replace, which its config.json has
+        types = getattr(config, "mlp_layer_types", None)
+        return tuple(types[layer] == "sparse" if types else layer > 0 for layer in layers)
+    return tuple(layer >= (config.first_k_dense_replace or 0) for layer in layers)
+
+
 def router(config: Any) -> Router:
-    is_v3 = config.model_type == "deepseek_v3"
-    is_limited = is_v3 or config.topk_method == "group_limited_greedy"
+    is_sigmoid = config.model_type != "deepseek_v2"
+    is_limited = is_sigmoid or config.topk_method == "group_limited_greedy"
     return Router(
-        sigmoid=is_v3,
+        sigmoid=is_sigmoid,
         groups=config.n_group if is_limited else 1,
         top_groups=config.topk_group if is_limited else 1,
         top_k=config.num_experts_per_tok,
         # transformers' DeepseekV2TopkRouter has no normalization, whatever norm_topk_prob says.
-        normalize=is_v3 and bool(config.norm_topk_prob),
+        normalize=is_sigmoid and bool(config.norm_topk_prob),
         scale=config.routed_scaling_factor,
     )
 
@@ -161,6 +172,23 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "num_hidden_layers": 61,
         "rope_interleave": True,
         "vocab_size": 129280,
+    },
+    "glm4_moe_lite": {
+        **_COMMON,
+        "hidden_size": 2048,
+        "intermediate_size": 10240,
+        "max_position_embeddings": 202752,
+        "moe_intermediate_size": 1536,
+        "n_routed_experts": 64,
+        "n_shared_experts": 1,
+        "num_attention_heads": 20,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 47,
+        "q_lora_rank": 768,
+        "qk_nope_head_dim": 192,
+        "rope_interleave": True,
+        "v_head_dim": 256,
+        "vocab_size": 154880,
     },
 }
 

@@ -17,14 +17,21 @@ import numpy.typing as npt
 
 from transformers_kt.errors import UnsupportedModelError
 from transformers_kt.families.base import TensorSlot
+from transformers_kt.families.deepseek.config import sparse_layers
 from transformers_kt.families.tensors import tensor_slots
 
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
-    from transformers import DeepseekV2Config, DeepseekV3Config, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import (
+        DeepseekV2Config,
+        DeepseekV3Config,
+        Glm4MoeLiteConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerFast,
+    )
 
-    DeepseekConfig: TypeAlias = DeepseekV2Config | DeepseekV3Config
+    DeepseekConfig: TypeAlias = DeepseekV2Config | DeepseekV3Config | Glm4MoeLiteConfig
 
 _ARCHITECTURE = "deepseek2"
 _FILE_TYPES = {
@@ -34,6 +41,7 @@ _FILE_TYPES = {
 _GATING = {
     "deepseek_v2": gguf.ExpertGatingFuncType.SOFTMAX,
     "deepseek_v3": gguf.ExpertGatingFuncType.SIGMOID,
+    "glm4_moe_lite": gguf.ExpertGatingFuncType.SIGMOID,
 }
 # What llama.cpp keeps in F32 in every file: it computes with these outside its quantized kernels.
 _ALWAYS_F32 = ("_norm.weight", ".ffn_gate_inp.weight", ".exp_probs_b.bias")
@@ -51,7 +59,7 @@ def export_gguf(
     pre_tokenizer: str = "deepseek-v3",
     split_kv_b: bool = True,
 ) -> None:
-    """Write ``model`` (DeepseekV2ForCausalLM or DeepseekV3ForCausalLM, on the CPU) and ``tokenizer`` to ``path``.
+    """Write ``model`` (of a model type in `_GATING`, on the CPU) and ``tokenizer`` to ``path``.
 
     ``weight_type`` is F32 or F16 and holds for matrices; norms and routers are F32 always. ``split_kv_b`` chooses
     between the current layout (``attn_k_b`` transposed, ``attn_v_b``, one key-value head) and the older one
@@ -117,14 +125,14 @@ def write_hyperparameters(writer: gguf.GGUFWriter, config: DeepseekConfig, split
         writer.add_key_length(nope + rope)
         writer.add_value_length(value_dim)
 
-    writer.add_leading_dense_block_count(config.first_k_dense_replace or 0)
+    writer.add_leading_dense_block_count(sparse_layers(config).count(False))
     writer.add_expert_count(config.n_routed_experts)
     writer.add_expert_used_count(config.num_experts_per_tok or 0)
     writer.add_expert_shared_count(config.n_shared_experts)
     writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     writer.add_expert_weights_scale(config.routed_scaling_factor)
     writer.add_expert_gating_func(_GATING[config.model_type])
-    if config.model_type == "deepseek_v3" and config.norm_topk_prob:  # transformers' V2 ignores norm_topk_prob
+    if config.model_type != "deepseek_v2" and config.norm_topk_prob:  # transformers' V2 ignores norm_topk_prob
         writer.add_expert_weights_norm(True)
     if config.n_group is not None and config.topk_group is not None:
         writer.add_expert_group_count(config.n_group)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from transformers_kt.families.deepseek.config import sparse_layers
 from transformers_kt.families.outline import EMBEDDING, GENERATION, LAYER, LINEAR, MODEL, MODULE, SILU, Outline
 from transformers_kt.families.tree import TORCH_CLASSES, ModelTree, ModuleNode
 
 V2 = "transformers.models.deepseek_v2.modeling_deepseek_v2."
 V3 = "transformers.models.deepseek_v3.modeling_deepseek_v3."
-"""What the dotted names of transformers' DeepSeek classes begin with."""
+GLM_LITE = "transformers.models.glm4_moe_lite.modeling_glm4_moe_lite."
+"""What the dotted names of transformers' classes begin with."""
 
 SEEN = {
     "deepseek_v2": (
@@ -22,6 +25,10 @@ SEEN = {
         "dc0df54620d7f92b140e1c5f01227ae1f292a2ba4899cf38003161747c20801f",
         "e82f83084b8ff66589d7026741f4fd2ff0ef0682ccd87fe4a931283f200a950a",
         "2ee61edcee9be267a9832822d2fd7b50a87aa6da5d0ed2b0bcb6c7a700fedb2d",
+    ),
+    "glm4_moe_lite": (
+        "0bf69912852085471fc5a1d867a22c1a4272fc98ffe7a9e855bc72457d106e6a",
+        "626156a9ad8da0a56e2cd8c517346bc8eb5e2d8cd13da2dd9fd9bd839e38fde7",
     ),
 }
 _ROPE_BUFFERS = ("inv_freq", "original_inv_freq")
@@ -36,6 +43,7 @@ class _Architecture(NamedTuple):
 _ARCHITECTURES = {
     "deepseek_v2": _Architecture(V2 + "DeepseekV2", "Moe", ()),
     "deepseek_v3": _Architecture(V3 + "DeepseekV3", "MoE", ("e_score_correction_bias",)),
+    "glm4_moe_lite": _Architecture(GLM_LITE + "Glm4MoeLite", "MoE", ("e_score_correction_bias",)),
 }
 
 
@@ -44,16 +52,16 @@ def _make(config: Any) -> ModelTree | None:
         return None
     has_low_rank_queries = config.q_lora_rank is not None
     architecture = _ARCHITECTURES[config.model_type]
-    return _tree(architecture, config.num_hidden_layers, config.first_k_dense_replace, has_low_rank_queries)
+    return _tree(architecture, sparse_layers(config), has_low_rank_queries)
 
 
 @functools.cache
 def _class_names() -> frozenset[str]:
-    trees = [_tree(architecture, 2, 1, has_low_rank_queries=True) for architecture in _ARCHITECTURES.values()]
+    trees = [_tree(architecture, (False, True), has_low_rank_queries=True) for architecture in _ARCHITECTURES.values()]
     return frozenset(name for tree in trees for _, node in tree.modules() for name in node.classes)
 
 
-def _tree(architecture: _Architecture, layers: int, dense_layers: int, has_low_rank_queries: bool) -> ModelTree:
+def _tree(architecture: _Architecture, sparse: Sequence[bool], has_low_rank_queries: bool) -> ModelTree:
     def of_class(name: str, *bases: str, **facts: Any) -> ModuleNode:
         return ModuleNode((architecture.prefix + name, *bases, *MODULE), **facts)
 
@@ -78,8 +86,8 @@ def _tree(architecture: _Architecture, layers: int, dense_layers: int, has_low_r
         norms = {"input_layernorm": norm, "post_attention_layernorm": norm}
         return of_class("DecoderLayer", LAYER, children={**children, **norms})
 
-    dense, sparse = layer(mlp), layer(moe)
-    stack = {str(number): dense if number < dense_layers else sparse for number in range(layers)}
+    with_mlp, with_experts = layer(mlp), layer(moe)
+    stack = {str(number): with_experts if has_experts else with_mlp for number, has_experts in enumerate(sparse)}
     parts = {
         "embed_tokens": EMBEDDING,
         "layers": ModuleNode((TORCH_CLASSES["ModuleList"], *MODULE), stack),

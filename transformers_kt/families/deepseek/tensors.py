@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from transformers_kt.families.base import EXPERT_MERGES, Merge, TensorRow
+from transformers_kt.families.deepseek.config import sparse_layers
 
 CORRECTION_BIAS = "e_score_correction_bias"
 KEYS = "self_attn.kv_a_proj_with_mqa"
@@ -66,18 +67,17 @@ MERGES: Mapping[str, Merge] = {**EXPERT_MERGES, "weight": Merge(("k_b", "v_b"), 
 
 def layer_rows(config: Any, present: Collection[str]) -> Sequence[Sequence[TensorRow]]:
     """The tensors of each layer. ``present`` decides between ``attn_kv_b`` and its two halves."""
-    has_correction_bias = config.model_type == "deepseek_v3"
+    has_correction_bias = config.model_type != "deepseek_v2"
     # Sigmoid-routed models without any bias are legitimate, and zero is what they mean; one layer without it is not.
     bias_is_optional = not any(name.endswith("." + _CORRECTION_BIAS.gguf_name) for name in present)
     bias = [_CORRECTION_BIAS._replace(optional=bias_is_optional)] if has_correction_bias else []
     query = _QUERY_PLAIN if config.q_lora_rank is None else _QUERY_LORA
     layers = []
-    for layer in range(config.num_hidden_layers):
+    for layer, has_experts in enumerate(sparse_layers(config)):
         whole = f"blk.{layer}.{_KV_WHOLE[0].gguf_name}" in present
         halves = any(f"blk.{layer}.{row.gguf_name}" in present for row in _KV_SPLIT)
         kv = _KV_SPLIT if halves and not whole else _KV_WHOLE
-        is_moe = layer >= (config.first_k_dense_replace or 0)
-        layers.append([*_EVERY_LAYER, *query, *kv, *([*_MOE, *bias] if is_moe else _DENSE)])
+        layers.append([*_EVERY_LAYER, *query, *kv, *([*_MOE, *bias] if has_experts else _DENSE)])
     return layers
 
 
