@@ -20,6 +20,7 @@ from transformers_kt.errors import UnsupportedModelError
 from transformers_kt.families import registry
 from transformers_kt.families.from_gguf import config_from_gguf, tokenizer_from_gguf
 from transformers_kt.gguf.checkpoint import open_checkpoint
+from transformers_kt.gguf.tokenizer_rules import TokenizerRules
 from transformers_kt.modules.experts import KtExperts
 
 # Weights are the same floats in both; what differs is the order of additions in the experts (and, for "auto", in every
@@ -194,7 +195,7 @@ def test_its_tokenizer_rules_are_data() -> None:
     }
     with pytest.raises(UnsupportedModelError, match=r"tokenizer\.ggml\.pre is 'toy'; deepseek-v3, .* is accepted"):
         tokenizer_from_gguf(facts)
-    registry.register(dataclasses.replace(TOY_QWEN, tokenizers={"toy": (r"\p{N}+",)}))
+    registry.register(dataclasses.replace(TOY_QWEN, tokenizers={"toy": TokenizerRules((r"\p{N}+",))}))
     try:
         assert tokenizer_from_gguf(facts).tokenize("ab1") == ["ab", "1"]
     finally:

@@ -24,6 +24,7 @@ from transformers_kt.gguf.checkpoint import open_checkpoint
 
 BOS, EOS, PAD = "<\uff5cbegin▁of▁sentence\uff5c>", "<\uff5cend▁of▁sentence\uff5c>", "<\uff5c▁pad▁\uff5c>"
 USER, ASSISTANT = "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"
+HOLDER = "<\uff5cplace▁holder▁no▁0\uff5c>"
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}" + USER + "{{ m.content }}{% else %}" + ASSISTANT
     + "{{ m.content }}" + EOS + "{% endif %}{% endfor %}{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
@@ -84,9 +85,9 @@ def train() -> Tokenizer:
     )
     tokenizer.train_from_iterator(CORPUS * 4, trainer)
     assert tokenizer.get_vocab_size() > 400
-    for token in (USER, ASSISTANT):
-        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    # As published: who speaks belongs to the text.
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in (USER, ASSISTANT, "<think>", "</think>")])
+    tokenizer.add_special_tokens([AddedToken(HOLDER, special=True, normalized=False)])
     return tokenizer
 
 
@@ -102,7 +103,8 @@ def facts_of(tokenizer: Tokenizer, padding: int = 8) -> dict[str, Any]:
         tokens.append(vocabulary.get(number, f"[PAD{number}]"))
         kind = 1 if number in vocabulary else 5
         if number in added:
-            kind = 3 if added[number].special else 4
+            # The converter calls control what looks it.
+            kind = 3 if added[number].special or tokens[-1].endswith("\uff5c>") else 4
         types.append(kind)
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -164,13 +166,28 @@ def test_any_ids_decode_like_the_original() -> None:
 
 
 def test_the_whole_vocabulary_has_its_numbers(from_file: PreTrainedTokenizerFast) -> None:
-    assert from_file.get_vocab() == {token: number for number, token in enumerate(FACTS["tokenizer.ggml.tokens"])}
-    assert len(from_file) == len(FACTS["tokenizer.ggml.tokens"])
+    assert from_file.get_vocab() == ORIGINAL.get_vocab()
+    assert len(from_file) == ORIGINAL.get_vocab_size()
 
 
-def test_control_tokens_are_special_and_user_defined_ones_are_kept(from_file: PreTrainedTokenizerFast) -> None:
-    ids = from_file.encode(f"{USER}hi<think>a</think>{EOS}")
-    assert from_file.decode(ids, skip_special_tokens=True) == "hi<think>a</think>"
+def test_rows_that_no_token_has_are_no_text(from_file: PreTrainedTokenizerFast) -> None:
+    rows = len(FACTS["tokenizer.ggml.tokens"])
+    assert FACTS["tokenizer.ggml.tokens"][-1] == f"[PAD{rows - 1}]"
+    assert from_file.decode([5, rows - 1, 6]) == ORIGINAL.decode([5, rows - 1, 6]) == ORIGINAL.decode([5, 6])
+
+
+def test_a_row_that_the_file_names_stays_a_token() -> None:
+    rows = len(FACTS["tokenizer.ggml.tokens"])
+    tokenizer = tokenizer_from_gguf({**FACTS, "tokenizer.ggml.padding_token_id": rows - 1})
+    assert tokenizer.pad_token_id == rows - 1
+    assert tokenizer(["a", "a b c"], padding=True)["input_ids"][0][0] == rows - 1
+
+
+def test_control_tokens_are_special_but_for_those_that_the_original_has_as_text(
+    from_file: PreTrainedTokenizerFast,
+) -> None:
+    ids = from_file.encode(f"{USER}hi<think>a</think>{HOLDER}{EOS}")
+    assert from_file.decode(ids, skip_special_tokens=True) == f"{USER}hi<think>a</think>"
     assert set(from_file.all_special_tokens) >= {BOS, EOS, PAD}
     assert from_file.added_tokens_encoder["<think>"] == FACTS["tokenizer.ggml.tokens"].index("<think>")
 
@@ -244,6 +261,17 @@ def pieces(pre: str, text: str) -> list[str]:
         ("deepseek-coder", "12 ab", ["1", "2", " ab"]),
         ("deepseek-coder", "abשלcd", ["abשלcd"]),
         ("deepseek-coder", "x = y;\n", ["x", " =", " y", ";", "\n"]),
+        ("glm4", "don't 1234!\n\nx", ["don", "'t", " ", "123", "4", "!\n\n", "x"]),
+        ("glm4", "WON'T stop", ["WON", "'T", " stop"]),
+        ("glm4", "NotEmpty", ["NotEmpty"]),
+        ("kimi-k2", "NotEmpty don't", ["Not", "Empty", " don't"]),
+        ("kimi-k2", "漢字ひらok", ["漢字", "ひらok"]),
+        ("kimi-k2", "e\u0301x 1234", ["e\u0301x", " ", "123", "4"]),
+        ("kimi-k2", "\u0301x", ["\u0301x"]),
+        ("youtu", "漢字ひらok", ["漢字ひら", "ok"]),
+        ("youtu", "가나 a，b", ["가나", " a", "，", "b"]),
+        ("youtu", "12 NotEmpty//\n", ["1", "2", " Not", "Empty", "//\n"]),
+        ("kanana2", "1234 NotEmpty//\n", ["123", "4", " Not", "Empty", "//\n"]),
         ("gpt-2", "don't 1234!", ["don", "'t", " 1234", "!"]),
         ("gpt-2", "a   b", ["a", "  ", " b"]),
         ("default", "x<=1234", ["x", "<=", "123", "4"]),
@@ -262,7 +290,38 @@ def test_a_tokenizer_that_the_converter_calls_joyai_llm_is_that_of_deepseek_v3(t
     assert pieces("joyai-llm", text) == pieces("deepseek-v3", text)
 
 
-@pytest.mark.parametrize("pre", ["deepseek-v3", "deepseek-llm", "deepseek-coder", "gpt-2", "default"])
+def test_a_piece_that_is_a_token_is_one_where_the_model_does_not_merge_it() -> None:
+    """GLM's and Youtu's tokenizers were made from tiktoken's: some of their tokens are reached by no merge."""
+    token, merges = "qxz", FACTS["tokenizer.ggml.merges"]
+    tokens = [*FACTS["tokenizer.ggml.tokens"][:-1], token]
+    types = [*FACTS["tokenizer.ggml.token_type"][:-1], 1]
+    facts = {**FACTS, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    assert not any(merge.replace(" ", "") == token for merge in merges)
+    for pre, count in {"glm4": 1, "youtu": 1, "deepseek-v3": 3, "kimi-k2": 3}.items():
+        tokenizer = tokenizer_from_gguf({**facts, "tokenizer.ggml.pre": pre})
+        assert len(tokenizer.encode(token, add_special_tokens=False)) == count, pre
+
+
+def test_what_calls_of_kimis_tools_are_marked_with_is_text() -> None:
+    marks = ["<|tool_calls_section_begin|>", "<|tool_call_begin|>", "<|tool_call_end|>"]
+    tokens = [*FACTS["tokenizer.ggml.tokens"], *marks, "<|im_middle|>"]
+    facts = {
+        **FACTS,
+        "tokenizer.ggml.pre": "kimi-k2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [*FACTS["tokenizer.ggml.token_type"], 3, 3, 3, 3],
+    }
+    text = "".join(marks)
+    tokenizer = tokenizer_from_gguf(facts)
+    ids = tokenizer.encode(f"<|im_middle|>{text}", add_special_tokens=False)
+    assert len(ids) == 4
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize(
+    "pre",
+    ["deepseek-v3", "deepseek-llm", "deepseek-coder", "glm4", "kimi-k2", "youtu", "kanana2", "gpt-2", "default"],
+)
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=PIECES)
 def test_no_pre_tokenizer_loses_text(pre: str, text: str) -> None:
@@ -276,7 +335,7 @@ def test_no_pre_tokenizer_loses_text(pre: str, text: str) -> None:
     [
         ("tokenizer.ggml.model", "llama"),
         ("tokenizer.ggml.model", None),
-        ("tokenizer.ggml.pre", "kimi-k2"),
+        ("tokenizer.ggml.pre", "tekken"),
         ("tokenizer.ggml.pre", "deepseek-r1-qwen"),
         ("tokenizer.ggml.pre", None),
         ("tokenizer.ggml.pre", np.array([1, 2])),
@@ -297,7 +356,7 @@ def test_a_tokenizer_we_do_not_know_sends_to_the_model_folder(key: str, value: A
         ("tokenizer.ggml.tokens", "abc", "array of strings"),
         ("tokenizer.ggml.tokens", np.array([1]), "array of strings"),
         ("tokenizer.ggml.tokens", ["a", "b", "a"], "'a' more than once"),
-        ("tokenizer.ggml.tokens", ["a", "b", "c"], "does not fit"),
+        ("tokenizer.ggml.tokens", ["a", "b", "c"], "array of 3 whole numbers"),
         ("tokenizer.ggml.merges", None, "merges is missing"),
         ("tokenizer.ggml.merges", ["ab"], r"merges\[0\] is 'ab'"),
         ("tokenizer.ggml.merges", ["a b", " b"], r"merges\[1\]"),

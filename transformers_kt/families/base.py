@@ -16,6 +16,7 @@ import numpy.typing as npt
 from transformers_kt.families.outline import Outline
 from transformers_kt.families.tree import ModuleNode
 from transformers_kt.gguf.facts import Facts
+from transformers_kt.gguf.tokenizer_rules import TokenizerRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +181,7 @@ class Family:
     zero_where_absent: tuple[str, ...] = ()
     mla: Callable[[Any], MlaDims] | None = None
     router: Callable[[Any], Router] | None = None
-    tokenizers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tokenizers: Mapping[str, TokenizerRules] = field(default_factory=dict)
     examples: Mapping[str, Example] = field(default_factory=dict)
     responses: tuple[ResponseTemplate, ...] = ()
     plain: PlainConfigs | None = None

@@ -11,6 +11,7 @@ from transformers_kt.gguf.checkpoint import Checkpoint
 from transformers_kt.gguf.facts import Facts
 from transformers_kt.gguf.generation import generation_options, sampling_notes
 from transformers_kt.gguf.reader import GgufFile
+from transformers_kt.gguf.tokenizer_rules import TokenizerRules
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
@@ -79,5 +80,5 @@ def require_tokenizer(source: Checkpoint | GgufFile | Mapping[str, Any]) -> None
     require_vocabulary(source, _tokenizer_rules())
 
 
-def _tokenizer_rules() -> dict[str, tuple[str, ...]]:
-    return {name: cuts for family in families() for name, cuts in family.tokenizers.items()}
+def _tokenizer_rules() -> dict[str, TokenizerRules]:
+    return {name: rules for family in families() for name, rules in family.tokenizers.items()}

@@ -1,7 +1,7 @@
 """A transformers tokenizer from GGUF metadata alone: byte-level BPE.
 
-Where a model folder with tokenizer.json is at hand, that is the better source: converters turn some ordinary added
-tokens (those of a turn's speaker) into control tokens, which `skip_special_tokens` then drops.
+Where a model folder with tokenizer.json is at hand, that is the better source: the file says how text is cut, and which
+tokens belong to it, by a name alone.
 """
 
 from __future__ import annotations
@@ -18,33 +18,27 @@ from transformers_kt.errors import GgufFormatError, UnsupportedModelError
 from transformers_kt.gguf.checkpoint import Checkpoint
 from transformers_kt.gguf.facts import NO_TOKEN
 from transformers_kt.gguf.reader import GgufFile, StringArray
+from transformers_kt.gguf.tokenizer_rules import COMMON_RULES, SINGLE_DIGITS, TokenizerRules
+from transformers_kt.text import brief
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _MODEL = "gpt2"  # tokenizer.ggml.model of byte-level BPE
-_CONTROL, _USER_DEFINED = 3, 4  # values in tokenizer.ggml.token_type
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # values in tokenizer.ggml.token_type
+_NO_TOKEN = "[PAD{}]"  # what converters write for a row of the embedding that no token has
 _NAMED_TOKENS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 _USE_A_FOLDER = "Pass a model folder or hub id that has a tokenizer (AutoTokenizer.from_pretrained(folder))"
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-
-_SINGLE_DIGITS = r"\p{N}"
-# Rules that are no family's; "default" is what llama.cpp does for files that name nothing better.
-_COMMON_RULES: Mapping[str, tuple[str, ...]] = {
-    "gpt-2": (_GPT2 + r"|\s+",),
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
-}
-
 
 def build_tokenizer(
-    source: Checkpoint | GgufFile | Mapping[str, Any], rules: Mapping[str, tuple[str, ...]], **options: Any
+    source: Checkpoint | GgufFile | Mapping[str, Any], rules: Mapping[str, TokenizerRules], **options: Any
 ) -> PreTrainedTokenizerFast:
     """The tokenizer that ``source`` describes, with its chat template; ``options`` override what it says.
 
-    ``rules`` say, by tokenizer.ggml.pre, which expressions cut text before the merges apply, in order. Decoding gives
-    back the text that was encoded, byte for byte. Raises `UnsupportedModelError` for any tokenizer but byte-level ones
-    that ``rules`` has, `GgufFormatError` where the vocabulary contradicts itself.
+    ``rules`` are those of each tokenizer.ggml.pre. Decoding gives back the text that was encoded, byte for byte; rows
+    of the embedding that no token has decode to nothing. Raises `UnsupportedModelError` for any tokenizer but
+    byte-level ones that ``rules`` has, `GgufFormatError` where the vocabulary contradicts itself.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -60,16 +54,16 @@ def build_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=vocabulary.backend(), **described)
 
 
-def require_vocabulary(source: Checkpoint | GgufFile | Mapping[str, Any], rules: Mapping[str, tuple[str, ...]]) -> None:
+def require_vocabulary(source: Checkpoint | GgufFile | Mapping[str, Any], rules: Mapping[str, TokenizerRules]) -> None:
     """Raise what `build_tokenizer` would raise, but for what only building the merges shows: a second of work."""
     _vocabulary(source, rules).named_tokens()
 
 
-def _vocabulary(source: Checkpoint | GgufFile | Mapping[str, Any], rules: Mapping[str, tuple[str, ...]]) -> _Vocabulary:
+def _vocabulary(source: Checkpoint | GgufFile | Mapping[str, Any], rules: Mapping[str, TokenizerRules]) -> _Vocabulary:
     name, metadata = "the GGUF metadata", source
     if isinstance(source, (Checkpoint, GgufFile)):
         name, metadata = str(source.path), source.metadata
-    return _Vocabulary(name, cast("Mapping[str, Any]", metadata), {**rules, **_COMMON_RULES})
+    return _Vocabulary(name, cast("Mapping[str, Any]", metadata), {**rules, **COMMON_RULES})
 
 
 # A merge makes a token, and few tokens are made in several ways: vocabularies converted from tiktoken have 2.2.
@@ -79,10 +73,11 @@ _MOST_MERGES_PER_TOKEN = 8
 class _Vocabulary:
     """The ``tokenizer.*`` keys, checked."""
 
-    def __init__(self, name: str, metadata: Mapping[str, Any], rules: Mapping[str, tuple[str, ...]]) -> None:
-        self.name, self.metadata, self._rules = name, metadata, rules
+    def __init__(self, name: str, metadata: Mapping[str, Any], rules: Mapping[str, TokenizerRules]) -> None:
+        self.name, self.metadata = name, metadata
         self._demand("tokenizer.ggml.model", (_MODEL,))
         self._demand("tokenizer.ggml.pre", tuple(rules))
+        self._rules = rules[metadata["tokenizer.ggml.pre"]]
         self.tokens = self._strings("tokenizer.ggml.tokens")
         self.ids = {token: number for number, token in enumerate(self.tokens)}
         if len(self.ids) != len(self.tokens):
@@ -92,22 +87,29 @@ class _Vocabulary:
             )
 
     def backend(self) -> Tokenizer:
+        types, named = self._types(), self.named_tokens().values()
+        vocab = {
+            token: number
+            for token, number in self.ids.items()
+            if types[number] != _UNUSED or token != _NO_TOKEN.format(number) or token in named
+        }
         try:
-            model = models.BPE(vocab=self.ids, merges=self._merges(), fuse_unk=False)
+            model = models.BPE(
+                vocab=vocab, merges=self._merges(), fuse_unk=False, ignore_merges=self._rules.ignore_merges
+            )
         except Exception as error:  # the tokenizers package raises no class of its own
             raise GgufFormatError(f"{self.name}: tokenizer.ggml.merges does not fit the tokens: {error}") from error
         tokenizer = Tokenizer(model)
         cuts: list[PreTokenizer] = [
-            # Digits also cuts numerals that newer Unicode than the regex engine's knows; the models use it.
-            Digits(individual_digits=True) if cut == _SINGLE_DIGITS else Split(Regex(cut), behavior="isolated")
-            for cut in self._rules[self.metadata["tokenizer.ggml.pre"]]
+            Digits(individual_digits=True) if cut == SINGLE_DIGITS else Split(Regex(cut), behavior="isolated")
+            for cut in self._rules.cuts
         ]
         tokenizer.pre_tokenizer = PreTokenizers([*cuts, ByteLevel(add_prefix_space=False, use_regex=False)])
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_tokens(
             [
-                AddedToken(token, special=kind == _CONTROL, normalized=False)
-                for token, kind in zip(self.tokens, self._types(), strict=True)
+                AddedToken(token, special=kind == _CONTROL and token not in self._rules.text_tokens, normalized=False)
+                for token, kind in zip(self.tokens, types, strict=True)
                 if kind in (_CONTROL, _USER_DEFINED) and token
             ]
         )
@@ -151,8 +153,8 @@ class _Vocabulary:
         numbers = np.asarray(types) if isinstance(types, (np.ndarray, list)) else np.empty(0)
         if numbers.dtype.kind not in "iu" or numbers.shape != (len(self.tokens),):
             raise GgufFormatError(
-                f"{self.name}: tokenizer.ggml.token_type is {types!r}; an array of {len(self.tokens)} whole numbers, "
-                "one for each token, is accepted"
+                f"{self.name}: tokenizer.ggml.token_type is {brief(types)}; an array of {len(self.tokens)} whole "
+                "numbers, one for each token, is accepted"
             )
         return [int(number) for number in numbers]
 

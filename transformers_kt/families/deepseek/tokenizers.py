@@ -1,8 +1,10 @@
-"""How DeepSeek's tokenizers cut text before the merges apply. The models' own tokenizer.json say the same."""
+"""What the tokenizers of these models do that a file says by a name alone. Their own tokenizer.json say the same."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+
+from transformers_kt.gguf.tokenizer_rules import SINGLE_DIGITS, TokenizerRules
 
 # Letters with case, spelt out range by range in deepseek-llm's tokenizer. Escaped, because normalizing the
 # source text turns ends of ranges such as U+1F7D into others (U+03CE) and the ranges around.
@@ -19,28 +21,80 @@ _CASED_LETTERS = (
 )
 _EAST_ASIAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"  # in deepseek-llm and deepseek-coder
 _HAN_AND_KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"  # in deepseek-v3
-_SINGLE_DIGITS = r"\p{N}"
+_CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_NOT_HAN = r"&&[^\p{Han}]"
 
-_V3 = (
-    r"\p{N}{1,3}",
-    _HAN_AND_KANA,
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
-    "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
-    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+
+def _words(but: str = "") -> str:
+    """Words that begin in capitals and go on in small letters; letters without case and marks are both. ``but``
+    restricts these classes of letters."""
+    capitals, small = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}" + but + "]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}" + but + "]"
+    before = r"[^\r\n\p{L}\p{N}]?"
+    return f"{before}{capitals}*{small}+{_CONTRACTION}?|{before}{capitals}+{small}*{_CONTRACTION}?"
+
+
+# Of speakers, of tools and of filling in the middle: no special ones in the tokenizer.json of V3 and R1.
+_TEXT_TOKENS = frozenset(
+    f"<\uff5c{name}\uff5c>".replace(" ", "\u2581")
+    for name in (
+        *("User", "Assistant", "fim hole", "fim begin", "fim end"),
+        *("tool calls begin", "tool calls end", "tool call begin", "tool call end", "tool sep"),
+        *("tool outputs begin", "tool outputs end", "tool output begin", "tool output end"),
+    )
+)
+_V3 = TokenizerRules(
+    (
+        r"\p{N}{1,3}",
+        _HAN_AND_KANA,
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+        "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+        "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+    ),
+    text_tokens=_TEXT_TOKENS,
+)
+# As in tokenization_kimi.py, which the models bring, with the tokens that their config does not call special.
+_KIMI = TokenizerRules(
+    (rf"[\p{{Han}}]+|{_words(_NOT_HAN)}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}",),
+    text_tokens=frozenset(
+        {
+            *("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>"),
+            *("<|tool_call_argument_begin|>", "<|tool_call_end|>", "<think>", "</think>"),
+        }
+    ),
+)
+_YOUTU = TokenizerRules(
+    (
+        "[\uac00-\ud7a3\u3131-\u318e]+"
+        "|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+"
+        "|[\u3105-\u312f]+|[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        rf"{_words()}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}",
+    ),
+    ignore_merges=True,
 )
 
-TOKENIZERS: Mapping[str, tuple[str, ...]] = {
+TOKENIZERS: Mapping[str, TokenizerRules] = {
     "deepseek-v3": _V3,
     # llama.cpp's converter names a tokenizer by the ids of one text, and gives R1's this name.
     "joyai-llm": _V3,
-    "deepseek-llm": (
-        "[\r\n]",
-        rf"\s?[{_CASED_LETTERS}]+",
-        "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
-        r"\s+$",
-        _EAST_ASIAN,
-        _SINGLE_DIGITS,
+    "deepseek-llm": TokenizerRules(
+        (
+            "[\r\n]",
+            rf"\s?[{_CASED_LETTERS}]+",
+            "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+            r"\s+$",
+            _EAST_ASIAN,
+            SINGLE_DIGITS,
+        )
     ),
-    "deepseek-coder": ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST_ASIAN, _SINGLE_DIGITS),
+    "deepseek-coder": TokenizerRules(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST_ASIAN, SINGLE_DIGITS)),
+    "glm4": TokenizerRules(
+        (rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}",),
+        ignore_merges=True,
+    ),
+    "kimi-k2": _KIMI,
+    "youtu": _YOUTU,
+    # Kanana-2, whose model is V3's.
+    "kanana2": TokenizerRules((rf"{_words()}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}",)),
 }
-"""tokenizer.ggml.pre -> expressions, in order."""
+"""tokenizer.ggml.pre -> what the tokenizers of the models that are called so do."""
