@@ -17,6 +17,7 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DeepseekV32Config,
     Glm4MoeLiteConfig,
 )
 
@@ -269,6 +270,27 @@ def test_kimis_yarn_comes_back_though_the_file_has_no_betas() -> None:
         "mscale": 1.0,
         "mscale_all_dim": 1.0,
     }
+
+
+V32_INDEXER = {
+    "deepseek32.attention.indexer.head_count": 64,
+    "deepseek32.attention.indexer.key_length": 128,
+    "deepseek32.attention.indexer.top_k": 2048,
+}
+
+
+def test_v32_comes_back_with_its_indexer() -> None:
+    facts = {f"deepseek32.{key}": value for key, value in {**V3_FILE, **NEW_HEADS, "block_count": 62}.items()}
+    facts |= {"general.architecture": "deepseek32", "deepseek32.nextn_predict_layers": 1, **V32_INDEXER}
+    config = config_from_gguf(facts)
+    assert type(config) is DeepseekV32Config
+    published = {key: value for key, value in V3_CONFIG.items() if key not in ("model_type", "rope_interleave")}
+    assert {key: getattr(config, key) for key in published} == published
+    assert (config.index_n_heads, config.index_head_dim, config.index_topk) == (64, 128, 2048)
+    assert config.mlp_layer_types == ["dense"] * 3 + ["sparse"] * 58
+    for key in V32_INDEXER:
+        with pytest.raises(GgufFormatError, match=key.replace(".", r"\.")):
+            config_from_gguf({name: value for name, value in facts.items() if name != key})
 
 
 # What the values of a GLM-4.7-Flash are called in the class that a GGUF alone is loaded with.

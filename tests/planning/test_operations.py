@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,7 +60,10 @@ def test_every_operation_of_the_cpu_is_planned_for_gpus_too_and_torch_is_one_for
 
 
 def test_operations_replace_classes_that_the_models_have() -> None:
-    assert all(OUTLINE.knows_class(name) for operation in OPERATIONS.values() for name in operation.replaces)
+    for name in (name for operation in OPERATIONS.values() for name in operation.replaces):
+        module, _, cls = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), cls), name
+        assert OUTLINE.knows_class(name) or "deepseek_v32" in name  # has no outline
 
 
 @pytest.mark.parametrize("op", OPERATIONS)

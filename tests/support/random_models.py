@@ -18,6 +18,8 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
     Glm4MoeLiteConfig,
     Glm4MoeLiteForCausalLM,
 )
@@ -82,34 +84,33 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
     model.eval()
 
 
+_V3: dict[str, Any] = {
+    **_SHARED,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 256,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "rope_parameters": _yarn(1.0),
+}
+
+
 def v3_like(seed: int = 0, **overrides: Any) -> DeepseekV3ForCausalLM:
     """V3 and R1: low-rank queries, sigmoid scores, expert groups, a correction bias that decides some choices."""
-    config = DeepseekV3Config(
-        **{
-            **_SHARED,
-            "intermediate_size": 256,
-            "moe_intermediate_size": 256,
-            "num_hidden_layers": 4,
-            "first_k_dense_replace": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "q_lora_rank": 256,
-            "kv_lora_rank": 256,
-            "qk_nope_head_dim": 64,
-            "qk_rope_head_dim": 32,
-            "v_head_dim": 64,
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 3,
-            "n_shared_experts": 1,
-            "n_group": 4,
-            "topk_group": 2,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 2.5,
-            "rope_parameters": _yarn(1.0),
-            "num_mtp_layers": 0,
-            **overrides,
-        }
-    )
+    config = DeepseekV3Config(**{**_V3, "num_mtp_layers": 0, **overrides})
     model = DeepseekV3ForCausalLM(config)
     _randomize(model, seed)
     return model
@@ -165,6 +166,25 @@ def glm_lite_like(seed: int = 0, **overrides: Any) -> Glm4MoeLiteForCausalLM:
         }
     )
     model = Glm4MoeLiteForCausalLM(config)
+    _randomize(model, seed)
+    return model
+
+
+INDEX_TOPK = 48
+
+
+def v32_like(seed: int = 0, **overrides: Any) -> DeepseekV32ForCausalLM:
+    """V3.2: V3 with an indexer, which leaves out keys as soon as there are more than `INDEX_TOPK`."""
+    config = DeepseekV32Config(
+        **{
+            **_V3,
+            "index_topk": INDEX_TOPK,
+            "index_n_heads": 4,
+            "index_head_dim": 64,
+            **overrides,
+        }
+    )
+    model = DeepseekV32ForCausalLM(config)
     _randomize(model, seed)
     return model
 

@@ -160,7 +160,8 @@ class Family:
     hold beside those. ``zero_where_absent`` are buffers that files leave out where they would be zero.
 
     ``keys_from`` is the tensor of a layer from which the keys in the KV cache come: the cache lies where it does.
-    ``examples`` are files to tell a machine by.
+    ``read_by_others`` are names of modules whose weights the code of another module reads, so that they stay
+    transformers'. ``examples`` are files to tell a machine by.
     """
 
     name: str
@@ -179,6 +180,7 @@ class Family:
     unread: tuple[str, ...] = ()
     merges: Mapping[str, Merge] = field(default_factory=lambda: EXPERT_MERGES)
     zero_where_absent: tuple[str, ...] = ()
+    read_by_others: tuple[str, ...] = ()
     mla: Callable[[Any], MlaDims] | None = None
     router: Callable[[Any], Router] | None = None
     tokenizers: Mapping[str, TokenizerRules] = field(default_factory=dict)

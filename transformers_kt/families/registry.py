@@ -120,6 +120,11 @@ def response_template(chat_template: Any) -> dict[str, Any] | None:
     return next((dict(r.template) for r in known if all(marker in chat_template for marker in r.markers)), None)
 
 
+def read_by_others() -> frozenset[str]:
+    """`Family.read_by_others` of all families."""
+    return frozenset(name for family in _families for name in family.read_by_others)
+
+
 @functools.cache  # asked for every module of a model
 def stock_classes(kind: str) -> tuple[str, ...]:
     """The dotted names of the classes of ``kind`` in all families, as `Family.stock_classes` has them."""

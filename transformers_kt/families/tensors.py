@@ -23,6 +23,7 @@ _OUTPUT = TensorRow("output.weight", "lm_head", "weight", ("vocab", "hidden"))
 _TIED_OUTPUT = TensorRow("token_embd.weight", "lm_head", "weight", ("vocab", "hidden"))
 
 _LAYER_NUMBER = re.compile(r"blk\.(\d{1,6})\.")
+_INDEXER = ".indexer."
 _ONE_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.")
 
 
@@ -77,7 +78,7 @@ def check_tensors(checkpoint: TensorSource, config: Any) -> list[TensorSlot]:
         raise CheckpointError(
             f"the GGUF tensors do not fit the config ({config.model_type}, {layers} layers):\n  "
             + listed(problems, separator="\n  ", before_more="\n  ")
-            + f"\n{_advice(tensors.keys(), config.num_hidden_layers)}"
+            + f"\n{_advice(tensors.keys(), layers, any(_INDEXER in slot.gguf_name for slot in slots))}"
         )
     return [slot for slot in slots if slot.gguf_name in tensors]
 
@@ -106,18 +107,24 @@ def _surplus_hint(name: str) -> str:
     return ""
 
 
-def _advice(names: Collection[str], layers: int) -> str:
-    """What to do about tensors that do not fit, by what kind of file has such ``names``."""
+def _advice(names: Collection[str], layers: int, has_indexer: bool) -> str:
+    """What to do about tensors that do not fit, by what kind of file has such ``names``, and whether the model has an
+    indexer."""
     numbers = {int(match[1]) for match in map(_LAYER_NUMBER.match, names) if match}
     if numbers and min(numbers) >= layers:
         return (
             "The file holds the layers for multi-token prediction alone, a draft for another program; take the file of "
             "the model itself."
         )
-    if any(".indexer." in name for name in names):
+    if any(_INDEXER in name for name in names) and not has_indexer:
         return (
-            "The file has the indexer of sparse attention, which is not computed; take a file that was converted "
-            "without it, or the model before it."
+            "The file has the indexer of sparse attention, which the config does not know; leave the config out to "
+            "take the GGUF's own."
+        )
+    if has_indexer and not any(_INDEXER in name for name in names):
+        return (
+            "The file was made without the indexer of sparse attention; leave the config out, and the model attends to "
+            "every key, as llama.cpp computes such files."
         )
     if any(name.endswith((".scale", ".input_scale")) for name in names):
         return (

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers_kt.errors import RuleError, UnsupportedModelError, UnsupportedTypeError
+from transformers_kt.families.registry import read_by_others
 from transformers_kt.planning.operations import ATTENTION, OPERATIONS, ROTARY, Operation, replaced_classes
 from transformers_kt.rules import make_plan
 from transformers_kt.text import longest_prefix
@@ -69,7 +70,7 @@ def resolve_plan(tree: ModelTree, rules: RuleList, attention: str | None, device
     ``attention`` is the attn_implementation that is to stand in place of ours, None for ours.
     """
     not_by_itself = [ATTENTION, ROTARY] if attention else []
-    plan = make_plan(tree, rules, replaced_classes(), not_by_itself, device_map=device_map)
+    plan = make_plan(tree, rules, replaced_classes(), not_by_itself, kept=read_by_others(), device_map=device_map)
     ours = first_of(plan, ATTENTION)
     if attention and ours is not None:
         raise RuleError(
@@ -78,7 +79,8 @@ def resolve_plan(tree: ModelTree, rules: RuleList, attention: str | None, device
         )
     if first_of(plan, ROTARY) is not None and keeps_attention(tree, plan):
         # Its one table of cosines and sines is nothing that stock attention could read.
-        plan = make_plan(tree, rules, replaced_classes(), [*not_by_itself, ROTARY], device_map=device_map)
+        kept = [*not_by_itself, ROTARY]
+        plan = make_plan(tree, rules, replaced_classes(), kept, kept=read_by_others(), device_map=device_map)
         rotary = first_of(plan, ROTARY)
         if rotary is not None:
             raise RuleError(

@@ -84,14 +84,16 @@ def make_plan(
     operations: Operations,
     not_by_itself: Collection[str] = (),
     *,
+    kept: Collection[str] = (),
     device_map: DeviceMap | None = None,
 ) -> Plan:
     """What computes each module of the model under ``rule_list``, and where.
 
     ``operations`` are kinds. ``auto`` chooses none of those ``not_by_itself``; a rule of our form that names one of
-    them still gets it. Devices in ``device_map`` override those of rules.
+    them still gets it. So it is with modules whose last name is one of ``kept``. Devices in ``device_map`` override
+    those of rules.
 
     Raises `RuleError` if a rule of our form decides about no module, gives a module to an operation made for other
     classes, or to one operation what the device map divides.
     """
-    return Planner(root_site(tree), rule_list, operations, not_by_itself, device_map or {}).plan()
+    return Planner(root_site(tree), rule_list, operations, not_by_itself, kept, device_map or {}).plan()

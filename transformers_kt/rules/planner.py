@@ -102,10 +102,11 @@ class Planner:
         rule_list: RuleList,
         operations: Operations,
         not_by_itself: Collection[str],
+        kept: Collection[str],
         device_map: DeviceMap,
     ) -> None:
         self._root, self._list, self._operations = root, rule_list, operations
-        self._not_by_itself = not_by_itself
+        self._not_by_itself, self._kept = not_by_itself, kept
         self._device_map = {prefix: _mapped_device(prefix, device) for prefix, device in device_map.items()}
         self._is_theirs = any(rule.theirs for rule in rule_list.rules)
         self._matcher = Matcher(rule_list.rules)
@@ -142,6 +143,7 @@ class Planner:
             parts.append(_Part(self._entry(site, TORCH, rule), free=not keeps))
         for child in site.below():
             parts.extend(self._visit(child, below))
+        keeps |= site.path.rpartition(".")[2] in self._kept
         kind = None if keeps else self._kind(site.node.class_name)
         return parts if kind is None else self._coarsest(site, kind, rule, parts)
 

@@ -6,9 +6,17 @@ from typing import Any
 
 from transformers_kt.families.base import Example, Family
 from transformers_kt.families.deepseek.config import PLAIN, config_values, dims, mla, router
-from transformers_kt.families.deepseek.outline import GLM_LITE, OUTLINE, V2, V3
+from transformers_kt.families.deepseek.outline import GLM_LITE, OUTLINE, V2, V3, V32
 from transformers_kt.families.deepseek.responses import RESPONSES
-from transformers_kt.families.deepseek.tensors import CORRECTION_BIAS, KEYS, MERGES, UNREAD, layer_rows, sizes
+from transformers_kt.families.deepseek.tensors import (
+    CORRECTION_BIAS,
+    INDEXER_WEIGHTS,
+    KEYS,
+    MERGES,
+    UNREAD,
+    layer_rows,
+    sizes,
+)
 from transformers_kt.families.deepseek.tokenizers import TOKENIZERS
 from transformers_kt.families.tree import ModuleNode
 
@@ -32,6 +40,11 @@ def _other_routing(node: ModuleNode, config: Any) -> str | None:
     return f"topk_method is {method!r}; supported: {', '.join(_TOPK_METHODS)}"
 
 
+def _with_indexer(name: str, of_v2: str | None = None) -> tuple[str, ...]:
+    """Those of V3.2 too, whose attention, and all that our attention needs beside it, stays transformers'."""
+    return (*_of_all(name, of_v2), f"{V32}DeepseekV32{name}")
+
+
 def _of_all(name: str, of_v2: str | None = None) -> tuple[str, ...]:
     return (f"{V2}DeepseekV2{of_v2 or name}", f"{V3}DeepseekV3{name}", f"{GLM_LITE}Glm4MoeLite{name}")
 
@@ -39,8 +52,8 @@ def _of_all(name: str, of_v2: str | None = None) -> tuple[str, ...]:
 DEEPSEEK = Family(
     name="deepseek",
     about="DeepSeek V2, V3, R1 and models built like them",
-    architectures=("deepseek2",),
-    model_types=("deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+    architectures=("deepseek2", "deepseek32"),
+    model_types=("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"),
     # The folders of Kimi-K2 bring a class of their own, a copy of V3's, as the language model of K2.5 is one.
     aliases={"kimi_k2": "deepseek_v3"},
     language_parts={"kimi_k25": ("text_config", "deepseek_v3")},
@@ -53,13 +66,14 @@ DEEPSEEK = Family(
     merges=MERGES,
     zero_where_absent=(CORRECTION_BIAS,),
     keys_from=f"{KEYS}.weight",
+    read_by_others=(INDEXER_WEIGHTS,),
     config_values=config_values,
     stock_classes={
         "attention": _of_all("Attention"),
-        "moe": _of_all("MoE", of_v2="Moe"),
-        "mlp": _of_all("MLP"),
-        "experts": _of_all("Experts"),
-        "norm": _of_all("RMSNorm"),
+        "moe": _with_indexer("MoE", of_v2="Moe"),
+        "mlp": _with_indexer("MLP"),
+        "experts": _with_indexer("Experts"),
+        "norm": _with_indexer("RMSNorm"),
         "rotary": _of_all("RotaryEmbedding"),
         "decoder_layer": _of_all("DecoderLayer"),
         "base_model": _of_all("Model"),

@@ -91,7 +91,8 @@ def dims(config: Any) -> Dims:
         context=config.max_position_embeddings,
         experts=config.n_routed_experts,
         top_k=config.num_experts_per_tok,
-        cache_values=latent + rope,  # a latent and a rotary key
+        # A latent, a rotary key and, with an indexer, its key.
+        cache_values=latent + rope + getattr(config, "index_head_dim", 0),
         work_values=4 * config.hidden_size + attention + 2 * widest,
     )
 
@@ -110,9 +111,11 @@ def mla(config: Any) -> MlaDims:
 def sparse_layers(config: Any) -> tuple[bool, ...]:
     """Which layers have experts."""
     layers = range(config.num_hidden_layers)
-    if config.model_type == "glm4_moe_lite":  # its class reads no first_k_dense_replace, which its config.json has
-        types = getattr(config, "mlp_layer_types", None)
-        return tuple(types[layer] == "sparse" if types else layer > 0 for layer in layers)
+    # Two classes go by the list of kinds alone; GLM's does not even make it from the first_k_dense_replace in its
+    # config.json.
+    if config.model_type in ("glm4_moe_lite", "deepseek_v32"):
+        kinds = getattr(config, "mlp_layer_types", None)
+        return tuple(kinds[layer] == "sparse" if kinds else layer > 0 for layer in layers)
     return tuple(layer >= (config.first_k_dense_replace or 0) for layer in layers)
 
 
@@ -228,6 +231,15 @@ def _model_type(facts: Facts, routing: _Routing) -> dict[str, Any]:
     published = _PUBLISHED.get(routing)
     if routing.gating == _SIGMOID:
         norm = bool(facts.default_for("expert_weights_norm", False, published and published.weights_norm))
+        if facts.architecture == "deepseek32":
+            return {
+                "model_type": "deepseek_v32",
+                "architectures": ["DeepseekV32ForCausalLM"],
+                "norm_topk_prob": facts.boolean("expert_weights_norm", default=norm),
+                "index_n_heads": facts.integer("attention.indexer.head_count", most=MOST_WIDTH),
+                "index_head_dim": facts.integer("attention.indexer.key_length", most=MOST_WIDTH),
+                "index_topk": facts.integer("attention.indexer.top_k", most=MOST_CONTEXT),
+            }
         return {
             "model_type": "deepseek_v3",
             "architectures": ["DeepseekV3ForCausalLM"],
@@ -235,6 +247,8 @@ def _model_type(facts: Facts, routing: _Routing) -> dict[str, Any]:
             "rope_interleave": True,
             "num_mtp_layers": 0,  # the class default is 1, and the prediction layers are not loaded
         }
+    if facts.architecture == "deepseek32":
+        raise facts.unsupported("expert_gating_func", routing.gating, "2 (sigmoid), with an indexer,")
     if facts.boolean("expert_weights_norm", default=False):
         # transformers' V2 router has no such step and would silently leave it out.
         raise facts.unsupported("expert_weights_norm", True, "false, with softmax routing")

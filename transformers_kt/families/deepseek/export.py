@@ -1,7 +1,7 @@
-"""Write a transformers DeepSeek model as GGUF `deepseek2`, as llama.cpp's converter would.
+"""Write a transformers DeepSeek model as GGUF, as llama.cpp's converter would.
 
 For models that exist only as transformers objects: the bundled one before it is quantized, and the small random ones of
-the tests. Rotary weights go over as they are: DeepSeek rotates neighbouring pairs, and so does `deepseek2`.
+the tests. Rotary weights go over as they are: DeepSeek rotates neighbouring pairs, and so does llama.cpp.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ if TYPE_CHECKING:
     from transformers import (
         DeepseekV2Config,
         DeepseekV3Config,
+        DeepseekV32Config,
         Glm4MoeLiteConfig,
         PreTrainedModel,
         PreTrainedTokenizerFast,
     )
 
-    DeepseekConfig: TypeAlias = DeepseekV2Config | DeepseekV3Config | Glm4MoeLiteConfig
+    DeepseekConfig: TypeAlias = DeepseekV2Config | DeepseekV3Config | DeepseekV32Config | Glm4MoeLiteConfig
 
-_ARCHITECTURE = "deepseek2"
+_ARCHITECTURES = {"deepseek_v32": "deepseek32"}  # of the others "deepseek2"
 _FILE_TYPES = {
     gguf.GGMLQuantizationType.F32: gguf.LlamaFileType.ALL_F32,
     gguf.GGMLQuantizationType.F16: gguf.LlamaFileType.MOSTLY_F16,
@@ -41,10 +42,11 @@ _FILE_TYPES = {
 _GATING = {
     "deepseek_v2": gguf.ExpertGatingFuncType.SOFTMAX,
     "deepseek_v3": gguf.ExpertGatingFuncType.SIGMOID,
+    "deepseek_v32": gguf.ExpertGatingFuncType.SIGMOID,
     "glm4_moe_lite": gguf.ExpertGatingFuncType.SIGMOID,
 }
 # What llama.cpp keeps in F32 in every file: it computes with these outside its quantized kernels.
-_ALWAYS_F32 = ("_norm.weight", ".ffn_gate_inp.weight", ".exp_probs_b.bias")
+_ALWAYS_F32 = ("_norm.weight", "_norm.bias", ".ffn_gate_inp.weight", ".exp_probs_b.bias")
 # llama.cpp multiplies mscale_all_dim by this on writing and divides on reading.
 _YARN_LOG_FACTOR = 0.1
 
@@ -71,13 +73,13 @@ def export_gguf(
     config: Any = model.config
     if config.model_type not in _GATING:
         raise UnsupportedModelError(
-            f"model type {config.model_type!r} cannot be written as {_ARCHITECTURE}; accepted: {', '.join(_GATING)}"
+            f"model type {config.model_type!r} cannot be written; accepted: {', '.join(_GATING)}"
         )
     if weight_type not in _FILE_TYPES:
         raise UnsupportedModelError(
             f"cannot write weights as {weight_type.name}; write F32 or F16 and quantize the file"
         )
-    writer = gguf.GGUFWriter(path, _ARCHITECTURE)
+    writer = gguf.GGUFWriter(path, _ARCHITECTURES.get(config.model_type, "deepseek2"))
     try:
         writer.add_name(name)
         writer.add_file_type(_FILE_TYPES[weight_type])
@@ -137,6 +139,10 @@ def write_hyperparameters(writer: gguf.GGUFWriter, config: DeepseekConfig, split
     if config.n_group is not None and config.topk_group is not None:
         writer.add_expert_group_count(config.n_group)
         writer.add_expert_group_used_count(config.topk_group)
+    if config.model_type == "deepseek_v32":
+        writer.add_indexer_head_count(config.index_n_heads)
+        writer.add_indexer_key_length(config.index_head_dim)
+        writer.add_indexer_top_k(config.index_topk)
     _write_rope(writer, config)
 
 
@@ -147,7 +153,7 @@ def _write_rope(writer: gguf.GGUFWriter, config: DeepseekConfig) -> None:
     if kind == "default":
         return
     if kind != "yarn":
-        raise UnsupportedModelError(f"rope_type {kind!r} cannot be written as {_ARCHITECTURE}; accepted: default, yarn")
+        raise UnsupportedModelError(f"rope_type {kind!r} cannot be written; accepted: default, yarn")
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(rope["factor"])
     writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])

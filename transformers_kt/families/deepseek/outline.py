@@ -12,6 +12,7 @@ from transformers_kt.families.tree import TORCH_CLASSES, ModelTree, ModuleNode
 
 V2 = "transformers.models.deepseek_v2.modeling_deepseek_v2."
 V3 = "transformers.models.deepseek_v3.modeling_deepseek_v3."
+V32 = "transformers.models.deepseek_v32.modeling_deepseek_v32."
 GLM_LITE = "transformers.models.glm4_moe_lite.modeling_glm4_moe_lite."
 """What the dotted names of transformers' classes begin with."""
 
@@ -27,6 +28,7 @@ SEEN = {
         "2ee61edcee9be267a9832822d2fd7b50a87aa6da5d0ed2b0bcb6c7a700fedb2d",
     ),
     "glm4_moe_lite": (
+        "efad17b5bda557ddeeb293897b2f741f43f5533a47601c3cfce85727b382acc3",
         "0bf69912852085471fc5a1d867a22c1a4272fc98ffe7a9e855bc72457d106e6a",
         "626156a9ad8da0a56e2cd8c517346bc8eb5e2d8cd13da2dd9fd9bd839e38fde7",
     ),
@@ -51,7 +53,9 @@ def _make(config: Any) -> ModelTree | None:
     if config.hidden_act != "silu" or config.attention_bias or getattr(config, "mlp_bias", False):
         return None
     has_low_rank_queries = config.q_lora_rank is not None
-    architecture = _ARCHITECTURES[config.model_type]
+    architecture = _ARCHITECTURES.get(config.model_type)
+    if architecture is None:
+        return None
     return _tree(architecture, sparse_layers(config), has_low_rank_queries)
 
 

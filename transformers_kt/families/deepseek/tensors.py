@@ -16,7 +16,7 @@ from transformers_kt.families.deepseek.config import sparse_layers
 
 CORRECTION_BIAS = "e_score_correction_bias"
 KEYS = "self_attn.kv_a_proj_with_mqa"
-KV_B = "kv_b_proj"
+INDEXER_WEIGHTS = "weights_proj"
 
 _EVERY_LAYER = (
     TensorRow("attn_norm.weight", "input_layernorm", "weight", ("hidden",)),
@@ -30,6 +30,13 @@ _QUERY_LORA = (
     TensorRow("attn_q_a.weight", "self_attn.q_a_proj", "weight", ("q_lora", "hidden")),
     TensorRow("attn_q_a_norm.weight", "self_attn.q_a_layernorm", "weight", ("q_lora",)),
     TensorRow("attn_q_b.weight", "self_attn.q_b_proj", "weight", ("heads_qk", "q_lora")),
+)
+_INDEXER = (
+    TensorRow("indexer.attn_q_b.weight", "self_attn.indexer.wq_b", "weight", ("index_heads_width", "q_lora")),
+    TensorRow("indexer.attn_k.weight", "self_attn.indexer.wk", "weight", ("index_width", "hidden")),
+    TensorRow("indexer.k_norm.weight", "self_attn.indexer.k_norm", "weight", ("index_width",)),
+    TensorRow("indexer.k_norm.bias", "self_attn.indexer.k_norm", "bias", ("index_width",)),
+    TensorRow("indexer.proj.weight", f"self_attn.indexer.{INDEXER_WEIGHTS}", "weight", ("index_heads", "hidden")),
 )
 _KV_WHOLE = (TensorRow("attn_kv_b.weight", "self_attn.kv_b_proj", "weight", ("heads_nope_and_v", "kv_lora")),)
 _KV_SPLIT = (
@@ -72,18 +79,20 @@ def layer_rows(config: Any, present: Collection[str]) -> Sequence[Sequence[Tenso
     bias_is_optional = not any(name.endswith("." + _CORRECTION_BIAS.gguf_name) for name in present)
     bias = [_CORRECTION_BIAS._replace(optional=bias_is_optional)] if has_correction_bias else []
     query = _QUERY_PLAIN if config.q_lora_rank is None else _QUERY_LORA
+    indexer = _INDEXER if config.model_type == "deepseek_v32" else ()
     layers = []
     for layer, has_experts in enumerate(sparse_layers(config)):
         whole = f"blk.{layer}.{_KV_WHOLE[0].gguf_name}" in present
         halves = any(f"blk.{layer}.{row.gguf_name}" in present for row in _KV_SPLIT)
         kv = _KV_SPLIT if halves and not whole else _KV_WHOLE
-        layers.append([*_EVERY_LAYER, *query, *kv, *([*_MOE, *bias] if has_experts else _DENSE)])
+        layers.append([*_EVERY_LAYER, *query, *indexer, *kv, *([*_MOE, *bias] if has_experts else _DENSE)])
     return layers
 
 
 def sizes(config: Any) -> dict[str, int]:
     heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
     v = config.v_head_dim or 0
+    index_heads, index_width = getattr(config, "index_n_heads", 0), getattr(config, "index_head_dim", 0)
     return {
         "vocab": config.vocab_size,
         "hidden": config.hidden_size,
@@ -95,6 +104,9 @@ def sizes(config: Any) -> dict[str, int]:
         "heads_qk": heads * (nope + rope),
         "heads_v": heads * v,
         "heads_nope_and_v": heads * (nope + v),
+        "index_heads": index_heads,
+        "index_width": index_width,
+        "index_heads_width": index_heads * index_width,
         "q_lora": config.q_lora_rank or 0,
         "dense": config.intermediate_size,
         "experts": config.n_routed_experts,
