@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 WARM_UP_TOKENS = 8
@@ -29,6 +30,17 @@ class Run:
     compiled: list[float] = field(default_factory=list)  # of each gap: seconds inside transformers_kt._C
 
 
+def _peer() -> Any:
+    """The module of the package that measures llama.cpp, from its file: the package is not in that interpreter."""
+    spec = spec_from_file_location("peer", Path(__file__).parents[1] / "transformers_kt/cli/peer.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+PEER = _peer()
 Generate = Callable[[list[int]], Run]
 
 
@@ -67,34 +79,12 @@ def measured(generate: Generate, settings: argparse.Namespace) -> dict[str, list
     return figures
 
 
-class Clock:
-    """A streamer that notes when tokens arrive; the first `put` is the prompt, before anything is computed."""
-
-    def __init__(self, compiled: Callable[[], float]) -> None:
-        self.times: list[tuple[float, float]] = []
-        self._compiled = compiled
-
-    def put(self, _value: Any) -> None:
-        self.times.append((time.perf_counter(), self._compiled()))
-
-    def end(self) -> None:
-        pass
-
-    def run(self) -> Run:
-        steps = [(after[0] - before[0], after[1] - before[1]) for before, after in pairwise(self.times)]
-        return Run(steps[0][0], [wall for wall, _ in steps[1:]], [compiled for _, compiled in steps[1:]])
-
-
 def generate_of(model: Any, new_tokens: int, compiled: Callable[[], float] = lambda: 0.0) -> Generate:
     """Ours and stock: `generate()` of transformers, greedy, with all of Python counted."""
-    import torch
+    from transformers_kt.cli.timing import timed_generate
 
     def generate(tokens: list[int]) -> Run:
-        clock = Clock(compiled)
-        ids = torch.tensor([tokens])
-        options = {"max_new_tokens": new_tokens + 1, "do_sample": False, "eos_token_id": None}
-        model.generate(ids, streamer=clock, attention_mask=torch.ones_like(ids), **options)
-        return clock.run()
+        return Run(*timed_generate(model, [tokens], new_tokens, compiled))
 
     return generate
 
@@ -183,22 +173,10 @@ def run_llama(path: str, settings: argparse.Namespace, *, flash_attention: bool 
 
     before = peak_rss_gb()
     start = time.perf_counter()
-    llama = llama_cpp.Llama(
-        path,
-        n_ctx=max([*settings.depth, settings.prefill]) + settings.new_tokens + 32,
-        n_batch=LLAMA_BATCH,
-        n_threads=settings.threads,
-        n_threads_batch=settings.threads,
-        flash_attn=flash_attention,
-        verbose=False,
-    )
+    positions = max([*settings.depth, settings.prefill]) + settings.new_tokens + 32
+    llama = PEER.opened(llama_cpp, path, positions, settings.threads, flash_attention=flash_attention)
     load_s = time.perf_counter() - start
-
-    def timed(tokens: list[int]) -> float:
-        begin = time.perf_counter()
-        llama.eval(tokens)
-        llama_cpp.llama_synchronize(llama._ctx.ctx)
-        return time.perf_counter() - begin
+    timed = PEER.timer(llama_cpp, llama)
 
     def generate(tokens: list[int]) -> Run:
         llama.reset()

@@ -20,6 +20,7 @@ def build_app() -> typer.Typer:
     import typer
 
     from transformers_kt.cli.ask import ask_command
+    from transformers_kt.cli.bench import bench_command
     from transformers_kt.cli.chat import chat_command
     from transformers_kt.cli.doctor import doctor_command
     from transformers_kt.cli.inspect import inspect_command
@@ -52,6 +53,7 @@ def build_app() -> typer.Typer:
     app.command("chat", context_settings={"token_normalize_func": our_spelling})(chat_command)
     app.command("ask", no_args_is_help=True)(ask_command)
     app.command("inspect", no_args_is_help=True)(inspect_command)
+    app.command("bench", no_args_is_help=True)(bench_command)
     app.command("doctor")(doctor_command)
     app.command("plan", no_args_is_help=True)(plan_command)
     # What follows the program's name, its options too, is its own.

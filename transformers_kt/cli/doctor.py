@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +16,7 @@ from transformers_kt.assets import bundled_model
 from transformers_kt.cli.machine import (
     Machine,
     Rate,
-    decode_rate,
+    decode_rates,
     disk_rate,
     machine,
     product_rate,
@@ -131,10 +132,15 @@ def diagnose(model: str | None = None, context: int = DEFAULT_CONTEXT, *, run: b
 
     Raises what `plan` and loading raise.
     """
-    here = machine()
-    reads, decode = read_rates(), decode_rate()
+    here, reads, samples = machine(), read_rates(), decode_rates()
+    name = None if model is None else located(model)
+    measured = None
+    if name is not None and run:
+        measured = _measured(name)
+        samples += decode_rates()  # the same minutes for both: memory that is shared changes its speed
+    decode = median(samples)
     speeds = Speeds(reads, decode, product_rate(), _overhead(decode))
-    forecast = None if model is None else _forecast(located(model), context, speeds, run)
+    forecast = None if name is None else _forecast(name, context, speeds, measured)
     return Diagnosis(here, speeds, forecast, [*_sentences(here, speeds, forecast)], [*_advice(here, forecast)])
 
 
@@ -151,19 +157,17 @@ def _overhead(decode: float) -> float:
 
 def _measured(model: str) -> float:
     """Tokens per second of decoding from an empty context: the median."""
-    from statistics import median
-
     from transformers import AutoModelForCausalLM
 
     from transformers_kt.cli.timing import random_tokens, timed_generate
 
     loaded = AutoModelForCausalLM.from_pretrained(model, kt_rules=AUTO)
-    tokens = random_tokens(1, loaded.config.vocab_size)
-    timed_generate(loaded, tokens, _TOKENS)  # the first call imports and allocates
-    return 1 / median(timed_generate(loaded, tokens, _TOKENS).gaps)
+    prompt = [random_tokens(1, loaded.config.vocab_size)]
+    timed_generate(loaded, prompt, _TOKENS)  # the first call imports and allocates
+    return 1 / median(timed_generate(loaded, prompt, _TOKENS).gaps)
 
 
-def _forecast(model: str, context: int, speeds: Speeds, run: bool) -> Forecast:
+def _forecast(model: str, context: int, speeds: Speeds, measured: float | None) -> Forecast:
     report: PlanReport = plan(model, gpus=[], context=context)
     (cpu,) = report.devices
     file = Path(model)
@@ -174,7 +178,7 @@ def _forecast(model: str, context: int, speeds: Speeds, run: bool) -> Forecast:
         cpu.read_per_token,
         speeds.tokens_per_s(cpu.read_per_token),
         max(speeds.most, speeds.decode) / cpu.read_per_token,  # kernels prefetch, plain reading does not
-        _measured(model) if run else None,
+        measured,
         disk_rate(files[0]) if files else None,
     )
 

@@ -62,6 +62,10 @@ class TensorGroup:
     shape: tuple[int, ...]
     nbytes: int
 
+    @property
+    def weights(self) -> int:
+        return self.count * math.prod(self.shape)
+
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
@@ -199,8 +203,8 @@ def inspect_model(model: str, context: int = DEFAULT_CONTEXT) -> FileReport:
         nbytes=checkpoint.nbytes,
         architecture=str(facts.architecture),
         about=next(known, None),
-        parameters=sum(group.count * math.prod(group.shape) for group in groups),
-        active_parameters=round(sum(_weights(group) * (share if _is_routed(group) else 1.0) for group in groups)),
+        parameters=sum(group.weights for group in groups),
+        active_parameters=round(sum(group.weights * (share if _is_routed(group) else 1.0) for group in groups)),
         sizes=sizes,
         types=dict(sorted(types.items(), key=lambda item: -item[1])),
         groups=groups,
@@ -270,10 +274,6 @@ def _groups(checkpoint: Checkpoint) -> list[TensorGroup]:
         layers = ranges(sorted(int(match[0]) for match in map(_LAYER.search, names) if match))
         groups.append(TensorGroup(name, layers, len(names), ggml_type, shape, sizes[name, ggml_type, shape]))
     return groups
-
-
-def _weights(group: TensorGroup) -> int:
-    return group.count * math.prod(group.shape)
 
 
 def _is_routed(group: TensorGroup) -> bool:

@@ -24,9 +24,9 @@ from transformers_kt.planning.hardware import free_memory, usable_cpus
 
 _DISTRIBUTION = "transformers-kt-experts"
 _DISK_BYTES = 256 << 20
-_ROUNDS = 7
-# Of Q4_K, the type of most matrices of most files: 302 MB, past any cache that a few cores hold on to.
-_ROWS, _COLS = 65536, 8192
+_DECODE_S, _PRODUCTS_S = 2.0, 0.1
+# In Q4_K, the type of most matrices of most files: 340 MB, past any cache that a few cores hold on to.
+_EXPERTS, _TOP_K, _HIDDEN, _INTERMEDIATE = 64, 6, 2048, 1536
 _Q4_K_BLOCK = 256
 # 1.2 MB, which lies in the L2 cache of one core or two, for as many tokens as a prompt is computed in.
 _SMALL_ROWS, _SMALL_COLS, _TOKENS = 1024, 2048, 512
@@ -80,7 +80,7 @@ def machine() -> Machine:
     cores = [core for _, cores in topology["nodes"] for core in cores]
     free, swap = free_memory(), psutil.swap_memory()
     return Machine(
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         features=tuple(_C.cpu_features().split()),
         isa=_C.isa(),
         isas=tuple(_C.supported_isas()),
@@ -115,18 +115,30 @@ def read_rates() -> list[Rate]:
     return [Rate(count, memory.bandwidth(cpus[:count])) for count in sorted(counts) if count <= len(cpus)]
 
 
-def decode_rate() -> float:
-    """Bytes of weights per second that our kernels multiply with one token, by the threads that are set."""
-    matrix = _matrix(_ROWS, _COLS)
-    x, out = _activations(1, _COLS), np.empty((1, _ROWS), np.float32)
-    return matrix.nbytes / _least_seconds(lambda: _C.linear(matrix, x, out))
+def decode_rates() -> list[float]:
+    """Bytes of weights per second that our kernels multiply with one token, by the threads that are set.
+
+    Samples of two seconds, for memory that is shared with others changes its speed from one to the next, of six experts
+    out of 64, as a layer of a small model has.
+    """
+    gate, up = (_matrix(_EXPERTS, _INTERMEDIATE, _HIDDEN) for _ in range(2))
+    down = _matrix(_EXPERTS, _HIDDEN, _INTERMEDIATE)
+    experts, generator = _C.Experts(gate, up, down), np.random.default_rng(0)
+    x, out = _activations(1, _HIDDEN), np.empty((1, _HIDDEN), np.float32)
+    weights = np.full((1, _TOP_K), 1 / _TOP_K, np.float32)
+
+    def token() -> None:
+        experts.forward_routed(x, generator.choice(_EXPERTS, (1, _TOP_K), replace=False), weights, out)
+
+    nbytes = (gate.nbytes + up.nbytes + down.nbytes) * _TOP_K / _EXPERTS
+    return [nbytes / seconds for seconds in _samples(token, _DECODE_S)]
 
 
 def product_rate() -> float:
-    """Multiplications and additions of bytes per second that our kernels do on a matrix in the cache, many tokens."""
-    matrix = _matrix(_SMALL_ROWS, _SMALL_COLS)
+    """Multiplications and additions of bytes a second that our kernels do, the best: 512 tokens, weights in a cache."""
+    matrix = _matrix(1, _SMALL_ROWS, _SMALL_COLS)
     x, out = _activations(_TOKENS, _SMALL_COLS), np.empty((_TOKENS, _SMALL_ROWS), np.float32)
-    return 2 * _TOKENS * _SMALL_ROWS * _SMALL_COLS / _least_seconds(lambda: _C.linear(matrix, x, out))
+    return 2 * _TOKENS * _SMALL_ROWS * _SMALL_COLS / min(_samples(lambda: _C.linear(matrix, x, out), _PRODUCTS_S))
 
 
 def disk_rate(file: Path) -> float | None:
@@ -150,14 +162,14 @@ def _nodes() -> list[tuple[int, list[list[int]]]]:
     return list(nodes)
 
 
-def _matrix(rows: int, cols: int) -> _C.PackedMatrix:
-    """Random weights in Q4_K."""
-    matrix = _C.PackedMatrix(int(GgmlType.Q4_K), 1, rows, cols)
+def _matrix(count: int, rows: int, cols: int) -> _C.PackedMatrix:
+    """``count`` matrices of the same random weights in Q4_K."""
+    matrix = _C.PackedMatrix(int(GgmlType.Q4_K), count, rows, cols)
     block_bytes = next(nbytes for name, _, _, nbytes in _C.weight_types() if name == GgmlType.Q4_K.name)
-    some = min(rows, 1024)
-    blocks = np.random.default_rng(0).integers(0, 256, (some * cols // _Q4_K_BLOCK, block_bytes), dtype=np.uint8)
+    blocks = np.random.default_rng(0).integers(0, 256, (rows * cols // _Q4_K_BLOCK, block_bytes), dtype=np.uint8)
     blocks[:, :4] = np.array([0.01, 0.01], np.float16).view(np.uint8)  # the scales of a block
-    matrix.pack(0, np.tile(blocks.reshape(-1), rows // some))
+    for index in range(count):
+        matrix.pack(index, blocks.reshape(-1))
     return matrix
 
 
@@ -165,18 +177,18 @@ def _activations(tokens: int, cols: int) -> Any:
     return np.random.default_rng(0).standard_normal((tokens, cols)).astype(np.float32)
 
 
-def _least_seconds(call: Callable[[], object]) -> float:
-    """Of some rounds: what others do on the machine only makes a call slower."""
+def _samples(call: Callable[[], object], seconds: float) -> list[float]:
+    """Seconds of each call, for so many seconds."""
     call()  # wakes the threads
-    seconds = []
-    for _ in range(_ROUNDS):
+    samples: list[float] = []
+    while sum(samples) < seconds:
         start = time.perf_counter()
         call()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+        samples.append(time.perf_counter() - start)
+    return samples
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return named[1] if named else platform.processor() or platform.machine()

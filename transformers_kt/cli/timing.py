@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -10,23 +11,26 @@ import torch
 
 
 class Timed(NamedTuple):
-    """Seconds from the prompt to the first token, and from each token to the next."""
+    """Seconds from the prompt to the first token, and from each token to the next; of each gap, what was ``spent``."""
 
     first: float
     gaps: list[float]
+    spent: list[float]
 
 
 class _Clock:
-    """A streamer that notes when tokens come; the first `put` is the prompt, before anything is computed."""
+    """A stopping criterion that stops nothing, and notes when it was made and when tokens came.
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    Not a streamer: those of transformers take one sequence alone.
+    """
 
-    def put(self, _value: Any) -> None:
-        self.times.append(time.perf_counter())
+    def __init__(self, spent: Callable[[], float]) -> None:
+        self._spent = spent
+        self.times = [(time.perf_counter(), spent())]
 
-    def end(self) -> None:
-        pass
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.times.append((time.perf_counter(), self._spent()))
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
 def random_tokens(count: int, vocab: int, seed: int = 1) -> list[int]:
@@ -38,28 +42,22 @@ def random_tokens(count: int, vocab: int, seed: int = 1) -> list[int]:
     return tokens
 
 
-def timed_generate(model: Any, tokens: list[int], new_tokens: int, batch: int = 1, **options: Any) -> Timed:
-    """``batch`` times the prompt ``tokens``, then ``new_tokens`` after the first, greedy, all of Python counted."""
-    clock = _Clock()
-    ids = torch.tensor([tokens] * batch)
-    # The streamers of transformers take one sequence alone; how it gets the tokens does not matter to the clock.
-    options = {"max_new_tokens": new_tokens + 1, "do_sample": False, "eos_token_id": None, **options}
-    if batch == 1:
-        model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **options)
-    else:
-        clock.put(None)
-        criterion = _Noticed(clock)
-        model.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=[criterion], **options)
-    first, *gaps = (after - before for before, after in pairwise(clock.times))
-    return Timed(first, gaps)
+def timed_generate(
+    model: Any, prompts: list[list[int]], new_tokens: int, spent: Callable[[], float] = lambda: 0.0
+) -> Timed:
+    """``prompts`` of one length as a batch, then ``new_tokens`` after the first, greedy, all of Python counted.
 
-
-class _Noticed:
-    """A stopping criterion that stops nothing, and tells the clock of each token."""
-
-    def __init__(self, clock: _Clock) -> None:
-        self._clock = clock
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self._clock.put(None)
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+    ``spent`` gives seconds that run beside the clock, such as those inside compiled code.
+    """
+    ids = torch.tensor(prompts)
+    clock = _Clock(spent)
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens + 1,
+        do_sample=False,
+        eos_token_id=None,
+        stopping_criteria=[clock],
+    )
+    first, *steps = ((after[0] - before[0], after[1] - before[1]) for before, after in pairwise(clock.times))
+    return Timed(first[0], [wall for wall, _ in steps], [inside for _, inside in steps])
