@@ -13,6 +13,8 @@
 #include <new>
 #include <vector>
 
+#include "machine/refused_calls.h"
+
 namespace tkt {
 namespace {
 
@@ -28,7 +30,9 @@ void prefer_node(void* data, size_t bytes, int node) {
   const size_t bit = static_cast<size_t>(node);
   std::vector<unsigned long> mask(bit / kBits + 1, 0);
   mask.back() = 1ul << bit % kBits;
-  syscall(SYS_mbind, data, bytes, MPOL_PREFERRED, mask.data(), mask.size() * kBits + 1, 0);
+  if (syscall(SYS_mbind, data, bytes, MPOL_PREFERRED, mask.data(), mask.size() * kBits + 1, 0) != 0) {
+    note_refused_call("mbind");
+  }
 #endif
 }
 
@@ -57,7 +61,9 @@ WeightMemory::WeightMemory(size_t bytes, int node) {
     data_ = reinterpret_cast<uint8_t*>(rounded_up(reinterpret_cast<size_t>(mapping_), kHugePage));
     // The last one only where at least three quarters of it are used: with all last ones the 300 matrices of V2-Lite
     // would take 3% more than its file, with those of which half is used 1.6%.
-    madvise(data_, (bytes + kHugePage / 4) / kHugePage * kHugePage, MADV_HUGEPAGE);  // a refusal only costs speed
+    if (madvise(data_, (bytes + kHugePage / 4) / kHugePage * kHugePage, MADV_HUGEPAGE) != 0) {
+      note_refused_call("madvise");
+    }
   }
 }
 

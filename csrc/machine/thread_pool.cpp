@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "machine/memory.h"
+#include "machine/refused_calls.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -170,7 +171,7 @@ void keep_to(const NumaNode& node) {
   if (set == nullptr) return;
   CPU_ZERO_S(CPU_ALLOC_SIZE(bits), set);
   for (const int cpu : cpus) CPU_SET_S(static_cast<size_t>(cpu), CPU_ALLOC_SIZE(bits), set);
-  sched_setaffinity(0, CPU_ALLOC_SIZE(bits), set);  // a refusal only costs speed
+  if (sched_setaffinity(0, CPU_ALLOC_SIZE(bits), set) != 0) note_refused_call("sched_setaffinity");
   CPU_FREE(set);
 #endif
 }

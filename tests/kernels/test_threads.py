@@ -333,8 +333,9 @@ def test_memory_refused_in_a_loop_is_a_memory_error_and_the_pool_goes_on(
 
 # ---- Signals ---------------------------------------------------------------------------------------------------------
 
-# The promise is a second; a test machine that does ten other things needs several for the same.
-ANSWER_S = 5.0
+# What is promised. It is counted in processor time of the threads that compute, of which the threads of other processes
+# take none; by the clock a machine that does ten other things needs several seconds for the same.
+ANSWER_S = 1.0
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -349,14 +350,14 @@ w = _C.PackedMatrix(0, 1, 8192, 8192)
 x, out = np.zeros((8192, 8192), "float32"), np.zeros((8192, 8192), "float32")  # ten seconds and more
 sent = []
 def send():
-    sent.append(time.monotonic())
+    sent.append(time.process_time())
     os.kill(os.getpid(), signal.SIGINT)
 threading.Timer(0.3, send).start()
 try:
     _C.linear(w, x, out)
     print("was not interrupted")
 except KeyboardInterrupt:
-    print("late" if time.monotonic() - sent[0] > {ANSWER_S} else "interrupted")
+    print("late" if time.process_time() - sent[0] > {threads * ANSWER_S} else "interrupted")
 out = np.ones((1, 8192), "float32")
 _C.linear(w, x[:1], out)
 print(out.any())

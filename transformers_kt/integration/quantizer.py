@@ -14,6 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+import transformers_kt._C as _C
 from transformers_kt.backends.gpu.devices import devices
 from transformers_kt.errors import UnsupportedOperationError
 from transformers_kt.families.registry import dims_of
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
     from transformers_kt.integration.loading import Modules
 
 METHOD = "kt"  # quant_method, and the name of our attention in transformers' registries
+_COSTS = {
+    "madvise": "weights lie in pages of 4 KiB, not of 2 MiB, so that reading them takes longer",
+    "mbind": "weights may lie in the memory of another node than their threads",
+    "sched_setaffinity": "threads may leave the node whose weights they read",
+}
+"""Of a system call that is optional."""
 logger = logging.getLogger(__name__)
 
 
@@ -140,7 +147,9 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         fuse_base_models(model)
         fuse_hybrid_models(model)
         notes = (*decision.notes, *_notes_of_gpus(decision))
-        model.kt_report = KtReport(request.title, decision.plan.source, rows, notes, tune_prefetch(model))
+        kernels = tune_prefetch(model)
+        slower = tuple(f"the system refuses {call}: {_COSTS[call]}" for call in _C.refused_calls())
+        model.kt_report = KtReport(request.title, decision.plan.source, rows, (*notes, *slower), kernels)
         model.kt_parameters = self._parameters
         guard = InputGuard(model.config, self._lost_outputs, self._replaced)
         model.base_model.register_forward_pre_hook(guard, with_kwargs=True)

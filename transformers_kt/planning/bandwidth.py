@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import threading
@@ -22,7 +23,8 @@ class ReadableMemory:
     def __init__(self) -> None:
         self._mapped = mmap.mmap(-1, _BYTES)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._mapped.madvise(mmap.MADV_HUGEPAGE)
+            with contextlib.suppress(OSError):
+                self._mapped.madvise(mmap.MADV_HUGEPAGE)
         self._values = np.frombuffer(self._mapped, np.int64)
         self._values[:] = 1  # pages that nothing was written to are all one page
 
@@ -40,7 +42,9 @@ class ReadableMemory:
 
         def read(cpu: int) -> None:
             if hasattr(os, "sched_setaffinity"):
-                os.sched_setaffinity(0, {cpu})  # of this thread: two new ones may share a CPU for a whole sample
+                # Of this thread: two new ones may share a CPU for a whole sample.
+                with contextlib.suppress(OSError):
+                    os.sched_setaffinity(0, {cpu})
             ready.wait()
             while True:
                 with lock:

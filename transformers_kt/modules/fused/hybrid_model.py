@@ -39,6 +39,7 @@ from transformers_kt.modules.gpu.experts import KtGpuExperts, KtGpuMlp, KtGpuMoe
 from transformers_kt.modules.gpu.mla import KtGpuMlaAttention
 from transformers_kt.modules.gpu.simple import KtGpuRMSNorm
 from transformers_kt.modules.mla import ranges_mask
+from transformers_kt.modules.patches import patched_method
 from transformers_kt.modules.rotary import KtRotaryEmbedding
 
 
@@ -442,13 +443,15 @@ def _layers_of(model: Any) -> list[Any]:
 
 
 def fuse_hybrid_models(model: nn.Module) -> None:
-    """Give the base models in the loaded ``model`` that have layers on GPUs the pass that keeps states there."""
+    """Give the base models in the loaded ``model`` that have layers on GPUs the pass that keeps states there, unless
+    their class was patched."""
     stock = stock_classes("base_model")
     module: Any
     for module in model.modules():
         if not any(dotted(cls) in stock for cls in type(module).__mro__):
             continue
-        if any(isinstance(layer.self_attn, KtGpuMlaAttention) for layer in _layers_of(module)):
+        on_gpus = any(isinstance(layer.self_attn, KtGpuMlaAttention) for layer in _layers_of(module))
+        if on_gpus and patched_method(type(module)) is None:
             require_cache_argument(type(model))  # which hands it on
             module.__class__ = subclass_in_front(_HybridModel, type(module))
             module._hybrid = None
