@@ -12,13 +12,12 @@ import numpy as np
 import torch
 
 import transformers_kt._C as _C
-from transformers_kt.backends.gpu import panels as plain
+from transformers_kt.backends.gpu import plain
 from transformers_kt.backends.gpu.device import Device
+from transformers_kt.backends.gpu.panels import LAYOUTS, PANEL_ROWS, dequantize
 
-_CHUNK = 1 << 22
-"""Weights dequantized at once. The plain form keeps some ten tensors of their size, 160 MB in all."""
-_CHUNK_OF_KERNELS = 1 << 26
-"""The same with kernels, which write the 16-bit result alone: 128 MB."""
+_CHUNK_VALUES = 1 << 26
+"""Weights that a kernel dequantizes at once: 128 MB of bfloat16."""
 _FEWEST_PANELS = 256
 """Of a matrix with fewer, a kernel's programs share the columns too: each of these is a fraction of a GPU's SMs."""
 
@@ -51,27 +50,34 @@ class DeviceMatrix:
         return self._product(self.panels.index_select(0, index)[0], x)
 
     def multiply_each(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` (count, tokens, cols), each times its own matrix -> float32 (count, tokens, rows)."""
-        count, each, nbytes = self.panels.shape
-        padded = each * plain.PANEL_ROWS
-        weights = self._weights(self.panels.view(count * each, nbytes), count * padded)
-        weights = weights.view(count, padded, self.cols)[:, : self.rows]
-        return torch.bmm(x.to(weights.dtype), weights.transpose(1, 2)).float()
+        """``x`` (tokens, count, cols), a matrix to each of its rows -> float32 (tokens, count, rows)."""
+        x = x.to(self.device.activations)
+        out = torch.empty((*x.shape[:2], self.rows), dtype=torch.float32, device=x.device)
+        if not self.has_kernels:
+            return plain.linear_per_head(self.panels, self.type_name, x, out)
+        from transformers_kt.backends.triton import gemv
+
+        if len(x) <= gemv.MOST_ROWS:
+            return gemv.gemv_per_head(self.panels, self.type_name, x, out)
+        count, each, _ = self.panels.shape
+        weights = self._weights(self.panels.flatten(0, 1), count * each * PANEL_ROWS)
+        weights = weights.view(count, each * PANEL_ROWS, self.cols)[:, : self.rows]
+        return out.copy_(torch.bmm(x.transpose(0, 1), weights.transpose(1, 2)).transpose(0, 1))
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """float32 (n, cols): the rows that ``rows``, int64 (n,) on the device, names. Whole panels are decoded."""
-        panels = self.panels[0][rows // plain.PANEL_ROWS]
-        values = plain.dequantize(panels, self.type_name, len(rows) * plain.PANEL_ROWS, self.cols)
-        at = torch.arange(len(rows), device=rows.device) * plain.PANEL_ROWS + rows % plain.PANEL_ROWS
+        panels = self.panels[0][rows // PANEL_ROWS]
+        values = dequantize(panels, self.type_name, len(rows) * PANEL_ROWS, self.cols)
+        at = torch.arange(len(rows), device=rows.device) * PANEL_ROWS + rows % PANEL_ROWS
         return values[at]
 
     def dequantized(self) -> torch.Tensor:
         """float32 (rows, cols) of the only matrix."""
-        return plain.dequantize(self.panels[0], self.type_name, self.rows, self.cols)
+        return dequantize(self.panels[0], self.type_name, self.rows, self.cols)
 
     @property
-    def _has_kernels(self) -> bool:
-        """In Triton, for this type: others take the plain form."""
+    def has_kernels(self) -> bool:
+        """In Triton, for this type: others take the plain forms."""
         if not self.device.has_kernels:
             return False
         from transformers_kt.backends.triton.gemv import FLOATS
@@ -81,37 +87,29 @@ class DeviceMatrix:
 
     def _product(self, panels: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """``x`` (tokens, cols) times the matrix of ``panels`` -> float32 (tokens, rows)."""
-        x = x.to(self.device.activations)
-        if self._has_kernels:
-            from transformers_kt.backends.triton.gemv import MOST_ROWS
-
-            if len(x) <= MOST_ROWS:
-                return self._product_of_few(panels, x)
-        chunk = _CHUNK_OF_KERNELS if self._has_kernels else _CHUNK
-        step = max(1, chunk // (self.cols * plain.PANEL_ROWS))
-        parts = []
-        for first in range(0, len(panels), step):
-            own = panels[first : first + step]
-            rows = min(len(own) * plain.PANEL_ROWS, self.rows - first * plain.PANEL_ROWS)
-            parts.append(torch.mm(x, self._weights(own, rows).t()).float())
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-    def _product_of_few(self, panels: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        from transformers_kt.backends.triton.gemv import gemv
-
+        x = x.to(self.device.activations).contiguous()
         out = torch.empty((len(x), self.rows), dtype=torch.float32, device=x.device)
-        splits = -(-_FEWEST_PANELS // len(panels))
-        partial = torch.empty((splits, *out.shape), dtype=torch.float32, device=x.device) if splits > 1 else None
-        return gemv(panels, self.type_name, x.contiguous(), out, partial)
+        if not self.has_kernels:
+            return plain.linear(panels, self.type_name, x, out)
+        from transformers_kt.backends.triton import gemm, gemv
+
+        if len(x) <= gemv.MOST_ROWS:
+            splits = -(-_FEWEST_PANELS // len(panels))
+            partial = torch.empty((splits, *out.shape), dtype=torch.float32, device=x.device) if splits > 1 else None
+            return gemv.gemv(panels, self.type_name, x, out, partial)
+        if len(x) <= gemm.MOST_ROWS and x.dtype == torch.bfloat16:
+            return gemm.gemm(panels, self.type_name, x, out)
+        step = max(1, _CHUNK_VALUES // (self.cols * PANEL_ROWS))
+        for first in range(0, len(panels), step):
+            start, stop = first * PANEL_ROWS, min((first + step) * PANEL_ROWS, self.rows)
+            out[:, start:stop] = torch.mm(x, self._weights(panels[first : first + step], stop - start).t())
+        return out
 
     def _weights(self, panels: torch.Tensor, rows: int) -> torch.Tensor:
-        """(rows, cols) in the dtype of activations."""
-        dtype = self.device.activations
-        if not self._has_kernels:
-            return plain.dequantize(panels, self.type_name, rows, self.cols).to(dtype)
+        """(rows, cols) in the dtype of activations, by a kernel."""
         from transformers_kt.backends.triton import dequantize as kernels
 
-        out = torch.empty((rows, self.cols), dtype=dtype, device=panels.device)
+        out = torch.empty((rows, self.cols), dtype=self.device.activations, device=panels.device)
         return kernels.dequantize(panels, self.type_name, rows, self.cols, out)
 
 
@@ -121,8 +119,8 @@ def upload(matrix: _C.PackedMatrix, device: Device) -> DeviceMatrix:
 
     Raises OutOfMemoryError.
     """
-    layout = plain.LAYOUTS[matrix.type_name]
-    shape = (-(-matrix.rows // plain.PANEL_ROWS), layout.panel_bytes(matrix.cols))
+    layout = LAYOUTS[matrix.type_name]
+    shape = (-(-matrix.rows // PANEL_ROWS), layout.panel_bytes(matrix.cols))
     panels = device.empty((matrix.count, *shape), torch.uint8)
     staged = np.empty(shape, np.uint8)
     for index in range(matrix.count):

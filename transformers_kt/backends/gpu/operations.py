@@ -1,4 +1,4 @@
-"""What a device computes beside products with matrices, a function each, in plain torch operations.
+"""What a device computes beside products with matrices, a function each: by a kernel in Triton, or in plain torch.
 
 They run in the order of whatever stream they are called under. None reads a value on the host but `mix_experts`, and it
 only for many tokens.
@@ -9,20 +9,28 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from transformers_kt.backends.gpu import plain
 from transformers_kt.backends.gpu.device import Device
 from transformers_kt.backends.gpu.matrices import DeviceMatrix
+from transformers_kt.backends.gpu.plain import Resident, Staging
 from transformers_kt.families.base import Router
 
 _SCORES = 1 << 24
 """Attention scores held at once, 64 MB of float32: as many queries are computed together."""
-_FEW_EXPERTS = 64
-"""Up to as many choices, a token's choice is looked up on the device; beyond, the host reads them once and computes
-each expert for all tokens that chose it."""
+_FEW_CHOICES = 64
+"""Up to as many, an expert is looked up on the device for each; beyond, the host reads which there are, once, and each
+is computed for all tokens that chose it."""
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, device: Device) -> torch.Tensor:
     """``x`` and ``weight`` float32, the norm over the last axis."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    rows = x.reshape(-1, x.shape[-1])
+    out = torch.empty(rows.shape, dtype=torch.float32, device=x.device)
+    if device.has_kernels:
+        from transformers_kt.backends.triton import norm as kernels
+
+        return kernels.rms_norm(rows, weight, eps, out).view(x.shape)
+    return plain.rms_norm(rows, weight, eps, out).view(x.shape)
 
 
 def rope_table(positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -32,10 +40,8 @@ def rope_table(positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float) 
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Neighbours in the last axis of ``x`` (..., d), turned by ``table`` (..., d): cosines, then sines."""
-    cos, sin = table.chunk(2, dim=-1)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    """``x`` (batch, tokens, ..., d), each token turned by its row of ``table`` (batch, tokens, d): float32."""
+    return plain.rotated(x.flatten(0, 1), table.flatten(0, 1)).view(x.shape)
 
 
 def swiglu(x: torch.Tensor, gate: DeviceMatrix, up: DeviceMatrix, down: DeviceMatrix) -> torch.Tensor:
@@ -43,27 +49,18 @@ def swiglu(x: torch.Tensor, gate: DeviceMatrix, up: DeviceMatrix, down: DeviceMa
     return down.multiply(functional.silu(gate.multiply(x)) * up.multiply(x))
 
 
-def choose_experts(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, router: Router
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x`` float32 (tokens, hidden), ``weight`` float32 (experts, hidden) -> ids int64, weights float32, both
-    (tokens, top_k), in ascending order of ids."""
+def stage(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, router: Router, staging: Staging, device: Device
+) -> None:
+    """Choose experts for ``x`` float32 (tokens, hidden), with ``weight`` float32 (experts, hidden), and write what
+    computes them needs to ``staging``, in pinned memory or on the device."""
     logits = functional.linear(x, weight)
-    scores = logits.sigmoid() if router.sigmoid else logits.softmax(dim=-1)
-    choice = scores if bias is None else scores + bias
-    if router.groups > 1:
-        groups = choice.view(len(x), router.groups, -1)
-        # Sigmoid scores rank groups by their two best experts (arXiv:2412.19437), softmax scores by the best
-        # (arXiv:2405.04434).
-        ranks = groups.topk(2, dim=-1).values.sum(-1) if router.sigmoid else groups.amax(-1)
-        kept = ranks.topk(router.top_groups, dim=-1).indices
-        hidden = torch.ones_like(ranks, dtype=torch.bool).scatter_(1, kept, False)
-        choice = groups.masked_fill(hidden.unsqueeze(-1), float("-inf")).flatten(1)
-    ids = choice.topk(router.top_k, dim=-1).indices.sort(dim=-1).values
-    weights = scores.gather(1, ids)
-    if router.normalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return ids, weights * router.scale
+    if device.has_kernels:
+        from transformers_kt.backends.triton import router_stage as kernels
+
+        kernels.router_stage(logits, bias, router, x, staging)
+    else:
+        plain.router_stage(logits, bias, router, x, staging)
 
 
 def mix_experts(
@@ -74,21 +71,22 @@ def mix_experts(
     up: DeviceMatrix,
     down: DeviceMatrix,
 ) -> torch.Tensor:
-    """``x`` (tokens, hidden) through the experts ``ids`` int64 (tokens, top_k), times ``weights`` -> float32."""
-
-    def expert(index: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        hidden = functional.silu(gate.multiply_chosen(index, rows)) * up.multiply_chosen(index, rows)
-        return down.multiply_chosen(index, hidden)
-
+    """``x`` (tokens, hidden) through the experts ``ids`` int32 (tokens, top_k), times ``weights`` -> float32."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    if ids.numel() <= _FEW_EXPERTS:
-        for token in range(len(x)):
-            for k in range(ids.shape[1]):
-                out[token] += weights[token, k] * expert(ids[token, k : k + 1], x[token : token + 1])[0]
-        return out
+    if ids.numel() <= _FEW_CHOICES and up.type_name == gate.type_name:
+        hidden = torch.empty((*ids.shape, gate.rows), dtype=torch.float32, device=x.device)
+        types = (gate.type_name, down.type_name)
+        arguments = (gate.panels, up.panels, down.panels, types, x, Resident(ids, ids, weights), hidden, out)
+        if gate.has_kernels and down.has_kernels:
+            from transformers_kt.backends.triton import grouped_experts as kernels
+
+            return kernels.grouped_experts(*arguments)
+        return plain.grouped_experts(*arguments)
     for index in torch.unique(ids):
         tokens, places = (ids == index).nonzero(as_tuple=True)
-        out.index_add_(0, tokens, weights[tokens, places].unsqueeze(-1) * expert(index.reshape(1), x[tokens]))
+        rows, own = x[tokens], index.reshape(1)
+        hidden = functional.silu(gate.multiply_chosen(own, rows)) * up.multiply_chosen(own, rows)
+        out.index_add_(0, tokens, weights[tokens, places].unsqueeze(-1) * down.multiply_chosen(own, hidden))
     return out
 
 

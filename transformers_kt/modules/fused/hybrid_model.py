@@ -26,6 +26,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers_kt.backends import schemas as ops
 from transformers_kt.backends.gpu import operations
 from transformers_kt.backends.gpu.device import Device
+from transformers_kt.backends.gpu.plain import Staging
 from transformers_kt.families.base import Router
 from transformers_kt.families.registry import family_of, stock_classes
 from transformers_kt.families.tree import dotted
@@ -133,11 +134,12 @@ class _Buffers:
     def __init__(self, device: Device, rows: int, hidden: int, top_k: int) -> None:
         self.rows = rows
         self.residual, self.normed, self.routed = (device.empty((rows, hidden), torch.float32) for _ in range(3))
-        self.ids, self.weights = device.empty((rows, top_k), torch.int64), device.empty((rows, top_k), torch.float32)
         self.host = device.pinned((rows, hidden), torch.float32)  # states on their way to the device or back
-        self.staged, self.result = (device.pinned((rows, hidden), torch.float32) for _ in range(2))
-        self.staged_ids = device.pinned((rows, top_k), torch.int64)
-        self.staged_weights = device.pinned((rows, top_k), torch.float32)
+        self.result = device.pinned((rows, hidden), torch.float32)
+        words = (Staging.words(rows, hidden, top_k),)
+        self.pinned_block, self.block = device.pinned(words, torch.float32), device.empty(words, torch.float32)
+        self.staged = Staging.of(self.pinned_block, rows, hidden, top_k)  # for experts on the CPU
+        self.chosen = Staging.of(self.block, rows, hidden, top_k)  # for experts on the device
 
 
 class _Lane:
@@ -201,21 +203,18 @@ def _run_layer(layer: _DeviceLayer, lane: _Lane, shape: torch.Size, keys: Sequen
     if not isinstance(feed_forward, _SplitMoe):
         lane.stream.launch(lambda: b.residual.add_(feed_forward.on_device(b.normed)))
         return
-    lane.stream.launch(partial(_choose, feed_forward, b))
     if isinstance(feed_forward.experts, KtGpuExperts):
+        lane.stream.launch(partial(_choose, feed_forward, b, b.chosen, lane.device))
         lane.stream.launch(partial(_compute_experts, feed_forward.experts, b))
         _launch_shared(feed_forward, lane)
         return
-    lane.stream.copy(b.staged, b.normed)
-    lane.stream.copy(b.staged_ids, b.ids)
-    lane.stream.copy(b.staged_weights, b.weights)
+    lane.stream.launch(partial(_choose, feed_forward, b, b.staged, lane.device))
     lane.stream.record(lane.staged)
     _launch_shared(feed_forward, lane)  # while the host waits and computes
     lane.staged.synchronize()
-    arrays = (each.numpy() for each in (b.staged, b.staged_ids, b.staged_weights, b.result))
+    arrays = (each.numpy() for each in (b.staged.x, b.staged.ids.long(), b.staged.weights, b.result))
     feed_forward.experts.routed.forward_routed(*arrays)
-    for staged in (b.staged, b.staged_ids, b.staged_weights):
-        lane.stream.discard(staged)
+    lane.stream.discard(b.pinned_block)
     # The host writes `result` again only when the next layer has staged, which is after this copy.
     lane.stream.copy(b.routed, b.result)
     lane.stream.discard(b.result)
@@ -232,15 +231,13 @@ def _attend(layer: _DeviceLayer, lane: _Lane, shape: torch.Size, keys: Sequence[
     b.normed.copy_(layer.post_norm.on_device(b.residual))
 
 
-def _choose(moe: _SplitMoe, b: _Buffers) -> None:
+def _choose(moe: _SplitMoe, b: _Buffers, staging: Staging, device: Device) -> None:
     bias = getattr(moe.gate, "e_score_correction_bias", None)
-    ids, weights = operations.choose_experts(b.normed, moe.gate.weight, bias, moe.router)
-    b.ids.copy_(ids)
-    b.weights.copy_(weights)
+    operations.stage(b.normed, moe.gate.weight, bias, moe.router, staging, device)
 
 
 def _compute_experts(experts: KtGpuExperts, b: _Buffers) -> None:
-    b.residual.add_(experts.on_device(b.normed, b.ids, b.weights))
+    b.residual.add_(experts.on_device(b.normed, b.chosen.ids, b.chosen.weights))
 
 
 def _launch_shared(moe: _SplitMoe, lane: _Lane) -> None:

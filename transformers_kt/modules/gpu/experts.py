@@ -8,6 +8,7 @@ import torch
 
 from transformers_kt.backends.gpu import operations
 from transformers_kt.backends.gpu.matrices import DeviceMatrix
+from transformers_kt.backends.gpu.plain import Staging
 from transformers_kt.gguf.reader import TensorInfo
 from transformers_kt.modules.base import TensorData, as_float32
 from transformers_kt.modules.experts import KtExperts, KtMlp, KtMoe
@@ -47,14 +48,14 @@ class KtGpuExperts(OnDevice, KtExperts):
         return sum(matrix.nbytes for matrix in self._matrices)
 
     def on_device(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """(tokens, hidden), int64 and float32 (tokens, top_k) -> float32 (tokens, hidden)"""
+        """(tokens, hidden), int32 and float32 (tokens, top_k) -> float32 (tokens, hidden)"""
         return operations.mix_experts(x, ids, weights, *self._matrices)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         with self.device.current():
-            taken = map(self._taken, (as_float32(hidden_states), top_k_index.long(), as_float32(top_k_weights)))
+            taken = map(self._taken, (as_float32(hidden_states), top_k_index.int(), as_float32(top_k_weights)))
             return self.on_device(*taken).cpu().to(hidden_states.dtype)
 
 
@@ -78,8 +79,11 @@ class KtGpuMoe(OnDevice, KtMoe):
 
     def on_device(self, x: torch.Tensor) -> torch.Tensor:
         """float32 (tokens, hidden) -> float32 (tokens, hidden)"""
-        ids, weights = operations.choose_experts(x, self.gate, self.bias, self._router)
-        out = operations.mix_experts(x, ids, weights, *self._experts)
+        rows, hidden, top_k = *x.shape, self._router.top_k
+        block = torch.empty(Staging.words(rows, hidden, top_k), dtype=torch.float32, device=x.device)
+        chosen = Staging.of(block, rows, hidden, top_k)
+        operations.stage(x, self.gate, self.bias, self._router, chosen, self.device)
+        out = operations.mix_experts(x, chosen.ids, chosen.weights, *self._experts)
         return out + operations.swiglu(x, *self._shared) if self._shared else out
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

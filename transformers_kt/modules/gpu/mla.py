@@ -40,7 +40,7 @@ class KtGpuMlaAttention(OnDevice, KtMlaAttention):
         keys = self._matrices["kv_a_proj_with_mqa.weight"].multiply(x)
         latents, ropes = torch.split(keys, [self.latent_dim, self.rope_dim], dim=-1)
         norm = self._norms["kv_a_layernorm.weight"]
-        return operations.rms_norm(latents, norm, self._dims["norm_eps"]), operations.rotate(ropes, table)
+        return operations.rms_norm(latents, norm, self._dims["norm_eps"], self.device), operations.rotate(ropes, table)
 
     def attend(
         self,
@@ -57,18 +57,16 @@ class KtGpuMlaAttention(OnDevice, KtMlaAttention):
         if "q_a_proj.weight" in self._matrices:
             compressed = self._matrices["q_a_proj.weight"].multiply(x)
             norm = self._norms["q_a_layernorm.weight"]
-            compressed = operations.rms_norm(compressed, norm, self._dims["norm_eps"])
+            compressed = operations.rms_norm(compressed, norm, self._dims["norm_eps"], self.device)
             query = self._matrices["q_b_proj.weight"].multiply(compressed)
         else:
             query = self._matrices["q_proj.weight"].multiply(x)
         plain, rotary = torch.split(query.view(batch, tokens, heads, -1), [nope, self.rope_dim], dim=-1)
-        of_heads = plain.reshape(batch * tokens, heads, nope).transpose(0, 1)
-        absorbed = self._matrices["k_b"].multiply_each(of_heads).transpose(0, 1).view(batch, tokens, heads, -1)
-        rotary = operations.rotate(rotary, table.unsqueeze(2))
+        absorbed = self._matrices["k_b"].multiply_each(plain.flatten(0, 1)).view(batch, tokens, heads, -1)
+        rotary = operations.rotate(rotary, table)
         scaled = torch.cat((absorbed, rotary), dim=-1) * self._dims["softmax_scale"]
         contexts = operations.attend(scaled, latents, ropes, visible, self.device)
-        of_heads = contexts.reshape(batch * tokens, heads, -1).transpose(0, 1)
-        values = self._matrices["v_b"].multiply_each(of_heads).transpose(0, 1).reshape(batch, tokens, heads * value)
+        values = self._matrices["v_b"].multiply_each(contexts.flatten(0, 1)).view(batch, tokens, heads * value)
         return self._matrices["o_proj.weight"].multiply(values)
 
     def forward(

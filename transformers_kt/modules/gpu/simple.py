@@ -88,7 +88,7 @@ class KtGpuRMSNorm(OnDevice, KtRMSNorm):
 
     def on_device(self, x: torch.Tensor) -> torch.Tensor:
         """float32 (..., hidden) -> float32 (..., hidden)"""
-        return operations.rms_norm(x, self.weight, self.eps)
+        return operations.rms_norm(x, self.weight, self.eps, self.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with self.device.current():
