@@ -16,7 +16,7 @@ CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp)
 OTHER_CXX_FILES := $(wildcard tests/native/*.h tests/native/*.cpp tools/wheel/*.cpp) benchmarks/limits.cpp
 
 .DELETE_ON_ERROR:
-.PHONY: help demo chat test fuzz-files test-native test-triton compile-kernels lint bench bench-models wheel \
+.PHONY: help demo chat test fuzz-files test-native test-triton test-gpu compile-kernels lint bench bench-models wheel \
     test-wheel load-server clean
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make test-native  run tests/native under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
 	@echo "make fuzz-files   try 20,000 damaged files"
 	@echo "make test-triton  run the tests of GPU kernels, interpreted where there is no GPU"
+	@echo "make test-gpu     run the tests that need a GPU"
 	@echo "make compile-kernels  compile the GPU kernels for GPUs that need not be here"
 	@echo "make load-server  500 requests at a server, half of them left, and what memory it holds"
 	@echo "make lint         check formatting, style and types"
@@ -70,6 +71,12 @@ load-server: $(VENV)/.installed-test
 # Kernels for GPUs, interpreted where there is none. Apart, because triton is a gigabyte.
 test-triton: $(VENV)/.installed-test $(VENV)/.installed-gpu
 	$(BIN)/python -m pytest tests/backends/test_triton_*.py
+
+# TORCH_INSTALL= of a make before says which torch: that for CPUs, which is the default here, sees no GPU.
+test-gpu: $(VENV)/.installed-test $(VENV)/.installed-gpu
+	@$(BIN)/python -c "import torch; torch.cuda.is_available() or exit('torch sees no GPU here: NOTHING was tested')"
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest tests/backends/test_gpu_device.py tests/backends/test_triton_*.py
 
 compile-kernels: $(VENV)/.installed-gpu
 	$(BIN)/python -W ignore tools/compile_kernels.py --table benchmarks/gpu_kernels.md
