@@ -31,7 +31,7 @@ void prefer_node(void* data, size_t bytes, int node) {
   std::vector<unsigned long> mask(bit / kBits + 1, 0);
   mask.back() = 1ul << bit % kBits;
   if (syscall(SYS_mbind, data, bytes, MPOL_PREFERRED, mask.data(), mask.size() * kBits + 1, 0) != 0) {
-    note_refused_call("mbind");
+    note_refused_call(OptionalCall::kMbind);
   }
 #endif
 }
@@ -62,7 +62,7 @@ WeightMemory::WeightMemory(size_t bytes, int node) {
     // The last one only where at least three quarters of it are used: with all last ones the 300 matrices of V2-Lite
     // would take 3% more than its file, with those of which half is used 1.6%.
     if (madvise(data_, (bytes + kHugePage / 4) / kHugePage * kHugePage, MADV_HUGEPAGE) != 0) {
-      note_refused_call("madvise");
+      note_refused_call(OptionalCall::kMadvise);
     }
   }
 }

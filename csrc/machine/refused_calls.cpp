@@ -1,27 +1,25 @@
 #include "machine/refused_calls.h"
 
-#include <mutex>
-#include <set>
+#include <atomic>
+#include <iterator>
 
 namespace tkt {
 namespace {
 
-std::mutex calls_mutex;
-std::set<std::string>& calls() {
-  static auto* names = new std::set<std::string>();  // never destroyed: threads may outlive static destructors
-  return *names;
-}
+constexpr const char* kNames[] = {"madvise", "mbind", "sched_setaffinity"};  // of OptionalCall
+std::atomic<unsigned> refused{0};  // a bit each: a lock could be copied by fork() while a thread holds it
 
 }  // namespace
 
-void note_refused_call(const char* call) {
-  const std::lock_guard<std::mutex> lock(calls_mutex);
-  calls().insert(call);
-}
+void note_refused_call(OptionalCall call) { refused.fetch_or(1u << static_cast<unsigned>(call)); }
 
 std::vector<std::string> refused_calls() {
-  const std::lock_guard<std::mutex> lock(calls_mutex);
-  return {calls().begin(), calls().end()};
+  const unsigned found = refused.load();
+  std::vector<std::string> names;
+  for (unsigned call = 0; call < std::size(kNames); ++call) {
+    if ((found >> call & 1u) != 0) names.emplace_back(kNames[call]);
+  }
+  return names;
 }
 
 }  // namespace tkt

@@ -6,9 +6,10 @@
 
 namespace tkt {
 
-// `call` is a literal. Once for each is enough; from any thread.
-void note_refused_call(const char* call);
+enum class OptionalCall { kMadvise, kMbind, kSchedSetaffinity };
 
-std::vector<std::string> refused_calls();  // by name, each once
+void note_refused_call(OptionalCall call);  // from any thread
+
+std::vector<std::string> refused_calls();  // their names, each once
 
 }  // namespace tkt

@@ -171,7 +171,7 @@ void keep_to(const NumaNode& node) {
   if (set == nullptr) return;
   CPU_ZERO_S(CPU_ALLOC_SIZE(bits), set);
   for (const int cpu : cpus) CPU_SET_S(static_cast<size_t>(cpu), CPU_ALLOC_SIZE(bits), set);
-  if (sched_setaffinity(0, CPU_ALLOC_SIZE(bits), set) != 0) note_refused_call("sched_setaffinity");
+  if (sched_setaffinity(0, CPU_ALLOC_SIZE(bits), set) != 0) note_refused_call(OptionalCall::kSchedSetaffinity);
   CPU_FREE(set);
 #endif
 }
