@@ -45,8 +45,8 @@ _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
 
 _ABOVE_TABLE = """# What GPU kernels take
 
-Registers of a thread / bytes of shared memory / spilled bytes, as Triton {} compiles them (`make compile-kernels`). No
-kernel has run on a GPU.
+Registers of a thread / bytes of shared memory / spilled bytes, as Triton {} compiles them (`make compile-kernels`).
+No kernel has run on a GPU.
 
 """
 

@@ -34,8 +34,9 @@ _BLOCKS = {"Q4_0": 8, "IQ4_NL": 8, "MXFP4": 8, "Q5_0": 32, "Q8_0": 4, "Q4_K": 1,
 """Blocks at once: 512 words of a set, 16 bytes to each of 128 threads."""
 _WARPS = {"Q5_0": 8}
 """Where four spill: the 8 vectors of a set of Q5_0 are unpacked at once."""
-_PADDED = {("Q5_0", 4): 8, ("Q5_K", 2): 4}
-"""Where the kernel for more tokens does: on sm_89 these spill 272 and 656 bytes, and those none."""
+_PADDED = {("Q5_0", 4): 8, ("Q5_K", 2): 4, ("Q6_K", 4): 8, ("IQ4_NL", 4): 8, ("MXFP4", 4): 8}
+"""Where a kernel for more tokens does: these spill 272 and 656 bytes on sm_89, 16 on sm_120, 8 on sm_90; those none.
+MXFP4 unpacks as IQ4_NL does."""
 COLUMNS = 64
 """Columns at once, of the float types."""
 
