@@ -31,7 +31,7 @@ def terminal(*args: str, **environment: str) -> Any:
         [*COMMAND[1:], *args],
         env={**os.environ, "TERM": "xterm-256color", "NO_COLOR": "", **environment},
         encoding="utf-8",
-        timeout=60,
+        timeout=150,  # a loaded machine takes a minute to start Python and torch
         dimensions=(40, 120),
     )
     child.expect_exact("> ")
