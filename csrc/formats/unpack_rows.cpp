@@ -14,7 +14,7 @@ void unpack_rows(WeightType type, const uint8_t* blocks, const UnpackedRowsTarge
     for (int group = 0; group < info.block_elements / 4; ++group) {
       uint32_t four;
       std::memcpy(&four, block.q + group * 4, 4);
-      four ^= to.flipped_bits;
+      four = (four & to.kept_bits) ^ to.flipped_bits;
       std::memcpy(to.weights + group * to.group_bytes + lane * 4, &four, 4);
     }
     for (int i = 0; i < info.block_elements / 16; ++i) {

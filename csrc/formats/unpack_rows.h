@@ -13,7 +13,8 @@ namespace tkt {
 struct UnpackedRowsTarget {
   uint8_t* weights;
   int64_t group_bytes;
-  uint32_t flipped_bits;  // of each 4 weights
+  uint32_t kept_bits;  // of each 4 weights
+  uint32_t flipped_bits;
   float* scales;
   int64_t scale_floats;
   float* d;

@@ -10,9 +10,12 @@ struct UnpackedRows {
   alignas(64) float d[R][16];
 };
 
-// Bytes of both signs: what Q8_0 does with them (words_q8_0-inl.h).
-constexpr int kRowsOffsetLog2 = V::kAddsIn16Bits ? -1 : 7;
-constexpr uint32_t kRowsFlippedBits = V::kAddsIn16Bits ? 0 : 0x80808080u;
+// Weights are unsigned bytes with an offset. None of these types has one larger than 62, of IQ3_XXS, so that an offset
+// of 64 keeps pairs of products below 2^15: 2 * 126 * 127 = 32,004.
+constexpr int kRowsOffsetLog2 = V::kAddsIn16Bits ? 6 : 7;
+// A byte with its offset: without the bits above the offset's, which are its sign, and with that one flipped.
+constexpr uint32_t kRowsOffset = 0x01010101u << kRowsOffsetLog2;
+constexpr uint32_t kRowsKeptBits = 2 * kRowsOffset - 0x01010101u;
 
 constexpr bool has_grid(WeightType type) {
 #define TKT_OR(name) type == WeightType::k##name ||
@@ -59,7 +62,8 @@ TKT_INLINE V::I signed_entries(V::I entries, V::I signs) {
   } else {
     weights = V::template sub_bytes_where<first>(signs, V::set_i(0), entries, entries);
   }
-  return kRowsFlippedBits == 0 ? weights : V::xor_i(weights, V::set_i(static_cast<int32_t>(kRowsFlippedBits)));
+  if constexpr (V::kAddsIn16Bits) weights = V::and_i(weights, V::set_i(static_cast<int32_t>(kRowsKeptBits)));
+  return V::xor_i(weights, V::set_i(static_cast<int32_t>(kRowsOffset)));
 }
 
 // 2 sc + 1 of sc in the lowest bits.
@@ -119,7 +123,8 @@ static void unpack_rows_of(WeightType type, const DotArgs& args, int64_t block, 
       }
       continue;
     }
-    const UnpackedRowsTarget to{rows.weights[0][r], R * 64, kRowsFlippedBits, rows.scales[0][r], R * 16, rows.d[r]};
+    const UnpackedRowsTarget to{rows.weights[0][r], R * 64, kRowsKeptBits, kRowsOffset,
+                                rows.scales[0][r],  R * 16, rows.d[r]};
     unpack_rows(type, args.panels[r] + block * bytes, to);
   }
 }
@@ -131,10 +136,7 @@ TKT_INLINE void add_row_halves(V::F (&sums)[T][R], const UnpackedRows<R>& rows, 
   V::I dot[T][R];
   V::I narrow[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
-    V::I start = V::set_i(0);
-    if constexpr (kRowsOffsetLog2 >= 0) {
-      start = V::template shift_left<kRowsOffsetLog2>(V::broadcast_i(&act[t][b].neg_sum16[half]));
-    }
+    const V::I start = V::template shift_left<kRowsOffsetLog2>(V::broadcast_i(&act[t][b].neg_sum16[half]));
     TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = start;
   }
   TKT_UNROLL for (int group = half * 4; group < half * 4 + 4; ++group) {
@@ -142,7 +144,7 @@ TKT_INLINE void add_row_halves(V::F (&sums)[T][R], const UnpackedRows<R>& rows, 
     TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = V::load_i(rows.weights[b * 8 + group][r]);
     TKT_UNROLL for (int t = 0; t < T; ++t) {
       const V::I a = V::broadcast_i(act[t][b].q + 4 * group);
-      TKT_UNROLL for (int r = 0; r < R; ++r) accumulate<0, 0, 1>(dot[t][r], narrow[t][r], w[r], a);
+      TKT_UNROLL for (int r = 0; r < R; ++r) accumulate<1, 0, 1>(dot[t][r], narrow[t][r], w[r], a);
     }
   }
   TKT_UNROLL for (int r = 0; r < R; ++r) {
