@@ -17,7 +17,7 @@ OTHER_CXX_FILES := $(wildcard tests/native/*.h tests/native/*.cpp tools/wheel/*.
 
 .DELETE_ON_ERROR:
 .PHONY: help demo chat test fuzz-files test-native test-triton test-gpu compile-kernels lint bench bench-models wheel \
-    test-wheel load-server clean
+    test-wheel test-recipes load-server clean
 
 help:
 	@echo "make demo         set up .venv, then watch the bundled model think and answer"
@@ -28,6 +28,7 @@ help:
 	@echo "make test-triton  run the tests of GPU kernels, interpreted where there is no GPU"
 	@echo "make test-gpu     run the tests that need a GPU"
 	@echo "make compile-kernels  compile the GPU kernels for GPUs that need not be here"
+	@echo "make test-recipes run the examples that need PEFT, xgrammar, LangChain and lm-eval"
 	@echo "make load-server  500 requests at a server, half of them left, and what memory it holds"
 	@echo "make lint         check formatting, style and types"
 	@echo "make bench        measure kernels and MoE layers; BENCH=--benchmark-compare sets them against the last run"
@@ -63,6 +64,9 @@ test-transformers-%: $(VENV)/.installed-test
 # The tests try 2,000 of them.
 fuzz-files: $(VENV)/.installed-test
 	PYTHONPATH=tests/support $(BIN)/python tests/support/damaged_files.py
+
+test-recipes: $(VENV)/.installed-test $(VENV)/.installed-recipes
+	$(BIN)/python -m pytest tests/test_recipes.py
 
 # The tests send 48 requests.
 load-server: $(VENV)/.installed-test
