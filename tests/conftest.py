@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+# No test asks the hub: without a network its library tries again for five minutes. Before whoever imports that library.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before whoever imports triton first
 
