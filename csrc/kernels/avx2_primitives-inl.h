@@ -163,9 +163,9 @@ struct Avx2Primitives {
   TKT_INLINE I sub_bytes_where(I bits, I a, I b, I otherwise) {
     bits = bytes_of_lanes(bits, first / 8 * 0x01010101u);
     const __m256i each = _mm256_set1_epi32(static_cast<int32_t>(0x08040201u << first % 8));
-    const auto half = [each](__m256i bits, __m256i a, __m256i b, __m256i otherwise) {
-      return _mm256_blendv_epi8(otherwise, _mm256_sub_epi8(a, b),
-                                _mm256_cmpeq_epi8(_mm256_and_si256(bits, each), each));
+    const auto half = [each](__m256i mask, __m256i from, __m256i less, __m256i kept) {
+      return _mm256_blendv_epi8(kept, _mm256_sub_epi8(from, less),
+                                _mm256_cmpeq_epi8(_mm256_and_si256(mask, each), each));
     };
     return {half(bits.low, a.low, b.low, otherwise.low), half(bits.high, a.high, b.high, otherwise.high)};
   }
