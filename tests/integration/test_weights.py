@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -93,6 +95,24 @@ def test_an_adapter_that_finds_no_layer_is_refused_with_the_rules_that_keep_it(
     monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", peft.__version__)
     with pytest.raises(UnsupportedOperationError, match='kt_rules="observable"'):
         kt_model("v2-mixed").add_adapter(peft.LoraConfig(r=4, target_modules=["o_proj"]))
+
+
+def test_load_adapter_gives_the_logits_that_peft_gives(
+    gguf_file: Callable[[str], Any], stock_model: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers hands the adapter's weights to the method by which ours leaves a model's own to the quantizer."""
+    peft = pytest.importorskip("peft")
+    monkeypatch.undo()
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(stock_model("v2-mixed")), config).save_pretrained(tmp_path)
+    ids = torch.arange(3, 20)[None]
+    model, other = (AutoModelForCausalLM.from_pretrained(None, gguf_path=gguf_file("v2-mixed")) for _ in range(2))
+    with torch.no_grad():
+        before = model(ids).logits
+        model.load_adapter(str(tmp_path))
+        expected = peft.PeftModel.from_pretrained(other, tmp_path).eval()(ids).logits
+        assert torch.equal(model(ids).logits, expected)
+        assert not torch.equal(expected, before)
 
 
 def test_prompt_tuning_runs_with_packed_embeddings(

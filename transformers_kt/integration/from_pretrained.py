@@ -297,7 +297,9 @@ def _as_list(ids: int | list[int] | None) -> list[int]:
 
 class _FilledByQuantizer(KtModelMixin):
     @staticmethod
-    def _load_pretrained_model(*args: Any, **kwargs: Any) -> tuple[LoadStateDictInfo, None]:
+    def _load_pretrained_model(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(model, "kt_report"):  # filled: these are the weights of an adapter
+            return PreTrainedModel._load_pretrained_model(model, *args, **kwargs)
         # Nothing is missing: the quantizer fills the model when transformers has set up the buffers that no file holds.
         return LoadStateDictInfo(set(), set(), set(), [], {}, set()), None
 
