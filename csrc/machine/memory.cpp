@@ -7,6 +7,7 @@
 #include <unistd.h>
 #endif
 
+#include <cerrno>
 #include <climits>
 #include <cstdlib>
 #include <mutex>
@@ -30,9 +31,9 @@ void prefer_node(void* data, size_t bytes, int node) {
   const size_t bit = static_cast<size_t>(node);
   std::vector<unsigned long> mask(bit / kBits + 1, 0);
   mask.back() = 1ul << bit % kBits;
-  if (syscall(SYS_mbind, data, bytes, MPOL_PREFERRED, mask.data(), mask.size() * kBits + 1, 0) != 0) {
-    note_refused_call(OptionalCall::kMbind);
-  }
+  const bool done = syscall(SYS_mbind, data, bytes, MPOL_PREFERRED, mask.data(), mask.size() * kBits + 1, 0) == 0;
+  // EINVAL says no such node, as in a topology that was set by hand.
+  if (!done && errno != EINVAL) note_refused_call(OptionalCall::kMbind);
 #endif
 }
 

@@ -167,11 +167,11 @@ def test_every_tensor_is_read_once_let_go_afterwards_and_counted(
     in_all: list[int] = []
     fill = loading.fill
 
-    def recorded(model: Any, assignments: Any, source: Any, progress: Any) -> Any:
+    def recorded(model: Any, assignments: Any, source: Any, progress: Any, devices: Any) -> Any:
         recorders.append(Recorder(source))
         before = bytes_read_by_the_process()
         try:
-            return fill(model, assignments, recorders[0], recorders[0])
+            return fill(model, assignments, recorders[0], recorders[0], devices)
         finally:
             in_all.append(bytes_read_by_the_process() - before)
 
