@@ -143,7 +143,8 @@ class Experts:
         """gate, up, down"""
 
     def forward_routed(self, x: _Floats, indices: npt.NDArray[np.int64], weights: _Floats, out: _Floats) -> None:
-        """``x`` and ``out`` float32 (tokens, hidden), ``indices`` int64 and ``weights`` float32 (tokens, top_k)."""
+        """``x`` and ``out`` float32 (tokens, hidden), ``indices`` int64 and ``weights`` float32 (tokens, top_k). An
+        index of -1 costs nothing and adds nothing; IndexError for others that name no expert."""
 
     def submit_routed(self, x: _Floats, indices: npt.NDArray[np.int64], weights: _Floats, out: _Floats) -> Job:
         """``forward_routed`` beside the calling thread; no array may be touched before the job is done."""

@@ -221,8 +221,9 @@ RoutedCall routed_call(const ExpertWeights& experts, const Floats& x, const Int6
   std::vector<int32_t> chosen(static_cast<size_t>(tokens * top_k));
   for (size_t i = 0; i < chosen.size(); ++i) {
     const int64_t e = indices.data()[i];
-    if (e < 0 || e >= experts.count()) {
-      throw py::index_error("expert " + std::to_string(e) + " is not in [0, " + std::to_string(experts.count()) + ")");
+    if (e != kNoExpert && (e < 0 || e >= experts.count())) {
+      throw py::index_error("expert " + std::to_string(e) + " is not in [0, " + std::to_string(experts.count()) +
+                            "), and not -1, which is none");
     }
     chosen[i] = static_cast<int32_t>(e);
   }

@@ -38,13 +38,17 @@ class ExpertRuns {
   // routed or shared may be null.
   ExpertRuns(const ExpertWeights* routed, const Routing& routing, const ExpertWeights* shared, int64_t tokens) {
     const auto& [indices, weights, top_k] = routing;
-    const int64_t chosen = routed != nullptr ? tokens * top_k : 0;
-    tokens_.resize(static_cast<size_t>(chosen + (shared != nullptr ? tokens : 0)));
-    weights_.resize(static_cast<size_t>(chosen));
     // Sorted by expert and then by token, in one list: one for each of 256 experts, and the like below, cost a token of
     // V3 some 10 us a layer.
-    std::vector<int64_t> order(static_cast<size_t>(chosen));
-    std::iota(order.begin(), order.end(), 0);
+    std::vector<int64_t> order;
+    const int64_t choices = routed != nullptr ? tokens * top_k : 0;
+    order.reserve(static_cast<size_t>(choices));
+    for (int64_t choice = 0; choice < choices; ++choice) {
+      if (indices[choice] != kNoExpert) order.push_back(choice);
+    }
+    const auto chosen = static_cast<int64_t>(order.size());
+    tokens_.resize(static_cast<size_t>(chosen + (shared != nullptr ? tokens : 0)));
+    weights_.resize(static_cast<size_t>(chosen));
     std::sort(order.begin(), order.end(), [indices = indices](int64_t a, int64_t b) {
       return indices[a] != indices[b] ? indices[a] < indices[b] : a < b;
     });
@@ -369,6 +373,10 @@ void run(const ExpertWeights* routed, const Routing& routing, const ExpertWeight
   for (int64_t first = 0; first < tokens; first += kChunkTokens) {
     const int64_t count = std::min(kChunkTokens, tokens - first);
     const ExpertRuns runs(routed, routing.from(first), shared, count);
+    if (runs.all().empty()) {
+      std::memset(out + first * hidden, 0, sizeof(float) * static_cast<size_t>(count * hidden));
+      continue;
+    }
     (count <= kFewTokens ? run_few : run_many)(runs, x + first * hidden, count, out + first * hidden);
   }
 }

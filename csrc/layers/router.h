@@ -6,9 +6,12 @@
 
 namespace tkt {
 
+// Stands for an expert that is computed elsewhere: it costs nothing and adds nothing.
+constexpr int32_t kNoExpert = -1;
+
 // The choice for a number of tokens.
 struct Routing {
-  const int32_t* indices;  // [tokens][top_k], below the number of experts, each at most once per token
+  const int32_t* indices;  // [tokens][top_k], below the number of experts and at most once per token, or kNoExpert
   const float* weights;    // [tokens][top_k]
   int64_t top_k;
 

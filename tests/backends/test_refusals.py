@@ -351,7 +351,7 @@ def test_routing_to_no_expert_is_refused() -> None:
         )
 
 
-@pytest.mark.parametrize("expert", [-1, EXPERTS, 2**32, -(2**63)])
+@pytest.mark.parametrize("expert", [-2, EXPERTS, 2**32 - 1, 2**32, -(2**63)])
 def test_an_expert_that_is_not_there_is_refused(expert: int) -> None:
     indices = np.array([[0, expert]])
     with pytest.raises(IndexError, match=rf"expert {expert} is not in \[0, {EXPERTS}\)"):

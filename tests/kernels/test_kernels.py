@@ -57,9 +57,10 @@ def set_finite_scales(name: str, blocks: np.ndarray, rng: np.random.Generator) -
             blocks[..., 49 + 2 * i] = blocks[..., 49 + 2 * i] & 0x0F | ((bits >> (4 * i) & 15) << 4).astype(np.uint8)
 
 
-def packed(name: str, data: np.ndarray, cols: int) -> _C.PackedMatrix:
-    matrix = _C.PackedMatrix(TYPES[name][0], 1, data.shape[0], cols)
-    matrix.pack(0, np.ascontiguousarray(data).reshape(-1))
+def packed(name: str, data: np.ndarray, cols: int, count: int = 1) -> _C.PackedMatrix:
+    matrix = _C.PackedMatrix(TYPES[name][0], count, data.shape[0] // count, cols)
+    for index, rows in enumerate(np.split(data, count)):
+        matrix.pack(index, np.ascontiguousarray(rows).reshape(-1))
     return matrix
 
 
@@ -308,3 +309,41 @@ def test_experts_give_a_token_the_same_bits_among_many_and_alone() -> None:
             np.testing.assert_array_equal(outputs(x), expected)
     finally:
         _C.set_thread_count(before)
+
+
+@pytest.mark.usefixtures("eight_cpus")
+@pytest.mark.parametrize("tokens", [1, 32, 40, 600])
+def test_a_choice_of_no_expert_leaves_the_bits_of_the_others(tokens: int) -> None:
+    """Few tokens and many are computed differently, and pieces of 512 one after the other."""
+    experts, hidden, top_k = 5, 64, 3
+    parts = [packed("Q8_0", random_blocks("Q8_0", experts * 64, 64, seed), 64, count=experts) for seed in range(3)]
+    random = np.random.default_rng(6)
+    x = random.standard_normal((tokens, hidden)).astype(np.float32)
+    indices = np.stack([np.sort(random.permutation(experts)[:top_k]) for _ in range(tokens)])
+    weights = random.random((tokens, top_k)).astype(np.float32)
+    indices[random.random(indices.shape) < 0.4] = -1
+    indices[: tokens // 2 + 1 : 2] = -1
+    routed = _C.Experts(*parts)
+
+    def outputs(x: np.ndarray, indices: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        out = np.full(x.shape, np.nan, np.float32)
+        routed.forward_routed(x, indices, weights, out)
+        return out
+
+    expected = np.zeros_like(x)
+    for token, of_token in enumerate(indices):
+        left = np.flatnonzero(of_token >= 0)
+        if left.size:
+            row = slice(token, token + 1)
+            expected[row] = outputs(x[row], of_token[None, left], weights[row, left])
+    assert not expected.any(axis=1).all()
+    before = _C.thread_count()
+    try:
+        for threads in (1, 2, 5):
+            _C.set_thread_count(threads)
+            np.testing.assert_array_equal(outputs(x, indices, weights), expected)
+    finally:
+        _C.set_thread_count(before)
+    weights[indices < 0] = np.nan
+    np.testing.assert_array_equal(outputs(x, indices, weights), expected)
+    np.testing.assert_array_equal(outputs(x, np.full_like(indices, -1), weights), np.zeros_like(x))

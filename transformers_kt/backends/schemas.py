@@ -56,7 +56,10 @@ routed_experts = _define(
     "routed_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, int handle) -> Tensor",
     lambda x, top_k_index, top_k_weights, handle: _fake_like(x),
 )
-"""``x`` float32 (tokens, hidden), indices int (tokens, top_k), weights float (tokens, top_k) -> (tokens, hidden)."""
+"""``x`` float32 (tokens, hidden), indices int (tokens, top_k), weights float (tokens, top_k) -> (tokens, hidden).
+
+An index of -1 costs nothing and adds nothing; IndexError for others that name no expert.
+"""
 
 moe = _define(
     "moe(Tensor x, int handle, int experts) -> (Tensor, Tensor)",
