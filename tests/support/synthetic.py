@@ -1,8 +1,8 @@
 """Writes GGUF files with the dimensions of real DeepSeek models and random weights, for benchmarks.
 
-    python benchmarks/synthetic.py v2-lite q4_k_m v2-lite-q4_k_m.gguf
-    python benchmarks/synthetic.py v3 q4_k_m one-layer.gguf --layers 4 --experts 64
-    python benchmarks/synthetic.py v3 ud-q2_k_xl shapes-only.gguf --sparse
+    python tests/support/synthetic.py v2-lite q4_k_m v2-lite-q4_k_m.gguf
+    python tests/support/synthetic.py v3 q4_k_m one-layer.gguf --layers 4 --experts 64
+    python tests/support/synthetic.py v3 ud-q2_k_xl shapes-only.gguf --sparse
 
 Types of tensors are those of real files:
 
@@ -13,9 +13,12 @@ ud-q2_k_xl
     what Unsloth's dynamic file of DeepSeek-R1 holds. Its listing by llama.cpp says how many tensors of each type there
     are (171 Q2_K, 3 Q3_K, 306 Q4_K, 184 Q6_K) and how large it is (211.03 GiB); the table below is the one that
     gives both. The newer layout with split kv_b has these halves in Q8_0, as Unsloth's later files do.
-q4_k, q5_k, q6_k, q4_0, q5_0, f16, bf16
-    nothing but this type, and Q8_0 where a row does not divide into its blocks, which in V2 is attn_k_b alone: for
-    measuring one type at a time.
+iq4_xs, iq2_xxs, mxfp4_moe
+    what llama.cpp's quantizer chooses by these names, but for the layers that IQ2_XXS gives better types: routed
+    experts of the type, attention and shared experts of Q5_K in an IQ2_XXS file and of Q8_0 in an MXFP4 one.
+only-q4_k, only-iq3_s and so on
+    nothing but this type, and Q8_0 where a row does not divide into its blocks: for measuring one type at a time. In
+    "v2-lite-even" that is attn_k_b alone; it is V2-Lite with feed-forward widths that divide by 256.
 
 Scales are set so that activations keep their size through the layers and the router spreads its tokens: speed does not
 depend on the values, but a file of NaN or of one favourite expert would measure something else. The tokenizer is a
@@ -51,6 +54,12 @@ _YARN = {
     "beta_slow": 1,
 }
 
+
+def _with(config: Any, **changes: int) -> Any:
+    config.update(changes)
+    return config
+
+
 MODELS: dict[str, Any] = {
     "v2-lite": lambda: DeepseekV2Config(
         vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=27,
@@ -58,6 +67,7 @@ MODELS: dict[str, Any] = {
         first_k_dense_replace=1, topk_method="greedy", max_position_embeddings=163840,
         rope_parameters={**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
     ),
+    "v2-lite-even": lambda: _with(MODELS["v2-lite"](), intermediate_size=11008, moe_intermediate_size=1536),
     "v2": lambda: DeepseekV2Config(
         vocab_size=102400, hidden_size=5120, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=60,
         num_attention_heads=128, n_routed_experts=160, num_experts_per_tok=6, n_shared_experts=2, q_lora_rank=1536,
@@ -71,11 +81,36 @@ MODELS: dict[str, Any] = {
     ),
 }  # fmt: skip
 
-_SINGLE_TYPES = {
-    ggml_type.name.lower(): ggml_type
-    for ggml_type in (Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.Q4_0, Type.Q5_0, Type.F16, Type.BF16)
+# Where a block has its scale, and its minimum with the multiple of the scale that makes the mean zero.
+_PLAIN_SCALES: dict[Type, tuple[int, tuple[int, float] | None]] = {
+    Type.Q4_0: (0, None),
+    Type.Q5_0: (0, None),
+    Type.Q8_0: (0, None),
+    Type.Q4_1: (0, (2, -7.5)),
+    Type.Q5_1: (0, (2, -15.5)),
+    Type.IQ4_NL: (0, None),
+    Type.IQ4_XS: (0, None),
+    Type.IQ3_S: (0, None),
+    Type.IQ3_XXS: (0, None),
+    Type.IQ2_S: (0, None),
+    Type.IQ2_XS: (0, None),
+    Type.IQ2_XXS: (0, None),
+    Type.IQ1_S: (0, None),
 }
-QUANTIZATIONS = ("q4_k_m", *_SINGLE_TYPES, "ud-q2_k_xl")
+
+_SINGLE_TYPES = {
+    f"only-{ggml_type.name.lower()}": ggml_type
+    for ggml_type in (
+        *(Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ1_M, Type.MXFP4, Type.F16, Type.BF16),
+        *_PLAIN_SCALES,
+    )
+}
+_MIXES = {  # routed experts, other matrices, embedding, head
+    "iq4_xs": (Type.IQ4_XS, Type.IQ4_XS, Type.IQ4_XS, Type.Q6_K),
+    "iq2_xxs": (Type.IQ2_XXS, Type.Q5_K, Type.Q4_K, Type.Q5_K),
+    "mxfp4_moe": (Type.MXFP4, Type.Q8_0, Type.Q8_0, Type.Q8_0),
+}
+QUANTIZATIONS = ("q4_k_m", "q8_0", "ud-q2_k_xl", *_MIXES, *_SINGLE_TYPES)
 
 # Base names of tensors in a UD-Q2_K_XL file; all others are Q4_K.
 _UD_Q2_K_XL = {
@@ -94,8 +129,7 @@ _UD_BETTER_LAYERS = 3
 
 # What llama.cpp takes where a row does not divide into blocks of 256.
 _FALLBACKS = {
-    Type.Q2_K: Type.Q4_0,
-    Type.Q3_K: Type.Q4_0,
+    **dict.fromkeys((Type.Q2_K, Type.Q3_K, Type.IQ4_XS, Type.IQ2_XXS), Type.IQ4_NL),
     Type.Q4_K: Type.Q5_0,
     Type.Q5_K: Type.Q5_1,
     Type.Q6_K: Type.Q8_0,
@@ -139,10 +173,33 @@ def random_blocks(ggml_type: Type, blocks: int, deviation: float, rng: np.random
     elif ggml_type == Type.Q6_K:
         data[:, 192:208] = 32
         set_half(208, deviation / 32 / (64 / math.sqrt(12)))
+    elif ggml_type == Type.IQ1_M:  # a nibble of the scale in each of the last four words
+        words = data[:, 48:56].view("<u2")
+
+        def set_nibbles(value: float) -> None:
+            half = int(np.array([value], dtype=np.float16).view(np.uint16)[0])
+            words[:] = words & 0x0FFF | np.array([(half >> 4 * place & 15) << 12 for place in range(4)], np.uint16)
+
+        set_nibbles(1.0)
+        set_nibbles(deviation / _deviation(data, ggml_type))
+    elif ggml_type == Type.MXFP4:  # powers of two: of two neighbours, as many as give the variance
+        data[:, 0] = 128
+        power, times = divmod(math.log2(deviation / _deviation(data, ggml_type)), 1.0)
+        data[:, 0] = 128 + int(power) + (rng.random(blocks) < (4.0**times - 1) / 3)
     else:
-        levels = {Type.Q4_0: 16, Type.Q5_0: 32, Type.Q8_0: 256}[ggml_type]
-        set_half(0, deviation / (levels / math.sqrt(12)))
+        scale, minimum = _PLAIN_SCALES[ggml_type]
+        set_half(scale, 1.0)
+        if minimum is not None:
+            set_half(minimum[0], minimum[1])
+        ratio = deviation / _deviation(data, ggml_type)
+        set_half(scale, ratio)
+        if minimum is not None:
+            set_half(minimum[0], minimum[1] * ratio)
     return data
+
+
+def _deviation(data: npt.NDArray[np.uint8], ggml_type: Type) -> float:
+    return float(gguf.dequantize(data[:4096], ggml_type).std())
 
 
 def type_of(slot: TensorSlot, quantization: str, config: Any) -> Type:
@@ -151,10 +208,15 @@ def type_of(slot: TensorSlot, quantization: str, config: Any) -> Type:
     if len(slot.shape) == 1 or base == "ffn_gate_inp":
         return Type.F32
     layer = int(slot.gguf_name.split(".")[1]) if slot.gguf_name.startswith("blk.") else 0
+    if quantization == "q8_0":
+        return Type.Q8_0
     if quantization in _SINGLE_TYPES:
         chosen = _SINGLE_TYPES[quantization]
         return chosen if slot.shape[-1] % gguf.GGML_QUANT_SIZES[chosen][0] == 0 else Type.Q8_0
-    if quantization == "ud-q2_k_xl":
+    if quantization in _MIXES:
+        experts, others, embedding, head = _MIXES[quantization]
+        chosen = {"token_embd": embedding, "output": head}.get(base, experts if base.endswith("_exps") else others)
+    elif quantization == "ud-q2_k_xl":
         chosen = _UD_Q2_K_XL.get(base, Type.Q4_K)
         if base == "ffn_down_exps" and layer < config.first_k_dense_replace + _UD_BETTER_LAYERS:
             chosen = Type.Q3_K
