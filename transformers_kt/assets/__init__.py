@@ -1,4 +1,4 @@
-"""Files that come with the package: the bundled model."""
+"""Files that come with the package: the bundled model, and a text to count experts on."""
 
 from __future__ import annotations
 
@@ -12,3 +12,8 @@ def bundled_model() -> Path:
     of up to three digits. The folder holds config, tokenizer and a Q4_K_M GGUF.
     """
     return Path(__file__).parent / "tiny-r1"
+
+
+def profile_text() -> str:
+    """Some of everything that people give to a language model: what `transformers-kt profile` reads by default."""
+    return (Path(__file__).parent / "profile.txt").read_text(encoding="utf-8")

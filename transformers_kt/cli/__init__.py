@@ -26,6 +26,7 @@ def build_app() -> typer.Typer:
     from transformers_kt.cli.inspect import inspect_command
     from transformers_kt.cli.options import our_spelling
     from transformers_kt.cli.plan import plan_command
+    from transformers_kt.cli.profile import profile_command
     from transformers_kt.cli.run import run_command
     from transformers_kt.cli.serve import serve_command
 
@@ -56,6 +57,7 @@ def build_app() -> typer.Typer:
     app.command("bench", no_args_is_help=True)(bench_command)
     app.command("doctor")(doctor_command)
     app.command("plan", no_args_is_help=True)(plan_command)
+    app.command("profile", no_args_is_help=True)(profile_command)
     # What follows the program's name, its options too, is its own.
     its_own = {"ignore_unknown_options": True, "allow_interspersed_args": False}
     app.command("run", no_args_is_help=True, context_settings=its_own)(run_command)
