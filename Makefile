@@ -17,7 +17,7 @@ OTHER_CXX_FILES := $(wildcard tests/native/*.h tests/native/*.cpp tools/wheel/*.
 
 .DELETE_ON_ERROR:
 .PHONY: help demo chat test fuzz-files test-native test-triton test-gpu compile-kernels lint bench bench-models wheel \
-    test-wheel test-recipes load-server clean
+    bench-gpu test-wheel test-recipes load-server clean
 
 help:
 	@echo "make demo         set up .venv, then watch the bundled model think and answer"
@@ -33,6 +33,7 @@ help:
 	@echo "make lint         check formatting, style and types"
 	@echo "make bench        measure kernels and MoE layers; BENCH=--benchmark-compare sets them against the last run"
 	@echo "make bench-models measure a whole model, and its peers where they are installed"
+	@echo "make bench-gpu    ten minutes of measurements on a GPU that torch sees"
 	@echo "make wheel        build dist/*.whl for manylinux_2_28"
 	@echo "make test-wheel   build it and test it in an empty environment"
 	@echo "make test-transformers-5.23.0    run what depends on it with another transformers, which stays"
@@ -84,6 +85,10 @@ test-gpu: $(VENV)/.installed-test $(VENV)/.installed-gpu
 
 compile-kernels: $(VENV)/.installed-gpu
 	$(BIN)/python -W ignore tools/compile_kernels.py --table benchmarks/gpu_kernels.md
+
+# TORCH_INSTALL= of a make before says which torch, as for test-gpu.
+bench-gpu: $(VENV)/.installed-bench $(VENV)/.installed-gpu
+	$(BIN)/python benchmarks/bench_gpu.py --out build/gpu
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import synthetic
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType
+from random_experts import V3, random_experts
 from shares import Measure
 
 import transformers_kt._C as _C
 
-HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 7168, 2048, 64, 8
+HIDDEN, INTERMEDIATE, TOP_K = V3
+EXPERTS = 64
 GROUPS, TOP_GROUPS = 8, 4
 MANY_TOKENS = 512
 DIFFERENT_TOKENS = 64  # for one at a time
@@ -34,24 +35,6 @@ class Layer(NamedTuple):
     router_bytes: int
 
 
-def matrix(name: str, count: int, rows: int, cols: int) -> _C.PackedMatrix:
-    ggml_type = GGMLQuantizationType[name]
-    packed = _C.PackedMatrix(int(ggml_type), count, rows, cols)
-    elements, _nbytes = GGML_QUANT_SIZES[ggml_type]
-    blocks = synthetic.random_blocks(ggml_type, rows * cols // elements, cols**-0.5, np.random.default_rng(0))
-    source = np.ascontiguousarray(blocks).reshape(-1)
-    for index in range(count):
-        packed.pack(index, source)
-    return packed
-
-
-def experts(gate_up: str, down: str, count: int) -> tuple[_C.Experts, int]:
-    """Experts, and how many bytes one of them has."""
-    gate, up = (matrix(gate_up, count, INTERMEDIATE, HIDDEN) for _ in range(2))
-    last = matrix(down, count, HIDDEN, INTERMEDIATE)
-    return _C.Experts(gate, up, last), (gate.nbytes + up.nbytes + last.nbytes) // count
-
-
 def float_matrix(values: np.ndarray[Any, np.dtype[np.float32]]) -> _C.PackedMatrix:
     packed = _C.PackedMatrix(int(GGMLQuantizationType.F32), 1, *values.shape)
     packed.pack_floats(values[None])
@@ -60,15 +43,14 @@ def float_matrix(values: np.ndarray[Any, np.dtype[np.float32]]) -> _C.PackedMatr
 
 @pytest.fixture(scope="module", params=TYPES, ids="-".join)
 def layer(request: pytest.FixtureRequest) -> Layer:
-    routed, expert_bytes = experts(*request.param, EXPERTS)
-    shared, _shared_bytes = experts(*request.param, 1)
+    experts, shared = (random_experts(V3, count, *request.param) for count in (EXPERTS, 1))
     scores = np.random.default_rng(2).standard_normal((EXPERTS, HIDDEN), dtype=np.float32) * HIDDEN**-0.5
     router = float_matrix(scores)
     block = _C.MoeBlock(
-        router, np.zeros(EXPERTS, np.float32), routed, shared,
+        router, np.zeros(EXPERTS, np.float32), experts.routed, shared.routed,
         sigmoid=True, groups=GROUPS, top_groups=TOP_GROUPS, top_k=TOP_K, normalize=True, scale=2.5,
     )  # fmt: skip
-    return Layer(routed, block, expert_bytes, router.nbytes)
+    return Layer(experts.routed, block, experts.expert_bytes, router.nbytes)
 
 
 @pytest.mark.parametrize("tokens", [1, MANY_TOKENS])

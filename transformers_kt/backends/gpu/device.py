@@ -93,7 +93,8 @@ class Device(ABC):
     def stream(self) -> Stream: ...
 
     @abstractmethod
-    def event(self) -> Event: ...
+    def event(self, *, is_blocking: bool = False) -> Event:
+        """A host that waits for it spins, or sleeps if it ``is_blocking``: no core is busy, and it wakes later."""
 
     @abstractmethod
     def capture(self, work: Work) -> Launchable:
@@ -217,9 +218,9 @@ class CudaDevice(Device):
         return torch.cuda.device(self.torch_device)
 
     @override
-    def event(self) -> Event:
-        # A host that sleeps until the event wakes 50 microseconds late, 58 times a token of a 61-layer model: it spins.
-        return _CudaEvent(blocking=False)
+    def event(self, *, is_blocking: bool = False) -> Event:
+        # A host that sleeps until the event wakes 50 microseconds late, 58 times a token of a 61-layer model.
+        return _CudaEvent(blocking=is_blocking)
 
     @override
     def capture(self, work: Work) -> Launchable:
@@ -384,7 +385,7 @@ class FakeDevice(Device):
         return contextlib.nullcontext()
 
     @override
-    def event(self) -> Event:
+    def event(self, *, is_blocking: bool = False) -> Event:
         return _FakeEvent()
 
     @override

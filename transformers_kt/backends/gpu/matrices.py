@@ -18,8 +18,6 @@ from transformers_kt.backends.gpu.panels import LAYOUTS, PANEL_ROWS, dequantize
 
 _CHUNK_VALUES = 1 << 26
 """Weights that a kernel dequantizes at once: 128 MB of bfloat16."""
-_FEWEST_PANELS = 256
-"""Of a matrix with fewer, a kernel's programs share the columns too: each of these is a fraction of a GPU's SMs."""
 
 
 class DeviceMatrix:
@@ -94,7 +92,7 @@ class DeviceMatrix:
         from transformers_kt.backends.triton import gemm, gemv
 
         if len(x) <= gemv.MOST_ROWS:
-            splits = -(-_FEWEST_PANELS // len(panels))
+            splits = gemv.splits_for(self.type_name, len(panels), self.cols)
             partial = torch.empty((splits, *out.shape), dtype=torch.float32, device=x.device) if splits > 1 else None
             return gemv.gemv(panels, self.type_name, x, out, partial)
         if len(x) <= gemm.MOST_ROWS and x.dtype == torch.bfloat16:

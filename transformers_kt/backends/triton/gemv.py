@@ -39,6 +39,14 @@ _PADDED = {("Q5_0", 4): 8, ("Q5_K", 2): 4, ("Q6_K", 4): 8, ("IQ4_NL", 4): 8, ("M
 MXFP4 unpacks as IQ4_NL does."""
 COLUMNS = 64
 """Columns at once, of the float types."""
+_FEWEST_PROGRAMS = 256
+"""Of a matrix with fewer panels, programs share the columns too: each of them is a fraction of a GPU's processors."""
+
+
+def splits_for(type_name: str, panels: int, cols: int) -> int:
+    """How many programs share the columns of each of ``panels``, no more than there are runs of blocks."""
+    runs: int = -(-cols // (LAYOUTS[type_name].block_elements * constants(type_name)["BLOCKS"]))
+    return min(-(-_FEWEST_PROGRAMS // panels), runs)
 
 
 def gemv(
