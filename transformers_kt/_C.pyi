@@ -272,8 +272,8 @@ class DecoderLayer:
         """``forward``, after writing the keys of ``x`` to the last rows of the cache."""
 
 class KeyBuffers:
-    """The caches of all layers, with room for more: both streams of each, float32 (batch, room, width). Their memory
-    must stay where it is."""
+    """The caches of all layers for sequences of one length, with room for more: both streams of each, float32 (batch,
+    room, width). Their memory must stay where it is."""
 
     def __init__(self, first: Sequence[_Floats], second: Sequence[_Floats]) -> None: ...
 
@@ -285,10 +285,13 @@ class DecoderStack:
         self,
         x: _Floats,
         rope_table: _Floats,
-        buffers: KeyBuffers,
-        keys: int,
+        buffers: Sequence[KeyBuffers],
+        lengths: Sequence[int],
         ranges: npt.NDArray[np.int32] | None,
         mask: npt.NDArray[np.uint8] | None,
         out: _Floats,
     ) -> None:
-        """As ``DecoderLayer.forward`` layer by layer, after writing the keys of ``x`` to the last rows of ``keys``."""
+        """As ``DecoderLayer.forward`` layer by layer, after writing the keys of ``x`` to the last rows of each cache.
+
+        The sequences of the batch are those of ``buffers`` one after the other, with ``lengths`` keys: as many for the
+        sequences of one buffer. A ``mask`` is for equal lengths."""

@@ -3,7 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <new>
 #include <optional>
@@ -338,7 +340,7 @@ CacheRows dense_rows(const AttentionShape& shape, int64_t tokens, const Floats& 
   require_shape(rope_table, "rope_table", {tokens, shape.rope_dim});
   require_shape(first, "the first stream", {tokens, shape.cache.first});
   require_shape(second, "the second stream", {tokens, shape.cache.second});
-  return {{first.mutable_data(), 0, shape.cache.first}, {second.mutable_data(), 0, shape.cache.second}};
+  return {{first.mutable_data(), shape.cache.first}, {second.mutable_data(), shape.cache.second}};
 }
 
 void project_keys_op(const MlaAttention& attention, const Floats& x, const Floats& rope_table, Floats& latents,
@@ -347,10 +349,11 @@ void project_keys_op(const MlaAttention& attention, const Floats& x, const Float
   const CacheRows rows = dense_rows(attention.shape(), tokens, rope_table, latents, ropes);
   const LayerInput in{x.data(), rope_table.data(), 1, tokens};
   const ReleaseGil release;
-  attention.project_keys(in, rows);
+  attention.project_keys(in, &rows);
 }
 
-// A cache may be a view into a longer buffer, but its last axis is dense. It may be read-only where it is only read.
+// Of the first sequence. A cache may be a view into a longer buffer, but its last axis is dense. It may be read-only
+// where it is only read.
 CacheStream stream_of(const StridedFloats& array, const char* name, bool is_written) {
   if (is_written && !array.writeable()) throw std::invalid_argument(std::string(name) + " cannot be written");
   const py::ssize_t float_bytes = sizeof(float);
@@ -359,7 +362,7 @@ CacheStream stream_of(const StridedFloats& array, const char* name, bool is_writ
                                 std::to_string(array.strides(0)) + ", " + std::to_string(array.strides(1)) + ", " +
                                 std::to_string(array.strides(2)) + ") bytes");
   }
-  return {const_cast<float*>(array.data()), array.strides(0) / float_bytes, array.strides(1) / float_bytes};
+  return {const_cast<float*>(array.data()), array.strides(1) / float_bytes};
 }
 
 // Both streams of a layer's cache: (batch, room, width) each.
@@ -367,7 +370,23 @@ struct CacheArrays {
   int64_t batch;
   int64_t room;
   CacheWidths widths;
-  CacheRows rows;
+  CacheRows rows;               // of the first sequence
+  CacheWidths sequence_stride;  // floats from one sequence to the next
+
+  // Adds the cache of each sequence, of `length` keys.
+  void add_to(std::vector<Cache>& caches, int64_t length) const {
+    for (int64_t s = 0; s < batch; ++s) {
+      caches.push_back({{{rows.first.data + s * sequence_stride.first, rows.first.row_stride},
+                         {rows.second.data + s * sequence_stride.second, rows.second.row_stride}},
+                        length});
+    }
+  }
+  // Of all its keys.
+  std::vector<Cache> caches() const {
+    std::vector<Cache> caches;
+    add_to(caches, room);
+    return caches;
+  }
 };
 
 CacheArrays cache_arrays(const StridedFloats& first, const StridedFloats& second, bool is_written) {
@@ -376,21 +395,27 @@ CacheArrays cache_arrays(const StridedFloats& first, const StridedFloats& second
     throw std::invalid_argument("both streams of a cache must have shape (batch, keys, width), got " +
                                 shape_text(first) + " and " + shape_text(second));
   }
+  const int64_t float_bytes = sizeof(float);
   return {first.shape(0),
           first.shape(1),
           {first.shape(2), second.shape(2)},
-          {stream_of(first, "the first stream", is_written), stream_of(second, "the second stream", is_written)}};
+          {stream_of(first, "the first stream", is_written), stream_of(second, "the second stream", is_written)},
+          {first.strides(0) / float_bytes, second.strides(0) / float_bytes}};
 }
 
-// Checks what attention is given: a cache of `length` keys, whose arrays may have room for more.
-LayerInput layer_input(const AttentionShape& shape, const Floats& x, const Floats& rope_table, const CacheArrays& cache,
-                       int64_t length, const Floats& out) {
+// Checks what attention is given beside caches.
+LayerInput layer_input(const AttentionShape& shape, const Floats& x, const Floats& rope_table, const Floats& out) {
   if (x.ndim() != 3) throw std::invalid_argument("x must have shape (batch, tokens, hidden), got " + shape_text(x));
   const int64_t batch = x.shape(0);
   const int64_t tokens = x.shape(1);
   require_shape(x, "x", {batch, tokens, shape.hidden});
   require_shape(out, "out", {batch, tokens, shape.hidden});
   require_shape(rope_table, "rope_table", {batch * tokens, shape.rope_dim});
+  return {x.data(), rope_table.data(), batch, tokens};
+}
+
+// Whether a cache holds `length` keys of `batch` sequences; its arrays may have room for more.
+void require_cache(const AttentionShape& shape, int64_t batch, const CacheArrays& cache, int64_t length) {
   if (cache.batch != batch || cache.widths.first != shape.cache.first || cache.widths.second != shape.cache.second ||
       length < 0 || length > cache.room) {
     const auto size = [](int64_t batches, int64_t rows, const CacheWidths& widths) {
@@ -400,7 +425,6 @@ LayerInput layer_input(const AttentionShape& shape, const Floats& x, const Float
     throw std::invalid_argument("the cache must have " + size(batch, length, shape.cache) +
                                 " values or room for more rows, got " + size(cache.batch, cache.room, cache.widths));
   }
-  return {x.data(), rope_table.data(), batch, tokens};
 }
 
 Visibility visibility_of(const LayerInput& in, int64_t length, const std::optional<Int32s>& ranges,
@@ -423,11 +447,13 @@ void attend_op(const MlaAttention& attention, const Floats& x, const Floats& rop
                const StridedFloats& ropes, const std::optional<Int32s>& ranges, const std::optional<Bytes>& mask,
                Floats& out) {
   const CacheArrays cache = cache_arrays(latents, ropes, false);
-  const LayerInput in = layer_input(attention.shape(), x, rope_table, cache, cache.room, out);
+  const LayerInput in = layer_input(attention.shape(), x, rope_table, out);
+  require_cache(attention.shape(), in.batch, cache, cache.room);
   const Visibility visibility = visibility_of(in, cache.room, ranges, mask);
+  const std::vector<Cache> caches = cache.caches();
   float* to = out.mutable_data();
   const ReleaseGil release;
-  attention.attend(in, {cache.rows, cache.room}, visibility, to);
+  attention.attend(in, caches.data(), visibility, to);
 }
 
 LayerNorms norms_of(const DecoderLayer& layer, const Floats& input_norm, const Floats& post_norm) {
@@ -444,7 +470,7 @@ void layer_project_keys_op(const DecoderLayer& layer, const Floats& x, const Flo
   const LayerInput in{x.data(), rope_table.data(), 1, tokens};
   const float* norm = input_norm.data();
   const ReleaseGil release;
-  layer.project_keys(in, norm, rows);
+  layer.project_keys(in, norm, &rows);
 }
 
 template <bool kAppends>
@@ -452,20 +478,22 @@ void layer_forward_op(const DecoderLayer& layer, const Floats& x, const Floats& 
                       const Floats& rope_table, const StridedFloats& first, const StridedFloats& second,
                       const std::optional<Int32s>& ranges, const std::optional<Bytes>& mask, Floats& out) {
   const CacheArrays cache = cache_arrays(first, second, kAppends);
-  const LayerInput in = layer_input(layer.shape(), x, rope_table, cache, cache.room, out);
+  const LayerInput in = layer_input(layer.shape(), x, rope_table, out);
+  require_cache(layer.shape(), in.batch, cache, cache.room);
   const Visibility visibility = visibility_of(in, cache.room, ranges, mask);
   const LayerNorms norms = norms_of(layer, input_norm, post_norm);
   if (kAppends) require_room(in, cache.room);
+  const std::vector<Cache> caches = cache.caches();
   float* to = out.mutable_data();
   const ReleaseGil release;
   if (kAppends) {
-    layer.append_and_forward(in, norms, {cache.rows, cache.room}, visibility, to);
+    layer.append_and_forward(in, norms, caches.data(), visibility, to);
   } else {
-    layer.forward(in, norms, {cache.rows, cache.room}, visibility, to);
+    layer.forward(in, norms, caches.data(), visibility, to);
   }
 }
 
-// The caches of all layers, in arrays that stay where they are.
+// The caches of all layers for sequences of one length, in arrays that stay where they are.
 class KeyBuffers {
  public:
   KeyBuffers(std::vector<StridedFloats> first, std::vector<StridedFloats> second)
@@ -474,19 +502,15 @@ class KeyBuffers {
       throw std::invalid_argument("each layer needs both streams, got " + std::to_string(first_.size()) + " and " +
                                   std::to_string(second_.size()));
     }
-    for (size_t i = 0; i < first_.size(); ++i) {
-      layers_.push_back(cache_arrays(first_[i], second_[i], true));
-      rows_.push_back(layers_.back().rows);
-    }
+    for (size_t i = 0; i < first_.size(); ++i) layers_.push_back(cache_arrays(first_[i], second_[i], true));
   }
   const std::vector<CacheArrays>& layers() const { return layers_; }
-  const std::vector<CacheRows>& rows() const { return rows_; }
+  int64_t batch() const { return layers_.empty() ? 0 : layers_.front().batch; }
 
  private:
   std::vector<StridedFloats> first_;  // keep what the pointers in layers_ point to
   std::vector<StridedFloats> second_;
   std::vector<CacheArrays> layers_;
-  std::vector<CacheRows> rows_;
 };
 
 // A DecoderStack with the arrays of its norms. Decoding calls it for every token, when the weights have emptied the
@@ -496,24 +520,52 @@ class BoundStack {
   BoundStack(const std::vector<std::shared_ptr<DecoderLayer>>& layers, std::vector<Floats> norms)
       : norms_(std::move(norms)), stack_(entries(layers, norms_)) {}
 
-  void append_and_forward(const Floats& x, const Floats& rope_table, const KeyBuffers& buffers, int64_t keys,
-                          const std::optional<Int32s>& ranges, const std::optional<Bytes>& mask, Floats& out) const {
-    if (buffers.layers().size() != stack_.size()) {
-      throw std::invalid_argument(std::to_string(stack_.size()) + " layers need a cache each, got " +
-                                  std::to_string(buffers.layers().size()));
+  // Sequences come in the order of the buffers that hold their keys, of which those of buffers[i] are lengths[i].
+  void append_and_forward(const Floats& x, const Floats& rope_table, const std::vector<const KeyBuffers*>& buffers,
+                          const std::vector<int64_t>& lengths, const std::optional<Int32s>& ranges,
+                          const std::optional<Bytes>& mask, Floats& out) const {
+    const LayerInput in = layer_input(stack_.layer(0).shape(), x, rope_table, out);
+    require_buffers(in, buffers, lengths);
+    if (mask && std::adjacent_find(lengths.begin(), lengths.end(), std::not_equal_to<>()) != lengths.end()) {
+      throw std::invalid_argument("a mask is for sequences of one length; give ranges");
     }
-    LayerInput in{};
+    const Visibility visibility = visibility_of(in, lengths.front(), ranges, mask);
+    std::vector<Cache> caches;
+    caches.reserve(stack_.size() * static_cast<size_t>(in.batch));
     for (size_t i = 0; i < stack_.size(); ++i) {
-      in = layer_input(stack_.layer(i).shape(), x, rope_table, buffers.layers()[i], keys, out);
+      for (size_t b = 0; b < buffers.size(); ++b) {
+        const CacheArrays& arrays = buffers[b]->layers()[i];
+        require_cache(stack_.layer(i).shape(), buffers[b]->batch(), arrays, lengths[b]);
+        arrays.add_to(caches, lengths[b]);
+      }
     }
-    require_room(in, keys);
-    const Visibility visibility = visibility_of(in, keys, ranges, mask);
     float* to = out.mutable_data();
     const ReleaseGil release;
-    stack_.append_and_forward(in, buffers.rows(), keys, visibility, to);
+    stack_.append_and_forward(in, caches.data(), visibility, to);
   }
 
  private:
+  void require_buffers(const LayerInput& in, const std::vector<const KeyBuffers*>& buffers,
+                       const std::vector<int64_t>& lengths) const {
+    if (buffers.empty() || buffers.size() != lengths.size()) {
+      throw std::invalid_argument("buffers need a length each, got " + std::to_string(buffers.size()) + " and " +
+                                  std::to_string(lengths.size()));
+    }
+    int64_t batch = 0;
+    for (size_t b = 0; b < buffers.size(); ++b) {
+      if (buffers[b] == nullptr) throw std::invalid_argument("buffers " + std::to_string(b) + " is None");
+      if (buffers[b]->layers().size() != stack_.size()) {
+        throw std::invalid_argument(std::to_string(stack_.size()) + " layers need a cache each, got " +
+                                    std::to_string(buffers[b]->layers().size()));
+      }
+      require_room(in, lengths[b]);
+      batch += buffers[b]->batch();
+    }
+    if (batch == in.batch) return;
+    throw std::invalid_argument("x has " + std::to_string(in.batch) + " sequences, the buffers " +
+                                std::to_string(batch));
+  }
+
   static std::vector<DecoderStack::Entry> entries(const std::vector<std::shared_ptr<DecoderLayer>>& layers,
                                                   const std::vector<Floats>& norms) {
     if (norms.size() != 2 * layers.size()) {
@@ -724,6 +776,6 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const std::vector<std::shared_ptr<DecoderLayer>>&, std::vector<Floats>>(), py::arg("layers"),
            py::arg("norms").noconvert())
       .def("append_and_forward", &BoundStack::append_and_forward, py::arg("x").noconvert(),
-           py::arg("rope_table").noconvert(), py::arg("buffers"), py::arg("keys"), py::arg("ranges").noconvert(),
+           py::arg("rope_table").noconvert(), py::arg("buffers"), py::arg("lengths"), py::arg("ranges").noconvert(),
            py::arg("mask").noconvert(), py::arg("out").noconvert());
 }

@@ -35,15 +35,15 @@ class Attention {
   const AttentionShape& shape() const { return shape_; }
   virtual std::vector<std::shared_ptr<PackedMatrix>> matrices() const = 0;
 
-  // rows = what goes into the cache for the tokens of `in`.
-  virtual void project_keys(const LayerInput& in, const CacheRows& rows) const = 0;
+  // rows[batch] = what goes into the caches for the tokens of `in`.
+  virtual void project_keys(const LayerInput& in, const CacheRows* rows) const = 0;
 
-  // out[batch][tokens][hidden] = attention of `in` over the cache. A query that sees no key gives the output projection
-  // of zero.
-  virtual void attend(const LayerInput& in, const Cache& cache, const Visibility& visibility, float* out) const = 0;
+  // out[batch][tokens][hidden] = attention of `in` over caches[batch]. A query that sees no key gives the output
+  // projection of zero.
+  virtual void attend(const LayerInput& in, const Cache* caches, const Visibility& visibility, float* out) const = 0;
 
-  // Both: the last in.tokens rows of the cache are written, and are then part of it.
-  virtual void append_and_attend(const LayerInput& in, const Cache& cache, const Visibility& visibility,
+  // Both: the last in.tokens rows of each cache are written, and are then part of it.
+  virtual void append_and_attend(const LayerInput& in, const Cache* caches, const Visibility& visibility,
                                  float* out) const = 0;
 
  private:

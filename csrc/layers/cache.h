@@ -5,29 +5,26 @@
 
 namespace tkt {
 
-// Row i of sequence s begins at data + s * batch_stride + i * row_stride.
+// Row i begins at data + i * row_stride.
 struct CacheStream {
   float* data;
-  int64_t batch_stride;
   int64_t row_stride;
 
-  float* row(int64_t sequence, int64_t i) const { return data + sequence * batch_stride + i * row_stride; }
+  float* row(int64_t i) const { return data + i * row_stride; }
 };
 
-// Two streams with a row for each token: latents and rotary keys in latent attention, keys and values in grouped-query
-// attention.
+// Of one sequence: two streams with a row for each token, latents and rotary keys in latent attention, keys and values
+// in grouped-query attention.
 struct CacheRows {
   CacheStream first;
   CacheStream second;
 
-  // The rows from row i of each sequence on.
-  CacheRows from(int64_t i) const {
-    return {{first.row(0, i), first.batch_stride, first.row_stride},
-            {second.row(0, i), second.batch_stride, second.row_stride}};
-  }
+  // The rows from row i on.
+  CacheRows from(int64_t i) const { return {{first.row(i), first.row_stride}, {second.row(i), second.row_stride}}; }
 };
 
-// `length` rows of each sequence.
+// `length` rows of one sequence. A batch has an array of them: its sequences may lie in one buffer or in several, and be
+// of different lengths.
 struct Cache {
   CacheRows rows;
   int64_t length;
@@ -45,7 +42,7 @@ struct CacheWidths {
 // row, so padding on the left changes nothing.
 struct Visibility {
   const int32_t* ranges;  // [batch][tokens][2], or null
-  const uint8_t* mask;    // [batch][tokens][length], non-zero: visible; used where ranges is null
+  const uint8_t* mask;    // [batch][tokens][length], non-zero: visible; used where ranges is null, for equal lengths
 };
 
 }  // namespace tkt

@@ -35,14 +35,14 @@ void DecoderLayer::feed_forward(const float* x, int64_t tokens, float* out) cons
   moe_->forward(x, tokens, out, logits.floats());
 }
 
-void DecoderLayer::project_keys(const LayerInput& in, const float* input_norm, const CacheRows& rows) const {
+void DecoderLayer::project_keys(const LayerInput& in, const float* input_norm, const CacheRows* rows) const {
   const int64_t hidden = shape().hidden;
   const ScratchBuffer normed(static_cast<size_t>(in.rows() * hidden) * sizeof(float));
   rms_norm_rows(in.x, input_norm, input_norm_eps_, in.rows(), hidden, normed.floats());
   attention_->project_keys({normed.floats(), in.rope_table, in.batch, in.tokens}, rows);
 }
 
-void DecoderLayer::run(const LayerInput& in, const LayerNorms& norms, bool appends, const Cache& cache,
+void DecoderLayer::run(const LayerInput& in, const LayerNorms& norms, bool appends, const Cache* caches,
                        const Visibility& visibility, float* out) const {
   const int64_t rows = in.rows();
   const int64_t hidden = shape().hidden;
@@ -51,9 +51,9 @@ void DecoderLayer::run(const LayerInput& in, const LayerNorms& norms, bool appen
   rms_norm_rows(in.x, norms.input, input_norm_eps_, rows, hidden, normed.floats());
   const LayerInput normed_in{normed.floats(), in.rope_table, in.batch, in.tokens};
   if (appends) {
-    attention_->append_and_attend(normed_in, cache, visibility, middle.floats());
+    attention_->append_and_attend(normed_in, caches, visibility, middle.floats());
   } else {
-    attention_->attend(normed_in, cache, visibility, middle.floats());
+    attention_->attend(normed_in, caches, visibility, middle.floats());
   }
   add_rows(in.x, rows, hidden, middle.floats());
   rms_norm_rows(middle.floats(), norms.post_attention, post_norm_eps_, rows, hidden, normed.floats());
@@ -61,14 +61,14 @@ void DecoderLayer::run(const LayerInput& in, const LayerNorms& norms, bool appen
   add_rows(middle.floats(), rows, hidden, out);
 }
 
-void DecoderLayer::forward(const LayerInput& in, const LayerNorms& norms, const Cache& cache,
+void DecoderLayer::forward(const LayerInput& in, const LayerNorms& norms, const Cache* caches,
                            const Visibility& visibility, float* out) const {
-  run(in, norms, false, cache, visibility, out);
+  run(in, norms, false, caches, visibility, out);
 }
 
-void DecoderLayer::append_and_forward(const LayerInput& in, const LayerNorms& norms, const Cache& cache,
+void DecoderLayer::append_and_forward(const LayerInput& in, const LayerNorms& norms, const Cache* caches,
                                       const Visibility& visibility, float* out) const {
-  run(in, norms, true, cache, visibility, out);
+  run(in, norms, true, caches, visibility, out);
 }
 
 }  // namespace tkt

@@ -27,18 +27,18 @@ class DecoderLayer {
   const AttentionShape& shape() const { return attention_->shape(); }
 
   // Attention::project_keys of norm(x).
-  void project_keys(const LayerInput& in, const float* input_norm, const CacheRows& rows) const;
+  void project_keys(const LayerInput& in, const float* input_norm, const CacheRows* rows) const;
 
   // out: [batch][tokens][hidden], which may be in.x; the rest as for Attention::attend.
-  void forward(const LayerInput& in, const LayerNorms& norms, const Cache& cache, const Visibility& visibility,
+  void forward(const LayerInput& in, const LayerNorms& norms, const Cache* caches, const Visibility& visibility,
                float* out) const;
 
-  // The same, after writing the keys of x to the last in.tokens rows of the cache.
-  void append_and_forward(const LayerInput& in, const LayerNorms& norms, const Cache& cache,
+  // The same, after writing the keys of x to the last in.tokens rows of each cache.
+  void append_and_forward(const LayerInput& in, const LayerNorms& norms, const Cache* caches,
                           const Visibility& visibility, float* out) const;
 
  private:
-  void run(const LayerInput& in, const LayerNorms& norms, bool appends, const Cache& cache,
+  void run(const LayerInput& in, const LayerNorms& norms, bool appends, const Cache* caches,
            const Visibility& visibility, float* out) const;
   void feed_forward(const float* x, int64_t tokens, float* out) const;
 

@@ -12,12 +12,13 @@ DecoderStack::DecoderStack(std::vector<Entry> layers) : layers_(std::move(layers
   }
 }
 
-void DecoderStack::append_and_forward(const LayerInput& in, const std::vector<CacheRows>& caches, int64_t keys,
-                                      const Visibility& visibility, float* out) const {
+void DecoderStack::append_and_forward(const LayerInput& in, const Cache* caches, const Visibility& visibility,
+                                      float* out) const {
   LayerInput next = in;
-  for (size_t i = 0; i < layers_.size(); ++i) {
-    layers_[i].layer->append_and_forward(next, layers_[i].norms, {caches[i], keys}, visibility, out);
+  for (const Entry& entry : layers_) {
+    entry.layer->append_and_forward(next, entry.norms, caches, visibility, out);
     next.x = out;
+    caches += in.batch;
   }
 }
 

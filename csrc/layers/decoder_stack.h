@@ -22,9 +22,8 @@ class DecoderStack {
   size_t size() const { return layers_.size(); }
   const DecoderLayer& layer(size_t i) const { return *layers_[i].layer; }
 
-  // DecoderLayer::append_and_forward one after the other; caches: one for each layer, of `keys` rows.
-  void append_and_forward(const LayerInput& in, const std::vector<CacheRows>& caches, int64_t keys,
-                          const Visibility& visibility, float* out) const;
+  // DecoderLayer::append_and_forward one after the other; caches: [layers][batch].
+  void append_and_forward(const LayerInput& in, const Cache* caches, const Visibility& visibility, float* out) const;
 
  private:
   std::vector<Entry> layers_;

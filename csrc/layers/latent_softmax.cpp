@@ -15,8 +15,7 @@ constexpr int64_t kLanes = 16;
 
 // The keys that one query sees, in order.
 struct VisibleKeys {
-  const float* latents;  // rows of the sequence
-  const float* ropes;
+  Cache cache;  // of the sequence
   int64_t first;
   int64_t count;
   const uint8_t* mask;  // over all keys of the sequence; null where the visible ones are neighbours, from `first` on
@@ -24,8 +23,8 @@ struct VisibleKeys {
   int64_t splits() const { return (count + kAttentionSplitKeys - 1) / kAttentionSplitKeys; }
 };
 
-VisibleKeys visible_keys(const Cache& cache, const Visibility& visibility, int64_t sequence, int64_t query) {
-  VisibleKeys keys = {cache.rows.first.row(sequence, 0), cache.rows.second.row(sequence, 0), 0, 0, nullptr};
+VisibleKeys visible_keys(const Cache& cache, const Visibility& visibility, int64_t query) {
+  VisibleKeys keys = {cache, 0, 0, nullptr};
   if (visibility.ranges != nullptr) {
     keys.first = std::max<int64_t>(0, visibility.ranges[2 * query]);
     keys.count = std::max<int64_t>(0, std::min<int64_t>(cache.length, visibility.ranges[2 * query + 1]) - keys.first);
@@ -37,11 +36,11 @@ VisibleKeys visible_keys(const Cache& cache, const Visibility& visibility, int64
 }
 
 // Positions of the keys that a mask shows; none where there is no mask.
-std::vector<int64_t> shown_keys(const VisibleKeys& keys, int64_t length) {
+std::vector<int64_t> shown_keys(const VisibleKeys& keys) {
   std::vector<int64_t> shown;
   if (keys.mask == nullptr) return shown;
   shown.reserve(static_cast<size_t>(keys.count));
-  for (int64_t key = 0; key < length; ++key) {
+  for (int64_t key = 0; key < keys.cache.length; ++key) {
     if (keys.mask[key] != 0) shown.push_back(key);
   }
   return shown;
@@ -54,13 +53,13 @@ struct SplitRows {
   int count;
 
   // None for a split past the last. `shown` is shown_keys().
-  SplitRows(const Cache& cache, const VisibleKeys& keys, const std::vector<int64_t>& shown, int64_t split) {
+  SplitRows(const VisibleKeys& keys, const std::vector<int64_t>& shown, int64_t split) {
     const int64_t begin = split * kAttentionSplitKeys;
     count = static_cast<int>(std::clamp<int64_t>(keys.count - begin, 0, kAttentionSplitKeys));
     for (int i = 0; i < count; ++i) {
       const int64_t key = shown.empty() ? keys.first + begin + i : shown[static_cast<size_t>(begin + i)];
-      latents[i] = keys.latents + key * cache.rows.first.row_stride;
-      ropes[i] = keys.ropes + key * cache.rows.second.row_stride;
+      latents[i] = keys.cache.rows.first.row(key);
+      ropes[i] = keys.cache.rows.second.row(key);
     }
   }
 };
@@ -87,15 +86,16 @@ struct Bundle {
 };
 
 bool see_the_same(const VisibleKeys& a, const VisibleKeys& b) {
-  return a.latents == b.latents && a.first == b.first && a.mask == nullptr && b.mask == nullptr;
+  return a.cache.rows.first.data == b.cache.rows.first.data && a.first == b.first && a.mask == nullptr &&
+         b.mask == nullptr;
 }
 
-std::vector<Bundle> bundles_of(const TokenRange& tokens, int64_t groups_per_token, int64_t together, const Cache& cache,
-                               const Visibility& visibility) {
+std::vector<Bundle> bundles_of(const TokenRange& tokens, int64_t groups_per_token, int64_t together,
+                               const Cache* caches, const Visibility& visibility) {
   std::vector<Bundle> bundles;
   for (int64_t t = 0; t < tokens.count; ++t) {
     const int64_t query = tokens.first + t;
-    const VisibleKeys keys = visible_keys(cache, visibility, query / tokens.per_sequence, query);
+    const VisibleKeys keys = visible_keys(caches[query / tokens.per_sequence], visibility, query);
     for (int64_t g = 0; g < groups_per_token; ++g) {
       const bool joins =
           !bundles.empty() && bundles.back().groups < together && (g > 0 || see_the_same(bundles.back().keys, keys));
@@ -150,8 +150,8 @@ struct SplitTask {
 
 class LatentAttention {
  public:
-  LatentAttention(const LatentDims& dims, const float* queries, const Cache& cache, float* contexts)
-      : dims_(dims), queries_(queries), cache_(cache), contexts_(contexts) {}
+  LatentAttention(const LatentDims& dims, const float* queries, float* contexts)
+      : dims_(dims), queries_(queries), contexts_(contexts) {}
 
   int64_t groups_per_token() const { return (dims_.heads + kLanes - 1) / kLanes; }
 
@@ -170,10 +170,10 @@ class LatentAttention {
                           queries + g * query_floats());
         clear_state(states + g * state_floats(), kAllHeads, dims_.latent_dim);
       }
-      const std::vector<int64_t> shown = shown_keys(bundle.keys, cache_.length);
-      SplitRows rows(cache_, bundle.keys, shown, 0);
+      const std::vector<int64_t> shown = shown_keys(bundle.keys);
+      SplitRows rows(bundle.keys, shown, 0);
       for (int64_t split = 0; split < bundle.keys.splits(); ++split) {
-        const SplitRows next(cache_, bundle.keys, shown, split + 1);
+        const SplitRows next(bundle.keys, shown, split + 1);
         attend(bundle, queries, split, rows, next, scratch, split_states);
         for (int g = 0; g < bundle.groups; ++g) {
           if (bundle.counts[g] <= split * kAttentionSplitKeys) continue;
@@ -204,7 +204,7 @@ class LatentAttention {
       for (int g = 0; g < bundle.groups; ++g) {
         all_groups.push_back({bundle.counts[g], state_count + g, bundle.groups});
       }
-      shown.push_back(shown_keys(bundle.keys, cache_.length));
+      shown.push_back(shown_keys(bundle.keys));
       state_count += bundle.keys.splits() * bundle.groups;
       most_splits = std::max(most_splits, bundle.keys.splits());
     }
@@ -225,7 +225,7 @@ class LatentAttention {
     });
     const ScratchBuffer split_states(static_cast<size_t>(state_count * state_floats()) * sizeof(float));
     const auto rows_of = [&](const SplitTask& t) {
-      return SplitRows(cache_, bundles[t.bundle].keys, shown[t.bundle], t.split);
+      return SplitRows(bundles[t.bundle].keys, shown[t.bundle], t.split);
     };
     if (parts > 1) {
       attend_in_parts(tasks, parts, rows_of, queries.floats(), split_states.floats());
@@ -374,16 +374,15 @@ class LatentAttention {
 
   const LatentDims& dims_;
   const float* queries_;
-  const Cache& cache_;
   float* contexts_;
   const KernelTable& kernels_ = kernels();
 };
 
 }  // namespace
 
-void attend_latents(const LatentDims& dims, const float* queries, const TokenRange& tokens, const Cache& cache,
+void attend_latents(const LatentDims& dims, const float* queries, const TokenRange& tokens, const Cache* caches,
                     const Visibility& visibility, float* contexts) {
-  const LatentAttention attention(dims, queries, cache, contexts);
+  const LatentAttention attention(dims, queries, contexts);
   const int64_t groups = tokens.count * attention.groups_per_token();
   // Below it the states of all splits take little memory: 64 x 32 x 33 KB at 4,096 keys.
   constexpr int64_t kFewGroups = 64;
@@ -391,7 +390,7 @@ void attend_latents(const LatentDims& dims, const float* queries, const TokenRan
   const int64_t wanted = kTasksPerThread * thread_count();
   if (groups < kFewGroups) {
     const auto bundles_of_at_most = [&](int64_t together) {
-      return bundles_of(tokens, attention.groups_per_token(), together, cache, visibility);
+      return bundles_of(tokens, attention.groups_per_token(), together, caches, visibility);
     };
     const std::vector<Bundle> bundles = bundles_of_at_most(kAttentionGroups);
     if (thread_count() > 1 && splits_of(bundles) < wanted) {
@@ -403,7 +402,7 @@ void attend_latents(const LatentDims& dims, const float* queries, const TokenRan
     return;
   }
   const int64_t together = std::clamp<int64_t>(groups / wanted, 1, kAttentionGroups);
-  attention.bundles_in_parallel(bundles_of(tokens, attention.groups_per_token(), together, cache, visibility));
+  attention.bundles_in_parallel(bundles_of(tokens, attention.groups_per_token(), together, caches, visibility));
 }
 
 }  // namespace tkt

@@ -22,9 +22,9 @@ struct TokenRange {
 };
 
 // contexts[count][heads][latent_dim] = softmax(scale * queries . keys) . latents, for queries[count][heads][latent_dim
-// + rope_dim], and a cache of latents and rotary keys. The context of a query that sees no key is 0. On all threads;
-// the same bits however tokens are divided over calls.
-void attend_latents(const LatentDims& dims, const float* queries, const TokenRange& tokens, const Cache& cache,
+// + rope_dim], and for each sequence of the batch a cache of latents and rotary keys. The context of a query that sees
+// no key is 0. On all threads; the same bits however tokens are divided over calls, and sequences over batches.
+void attend_latents(const LatentDims& dims, const float* queries, const TokenRange& tokens, const Cache* caches,
                     const Visibility& visibility, float* contexts);
 
 }  // namespace tkt

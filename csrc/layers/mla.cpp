@@ -91,21 +91,21 @@ std::vector<std::shared_ptr<PackedMatrix>> MlaAttention::matrices() const {
   return all;
 }
 
-void MlaAttention::project_keys(const LayerInput& in, const CacheRows& rows) const {
+void MlaAttention::project_keys(const LayerInput& in, const CacheRows* rows) const {
   const ScratchBuffer compressed(static_cast<size_t>(in.rows() * weights_.kv_a->rows()) * sizeof(float));
   linear(*weights_.kv_a, 0, in.x, in.rows(), compressed.floats());
   store_keys(compressed.floats(), in, rows);
 }
 
-void MlaAttention::store_keys(const float* compressed, const LayerInput& in, const CacheRows& rows) const {
+void MlaAttention::store_keys(const float* compressed, const LayerInput& in, const CacheRows* rows) const {
   const AttentionConfig& c = config_;
   const KernelTable& table = kernels();
   parallel_for(in.rows(), [&](int64_t row) {
     const int64_t sequence = row / in.tokens;
     const int64_t t = row % in.tokens;
     const float* from = compressed + row * (c.latent_dim + c.rope_dim);
-    table.rms_norm(from, weights_.kv_a_norm.data(), c.norm_eps, c.latent_dim, rows.first.row(sequence, t));
-    rotate(in.rope_table + row * c.rope_dim, c.rope_dim, from + c.latent_dim, rows.second.row(sequence, t));
+    table.rms_norm(from, weights_.kv_a_norm.data(), c.norm_eps, c.latent_dim, rows[sequence].first.row(t));
+    rotate(in.rope_table + row * c.rope_dim, c.rope_dim, from + c.latent_dim, rows[sequence].second.row(t));
   });
 }
 
@@ -143,19 +143,19 @@ void MlaAttention::output(const float* contexts, int64_t tokens, float* out) con
   linear(*weights_.o, 0, values.floats(), tokens, out);
 }
 
-void MlaAttention::attend_chunk(float* first, const float* rope_table, const TokenRange& tokens, const Cache& cache,
+void MlaAttention::attend_chunk(float* first, const float* rope_table, const TokenRange& tokens, const Cache* caches,
                                 const Visibility& visibility, float* out) const {
   const AttentionConfig& c = config_;
   const ScratchBuffer queries(static_cast<size_t>(tokens.count * c.heads * (c.latent_dim + c.rope_dim)) *
                               sizeof(float));
   const ScratchBuffer attended(static_cast<size_t>(tokens.count * c.heads * c.latent_dim) * sizeof(float));
   absorb_queries(first, rope_table, tokens.count, queries.floats());
-  attend_latents({c.heads, c.latent_dim, c.rope_dim, c.softmax_scale}, queries.floats(), tokens, cache, visibility,
+  attend_latents({c.heads, c.latent_dim, c.rope_dim, c.softmax_scale}, queries.floats(), tokens, caches, visibility,
                  attended.floats());
   output(attended.floats(), tokens.count, out);
 }
 
-void MlaAttention::attend(const LayerInput& in, const Cache& cache, const Visibility& visibility, float* out) const {
+void MlaAttention::attend(const LayerInput& in, const Cache* caches, const Visibility& visibility, float* out) const {
   const AttentionConfig& c = config_;
   const int64_t total = in.rows();
   const ScratchBuffer first_rows(static_cast<size_t>(std::min(kChunkTokens, total) * first_query().rows()) *
@@ -163,20 +163,21 @@ void MlaAttention::attend(const LayerInput& in, const Cache& cache, const Visibi
   for (int64_t first = 0; first < total; first += kChunkTokens) {
     const int64_t count = std::min(kChunkTokens, total - first);
     linear(first_query(), 0, in.x + first * c.hidden, count, first_rows.floats());
-    attend_chunk(first_rows.floats(), in.rope_table + first * c.rope_dim, {first, count, in.tokens}, cache, visibility,
+    attend_chunk(first_rows.floats(), in.rope_table + first * c.rope_dim, {first, count, in.tokens}, caches, visibility,
                  out + first * c.hidden);
   }
 }
 
-void MlaAttention::append_and_attend(const LayerInput& in, const Cache& cache, const Visibility& visibility,
+void MlaAttention::append_and_attend(const LayerInput& in, const Cache* caches, const Visibility& visibility,
                                      float* out) const {
   const int64_t total = in.rows();
-  const CacheRows new_rows = cache.last(in.tokens);
+  std::vector<CacheRows> new_rows(static_cast<size_t>(in.batch));
+  for (size_t s = 0; s < new_rows.size(); ++s) new_rows[s] = caches[s].last(in.tokens);
   const PackedMatrix& keys = *weights_.kv_a;
   const PackedMatrix& query = first_query();
   if (total > kChunkTokens || keys.info().activation != query.info().activation) {
-    project_keys(in, new_rows);
-    attend(in, cache, visibility, out);
+    project_keys(in, new_rows.data());
+    attend(in, caches, visibility, out);
     return;
   }
   const ScratchBuffer compressed(static_cast<size_t>(total * keys.rows()) * sizeof(float));
@@ -184,8 +185,8 @@ void MlaAttention::append_and_attend(const LayerInput& in, const Cache& cache, c
   const Activations rows(keys.info().activation, in.x, total, keys.cols(), keys.cols());
   run_linears({{&keys, 0, 1, rows.rows(), total, compressed.floats(), 0, keys.rows()},
                {&query, 0, 1, rows.rows(), total, first.floats(), 0, query.rows()}});
-  store_keys(compressed.floats(), in, new_rows);
-  attend_chunk(first.floats(), in.rope_table, {0, total, in.tokens}, cache, visibility, out);
+  store_keys(compressed.floats(), in, new_rows.data());
+  attend_chunk(first.floats(), in.rope_table, {0, total, in.tokens}, caches, visibility, out);
 }
 
 void fill_rope_table(const int64_t* positions, int64_t tokens, const float* inv_freq, int64_t dim, float scaling,

@@ -41,10 +41,10 @@ class MlaAttention : public Attention {
   MlaAttention(const AttentionConfig& config, AttentionWeights weights);
 
   std::vector<std::shared_ptr<PackedMatrix>> matrices() const override;
-  void project_keys(const LayerInput& in, const CacheRows& rows) const override;
-  void attend(const LayerInput& in, const Cache& cache, const Visibility& visibility, float* out) const override;
+  void project_keys(const LayerInput& in, const CacheRows* rows) const override;
+  void attend(const LayerInput& in, const Cache* caches, const Visibility& visibility, float* out) const override;
   // Few tokens are projected to keys and queries in one loop.
-  void append_and_attend(const LayerInput& in, const Cache& cache, const Visibility& visibility,
+  void append_and_attend(const LayerInput& in, const Cache* caches, const Visibility& visibility,
                          float* out) const override;
 
  private:
@@ -52,8 +52,8 @@ class MlaAttention : public Attention {
   const PackedMatrix& first_query() const { return weights_.q_a != nullptr ? *weights_.q_a : *weights_.q; }
   // The rest of their way, and that of keys, in place of `first` and from `compressed`.
   void absorb_queries(float* first, const float* rope_table, int64_t tokens, float* queries) const;
-  void store_keys(const float* compressed, const LayerInput& in, const CacheRows& rows) const;
-  void attend_chunk(float* first, const float* rope_table, const TokenRange& tokens, const Cache& cache,
+  void store_keys(const float* compressed, const LayerInput& in, const CacheRows* rows) const;
+  void attend_chunk(float* first, const float* rope_table, const TokenRange& tokens, const Cache* caches,
                     const Visibility& visibility, float* out) const;
   void output(const float* contexts, int64_t tokens, float* out) const;
 

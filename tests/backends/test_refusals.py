@@ -96,7 +96,7 @@ def in_stack(keys: int = KEYS, **changes: Any) -> dict[str, Any]:
     arguments = in_layer(**changes)
     buffers = _C.KeyBuffers([arguments.pop("first")], [arguments.pop("second")])
     del arguments["input_norm"], arguments["post_norm"]
-    return {**arguments, "buffers": buffers, "keys": keys}
+    return {**arguments, "buffers": [buffers], "lengths": [keys]}
 
 
 def stack() -> _C.DecoderStack:
@@ -386,7 +386,24 @@ def test_a_cache_that_is_too_short_or_cannot_be_written_is_refused() -> None:
             call(**arguments(first=read_only))
     buffers = _C.KeyBuffers([floats(1, KEYS, LATENT)] * 2, [floats(1, KEYS, ROPE)] * 2)
     with pytest.raises(ValueError, match="1 layers need a cache each, got 2"):
-        stack().append_and_forward(**{**in_stack(), "buffers": buffers})
+        stack().append_and_forward(**{**in_stack(), "buffers": [buffers]})
+    with pytest.raises(ValueError, match="buffers need a length each, got 1 and 2"):
+        stack().append_and_forward(**{**in_stack(), "lengths": [KEYS, KEYS]})
+
+
+def test_a_stack_takes_the_sequences_that_its_buffers_hold() -> None:
+    arguments = in_stack()
+    (buffers,) = arguments["buffers"]
+    with pytest.raises(ValueError, match="x has 1 sequences, the buffers 2"):
+        stack().append_and_forward(**{**arguments, "buffers": [buffers] * 2, "lengths": [KEYS] * 2})
+    with pytest.raises(ValueError, match="buffers 0 is None"):
+        stack().append_and_forward(**{**arguments, "buffers": [None]})
+    two = {"x": floats(2, TOKENS, HIDDEN), "out": floats(2, TOKENS, HIDDEN), "rope_table": floats(2 * TOKENS, ROPE)}
+    mask = {"ranges": None, "mask": np.ones((2, TOKENS, KEYS), np.uint8)}
+    with pytest.raises(ValueError, match="a mask is for sequences of one length; give ranges"):
+        stack().append_and_forward(
+            **{**arguments, **two, **mask, "buffers": [buffers] * 2, "lengths": [KEYS, KEYS - 1]}
+        )
 
 
 def test_buffers_are_never_copied() -> None:

@@ -41,9 +41,9 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     passes: list[int] = []
     forward = _PackedModel.forward
 
-    def count(self: _PackedModel, ids: Any, *args: Any) -> torch.Tensor:
-        passes.append(ids.shape[1])
-        return forward(self, ids, *args)
+    def count(self: _PackedModel, steps: Any) -> Any:
+        passes.append(steps[0].ids.shape[1])
+        return forward(self, steps)
 
     monkeypatch.setattr(_PackedModel, "forward", count)
     return passes

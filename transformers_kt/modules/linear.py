@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from transformers_kt.modules.base import (
     pack_floats,
     pack_matrices,
 )
+from transformers_kt.modules.gathering import computed
 from transformers_kt.planning.operations import OPERATIONS
 
 
@@ -36,6 +37,8 @@ class KtLinear(KtModule, nn.Linear):
     """
 
     operation = OPERATIONS["linear_cpu"]
+    gathers = False
+    """Whether calls of several threads may be computed as one: those of a model's head, once a token."""
 
     def __init__(self, in_features: int, out_features: int, merge: Merge | None = None) -> None:
         nn.Module.__init__(self)  # not that of nn.Linear, which takes memory
@@ -74,9 +77,20 @@ class KtLinear(KtModule, nn.Linear):
         return values
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = computed(self._products, x) if self.gathers else self._product(x)
+        return out
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         assert self._weight is not None
         out: torch.Tensor = ops.linear(as_float32(x), self._weight.number, self.out_features)
         return out
+
+    def _products(self, xs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        if len(xs) == 1:
+            return [self._product(xs[0])]
+        rows = [x.reshape(-1, self.in_features) for x in xs]
+        out = torch.split(self._product(torch.cat(rows)), [len(each) for each in rows])
+        return [each.reshape(*x.shape[:-1], self.out_features) for each, x in zip(out, xs, strict=True)]
 
     def extra_repr(self) -> str:
         type_name = self._weight.packed.type_name if self._weight is not None else "not loaded"

@@ -7,13 +7,15 @@ of torch 30 to 100. So for a small batch all layers are one call, and the steps 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
@@ -26,7 +28,9 @@ from transformers_kt.modules.base import NotPickledAlone
 from transformers_kt.modules.embedding import KtEmbedding
 from transformers_kt.modules.fused.cache_argument import CACHE_ARGUMENT, require_cache_argument
 from transformers_kt.modules.fused.decoder_layer import FastPath, is_fused, stock_class, subclass_in_front
-from transformers_kt.modules.fused.latent_cache import GrowingLayers, growing_layers
+from transformers_kt.modules.fused.latent_cache import GrowingLayers, growing_layers, grown
+from transformers_kt.modules.gathering import computed
+from transformers_kt.modules.linear import KtLinear
 from transformers_kt.modules.mla import ranges_mask, visible_keys
 from transformers_kt.modules.norm import KtRMSNorm
 from transformers_kt.modules.patches import patched_method
@@ -37,6 +41,16 @@ _SMALL_BATCH_TOKENS = 32
 
 # Outputs, chosen in a call or in the config, that only the stock pass gives.
 RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
+
+
+class _Step(NamedTuple):
+    """A call of a base model: a few tokens of sequences of one length."""
+
+    ids: npt.NDArray[np.int64]  # (batch, tokens)
+    positions: npt.NDArray[np.int64]  # (batch, tokens)
+    keys: GrowingLayers  # which it appends to
+    ranges: npt.NDArray[np.int32] | None  # of visible keys (batch, tokens, 2)
+    mask: npt.NDArray[np.uint8] | None  # where they are no ranges
 
 
 class _PackedModel:
@@ -59,27 +73,21 @@ class _PackedModel:
         packed = (*self.layers, *self.around)
         return len(now) == len(packed) and all(map(is_, now, packed)) and self.fast_path.is_open()
 
-    def forward(
-        self,
-        ids: npt.NDArray[np.int64],
-        positions: npt.NDArray[np.int64],
-        keys: GrowingLayers,
-        ranges: npt.NDArray[np.int32] | None,
-        mask: npt.NDArray[np.uint8] | None,
-    ) -> torch.Tensor:
-        """``ids`` and ``positions`` (batch, tokens) -> float32 (batch, tokens, hidden), appending to ``keys``."""
+    def forward(self, steps: Sequence[_Step]) -> Sequence[torch.Tensor]:
+        """Of each step float32 (batch, tokens, hidden). All have as many tokens, and where they are several, ranges."""
         embedding, rotary, norm = self.around
         self._see_norm_weights()
+        ids, positions, ranges = (_joined([step[part] for step in steps]) for part in (0, 1, 3))
         x = np.empty((*ids.shape, embedding.embedding_dim), np.float32)
         embedding.table.gather(ids.reshape(-1), x.reshape(-1, x.shape[-1]))
-        keys.grow(ids.shape[1])
         table = rotary.table(positions)
         out = torch.empty(x.shape, dtype=torch.float32)
         states = out.numpy()
-        self._stack.append_and_forward(x, table, keys.packed, keys.length, ranges, mask, states)
+        with grown([step.keys for step in steps], ids.shape[1]) as (buffers, lengths):
+            self._stack.append_and_forward(x, table, buffers, lengths, ranges, steps[0].mask, states)
         rows = states.reshape(-1, x.shape[-1])
         _C.rms_norm(rows, self._last_norm, norm.eps, rows)
-        return out
+        return torch.split(out, [len(step.ids) for step in steps])
 
     def _see_norm_weights(self) -> None:
         """As they are now: they can be changed, as in any model."""
@@ -92,6 +100,10 @@ class _PackedModel:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """None: the copy of a model packs itself."""
+
+
+def _joined(parts: list[Any]) -> Any:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class _FastPathModel(NotPickledAlone):
@@ -132,7 +144,9 @@ class _FastPathModel(NotPickledAlone):
         else:
             positions = position_ids.numpy().astype(np.int64)
         positions = np.ascontiguousarray(np.broadcast_to(positions, shape))
-        out = packed.forward(ids, positions, keys, *_visible(attention_mask, shape, keys.length))
+        step = _Step(ids, positions, keys, *_visible(attention_mask, shape, keys.length))
+        joins_others = shape[1] == 1 and step.ranges is not None
+        out = computed(packed.forward, step, begins_pass=True) if joins_others else packed.forward([step])[0]
         return MoeModelOutputWithPast(last_hidden_state=out, **{CACHE_ARGUMENT: cache})
 
     def _packed(self) -> _PackedModel | None:
@@ -196,3 +210,18 @@ def fuse_base_models(model: nn.Module) -> None:
             require_cache_argument(type(model))  # which hands it on
             module.__class__ = subclass_in_front(_FastPathModel, type(module))
             module._packed_model = None
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if type(head) is KtLinear:
+        head.gathers = True
+
+
+def has_fast_path(model: nn.Module) -> bool:
+    """Whether passes of several threads through the loaded ``model`` can be computed as one: all of its base model and
+    its head are ours, and nothing watches them."""
+    module: Any
+    for module in model.modules():
+        if isinstance(module, _FastPathModel):
+            packed = module._packed()
+            head = getattr(model.get_output_embeddings(), "gathers", False)  # type: ignore[operator]
+            return packed is not None and packed.is_all_of(module) and head
+    return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -221,6 +221,24 @@ class GrowingLayers:
             layer.own_states()
         for layer in self.layers:
             layer._group = None
+
+
+@contextlib.contextmanager
+def grown(caches: Sequence[GrowingLayers], tokens: int) -> Iterator[tuple[list[_C.KeyBuffers], list[int]]]:
+    """Buffers of several caches, each with its number of keys after `tokens` more, which the block has to fill.
+
+    Where it raises, or there is no memory, all are as they were.
+    """
+    done: list[GrowingLayers] = []
+    try:
+        for cache in caches:
+            cache.grow(tokens)
+            done.append(cache)
+        yield [cache.packed for cache in caches], [cache.length for cache in caches]
+    except BaseException:
+        for cache in done:
+            cache.take_back(tokens)
+        raise
 
 
 def _beginnings(buffers: Sequence[torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:

@@ -1,0 +1,110 @@
+"""Threads that generate at once have their passes computed as one, and get what each gets alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from random_files import random_tokens
+from transformers import AutoModelForCausalLM
+from transformers.generation.streamers import BaseStreamer
+
+from transformers_kt.assets import bundled_model
+from transformers_kt.integration.rounds import Rounds
+from transformers_kt.modules.fused.base_model import has_fast_path
+from transformers_kt.modules.gathering import computed
+
+ENDLESS = {"eos_token_id": None, "pad_token_id": 2, "return_dict_in_generate": True, "output_logits": True}
+GREEDY = {**ENDLESS, "do_sample": False}
+SAMPLED = {**ENDLESS, "do_sample": True, "temperature": 1.5}
+# Tokens of the prompt, tokens of the answer, options, seed.
+REQUESTS: list[tuple[int, int, dict[str, Any], int]] = [
+    (40, 24, GREEDY, 0),
+    (3, 9, SAMPLED, 1),
+    (150, 12, {**SAMPLED, "repetition_penalty": 1.3}, 2),
+    (1, 16, GREEDY, 3),
+    (17, 6, {**GREEDY, "num_beams": 3}, 4),
+    (33, 8, {**GREEDY, "prompt_lookup_num_tokens": 3}, 5),
+    (130, 20, SAMPLED, 6),
+]
+
+
+@pytest.fixture(params=["v2-lite-like-Q4_K_M", "v3-like-Q4_K_M", "tiny-r1"])
+def model(kt_model: Callable[[str], Any], request: pytest.FixtureRequest) -> Any:
+    name: str = request.param
+    return AutoModelForCausalLM.from_pretrained(str(bundled_model())) if name == "tiny-r1" else kt_model(name)
+
+
+class Signal(BaseStreamer):  # type: ignore[misc]
+    """Set once there are some tokens."""
+
+    def __init__(self) -> None:
+        self.tokens, self.reached = 0, threading.Event()
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += 1
+        if self.tokens == 4:
+            self.reached.set()
+
+    def end(self) -> None:
+        self.reached.set()
+
+
+def generated(model: Any, prompt: int, answer: int, options: dict[str, Any], **more: Any) -> Any:
+    ids = random_tokens(prompt, seed=prompt) % model.config.vocab_size
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=answer, **options, **more)
+
+
+def test_each_gets_the_bits_that_it_gets_alone(model: Any) -> None:
+    expected = []
+    for prompt, answer, options, seed in REQUESTS:
+        torch.manual_seed(seed)
+        expected.append(generated(model, prompt, answer, options))
+    assert has_fast_path(model)
+    rounds, signal = Rounds(), Signal()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+
+    def answered(number: int) -> Any:
+        prompt, answer, options, seed = REQUESTS[number]
+        if number > 3:  # joins when the others are in the middle
+            signal.reached.wait(60)
+        with rounds.taking_part(seed):
+            return generated(model, prompt, answer, options, **({"streamer": signal} if number == 0 else {}))
+
+    with ThreadPoolExecutor(len(REQUESTS)) as pool:
+        found = list(pool.map(answered, range(len(REQUESTS))))
+    for ours, alone in zip(found, expected, strict=True):
+        assert torch.equal(ours.sequences, alone.sequences)
+        assert all(map(torch.equal, ours.logits, alone.logits))
+    assert rounds.most_together > 3
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_one_that_fails_takes_no_other_with_it() -> None:
+    rounds, has_begun = Rounds(), threading.Event()
+
+    def compute(calls: Sequence[int]) -> list[int]:
+        if calls == [1]:  # until the others stand in line
+            has_begun.set()
+            while len(rounds._ready) < 2:
+                time.sleep(0.001)
+        return [10 // call for call in calls]
+
+    def called(*calls: int) -> int:
+        if 1 not in calls:
+            has_begun.wait(60)
+        with rounds.taking_part():
+            return [int(computed(compute, call, begins_pass=True)) for call in calls][-1]
+
+    with ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(called, *calls) for calls in ((1, 5), (0,), (2,))]
+        assert [answers[0].result(60), answers[2].result(60)] == [2, 5]
+        with pytest.raises(ZeroDivisionError):
+            answers[1].result(60)
+    assert rounds.most_together == 3
