@@ -3,6 +3,9 @@
     python tests/support/synthetic.py v2-lite q4_k_m v2-lite.gguf
     python benchmarks/bench_generate.py v2-lite.gguf --llama-python venv/bin/python --json out.json --plot out.png
 
+A peer is measured in each of its ways, and compared by its better: llama.cpp with weights repacked as it does by itself
+and with tiles ("llama.cpp-tiled"), ik_llama.cpp as it does by itself and repacked at load ("ik_llama.cpp-repacked").
+
 Engines alternate, each in a process of its own (two copies of a 10 GB model do not fit into 24 GB), `--rounds` times.
 A round's figure is the median of its samples; medians over rounds are shown, and how far the rounds lie apart. Before
 each process the file is read once, so that every load is one with a warm page cache; how much of the file the cache
@@ -12,8 +15,7 @@ Ours and stock are timed inside `generate()` by a streamer: prefill is the time 
 between two tokens. "python_ms_per_token" is that gap less the time inside compiled calls. llama.cpp and ik_llama.cpp do
 not choose tokens. "rss_before_load_gb" is what the engine's libraries take by themselves. `--llama-python` is an
 interpreter that has llama-cpp-python, `--ik-llama-python` one that has ik-llama-cpp-python; "llama.cpp-fa" is llama.cpp
-with flash attention, "ik_llama.cpp-repacked" is ik_llama.cpp with its run-time repacking. For AVX2, give interpreters
-with builds for it, and `--isa avx2`.
+with flash attention. For AVX2, give interpreters with builds for it, and `--isa avx2`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,7 @@ from transformers_kt.gguf.checkpoint import Checkpoint, open_checkpoint
 ENGINES_SCRIPT = Path(__file__).with_name("engines.py")
 LIMIT_SAMPLES = 5
 STOCK_BYTES_PER_WEIGHT = 4  # while it loads; bfloat16 comes after
+WAYS = {"llama.cpp": ("llama.cpp", "llama.cpp-tiled"), "ik_llama.cpp": ("ik_llama.cpp", "ik_llama.cpp-repacked")}
 
 
 def bytes_per_token(checkpoint: Checkpoint) -> int:
@@ -104,19 +108,31 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return figures
 
 
+def program(engine: str) -> str:
+    """What the engine is a way of."""
+    return engine.split("-")[0]
+
+
+def better(key: str, results: Mapping[str, dict[str, Any]], peer: str) -> float | None:
+    """The median of the better of a program's ways: the highest speed; of times and memory the lowest."""
+    best = max if key.startswith(("prefill", "decode")) else min
+    ways = (figures[key]["median"] for engine, figures in results.items() if program(engine) == peer and key in figures)
+    return best(ways, default=None)
+
+
 def print_table(results: dict[str, dict[str, Any]], title: str) -> None:
-    peers = [engine for engine in results if engine != "ours" and "ours" in results]
+    peers = dict.fromkeys(program(engine) for engine in results if engine != "ours" and "ours" in results)
     table = Table(title=title)
-    for column in ("", *results, *(f"ours / {engine}" for engine in peers)):
-        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("", *results, *(f"ours / {peer}" for peer in peers)):
+        table.add_column(column.replace("-", "\n").replace("/ ", "/\n"), justify="right", no_wrap=True)
     for key in dict.fromkeys(key for figures in results.values() for key in figures):
         cells = []
         for figures in results.values():
             figure = figures.get(key)
             cells.append(f"{figure['median']:.2f} ±{figure['spread'] / 2:.0%}" if figure else "")
-        for engine in peers:
-            both = key in results[engine] and key in results["ours"]
-            cells.append(f"{results['ours'][key]['median'] / results[engine][key]['median']:.2f}" if both else "")
+        for peer in peers:
+            theirs, ours = better(key, results, peer), results["ours"].get(key)
+            cells.append(f"{ours['median'] / theirs:.2f}" if ours and theirs else "")
         table.add_row(key, *cells)
     Console(width=None if sys.stdout.isatty() else 150).print(table)
 
@@ -143,7 +159,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gguf")
     parser.add_argument(
-        "--engines", nargs="+", choices=engines.ENGINES, help="default: ours, and those whose interpreters are given"
+        "--engines",
+        nargs="+",
+        choices=engines.ENGINES,
+        help="default: ours, and both ways of those whose interpreters are given",
     )
     parser.add_argument("--llama-python", metavar="INTERPRETER")
     parser.add_argument("--ik-llama-python", metavar="INTERPRETER")
@@ -158,8 +177,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     interpreters = {"llama.cpp": args.llama_python, "ik_llama.cpp": args.ik_llama_python}
-    wanted = args.engines or ["ours", *(engine for engine, given in interpreters.items() if given)]
-    interpreter_of = {engine: interpreters.get(engine.split("-")[0], sys.executable) for engine in wanted}
+    wanted = args.engines or ["ours", *(way for peer, given in interpreters.items() if given for way in WAYS[peer])]
+    interpreter_of = {engine: interpreters.get(program(engine), sys.executable) for engine in wanted}
     for engine, interpreter in interpreter_of.items():
         if interpreter is None:
             parser.error(f"{engine} needs an interpreter that has it: --llama-python or --ik-llama-python")

@@ -167,14 +167,17 @@ def run_stock(path: str, settings: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run_llama(path: str, settings: argparse.Namespace, *, flash_attention: bool = False) -> dict[str, Any]:
-    """llama.cpp through llama-cpp-python, with its repacking, without choosing tokens."""
+def run_llama(
+    path: str, settings: argparse.Namespace, *, repacked: bool = True, flash_attention: bool = False
+) -> dict[str, Any]:
+    """llama.cpp through llama-cpp-python, with its repacking or its tiles, without choosing tokens."""
     import llama_cpp
 
     before = peak_rss_gb()
     start = time.perf_counter()
     positions = max([*settings.depth, settings.prefill]) + settings.new_tokens + 32
-    llama = PEER.opened(llama_cpp, path, positions, settings.threads, flash_attention=flash_attention)
+    options = {"repacked": repacked, "flash_attention": flash_attention}
+    llama = PEER.opened(llama_cpp, path, positions, settings.threads, **options)
     load_s = time.perf_counter() - start
     timed = PEER.timer(llama_cpp, llama)
 
@@ -233,6 +236,7 @@ def run_ik_llama(path: str, settings: argparse.Namespace, *, repack: bool = Fals
 ENGINES: dict[str, Callable[[str, argparse.Namespace], dict[str, Any]]] = {
     "ours": run_ours,
     "llama.cpp": run_llama,
+    "llama.cpp-tiled": lambda path, settings: run_llama(path, settings, repacked=False),
     "llama.cpp-fa": lambda path, settings: run_llama(path, settings, flash_attention=True),
     "ik_llama.cpp": run_ik_llama,
     "ik_llama.cpp-repacked": lambda path, settings: run_ik_llama(path, settings, repack=True),

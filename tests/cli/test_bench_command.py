@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -16,23 +17,33 @@ from typer.testing import CliRunner
 import transformers_kt._C as _C
 from transformers_kt import plan
 from transformers_kt.assets import bundled_model
+from transformers_kt.cli import alternating, build_app, timing
 from transformers_kt.cli import bench as module
-from transformers_kt.cli import build_app, timing
-from transformers_kt.cli.bench import LLAMA_CPP, OURS, BenchReport, Figure, Limits, Setting, _merged, _Work, bench
+from transformers_kt.cli.alternating import LLAMA_CPP
+from transformers_kt.cli.bench import _Work, bench
+from transformers_kt.cli.bench_report import OURS, BenchReport, Figure, Limits, Setting
 from transformers_kt.errors import InputError, UnsupportedOperationError
 
 MODEL = str(bundled_model())
 LLAMA_CPP_MODULE = """
 import time
+from . import llama_cpp
 class Llama:
     def __init__(self, path, **options):
         self._ctx = type("Context", (), {"ctx": None})
+        self.repacked = llama_cpp.llama_model_default_params().use_extra_bufts
     def eval(self, tokens):
-        time.sleep(0.001 * len(tokens))
+        time.sleep((0.001 if self.repacked else 0.004) * len(tokens))
     def reset(self):
         pass
+    close = reset
 def llama_synchronize(context):
     pass
+"""
+LLAMA_CPP_BINDINGS = """
+class llama_model_params:
+    use_extra_bufts = True
+llama_model_default_params = llama_model_params
 """
 
 
@@ -135,36 +146,46 @@ def test_what_cannot_be_measured_is_refused_before_the_model_is_loaded(monkeypat
         bench(MODEL, prompts=[2048])
     with pytest.raises(InputError, match=r"against='vllm'; llama\.cpp is accepted"):
         bench(MODEL, against="vllm")
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(UnsupportedOperationError, match="pip install llama-cpp-python"):
-        bench(MODEL, against=LLAMA_CPP)
+    with pytest.raises(UnsupportedOperationError, match="pip install llama-cpp-python, or give the interpreter"):
+        bench(MODEL, against=LLAMA_CPP, llama_python=str(shutil.which("false")))
+    with pytest.raises(InputError, match=r"llama_python='/nowhere': .*; a Python interpreter is accepted"):
+        bench(MODEL, against=LLAMA_CPP, llama_python="/nowhere")
 
 
-def test_llama_cpp_is_measured_in_turns_on_the_same_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "llama_cpp.py").write_text(LLAMA_CPP_MODULE)
+def test_both_ways_of_llama_cpp_are_measured_in_turns_on_the_same_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = tmp_path / "llama_cpp"
+    package.mkdir()
+    (package / "__init__.py").write_text(LLAMA_CPP_MODULE)
+    (package / "llama_cpp.py").write_text(LLAMA_CPP_BINDINGS)
+    facts = tmp_path / "llama_cpp_python-0.3.36.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: llama-cpp-python\nVersion: 0.3.36\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(module, "version", lambda name: "1.0")
     figures = [
         Figure(OURS, 1, 1, 20, None, (50.0,), 100.0, "memory"),
         Figure(OURS, 1, 1, None, 0, (5.0,), 9.0, "memory"),
     ]
     ours = BenchReport("tiny-r1", {"CPU": "x"}, 1, {1: Limits(1.0, 1.0)}, figures).to_dict()
-    run_really, started = module._json_of, []
+    run_really, started = alternating._json_of, []
 
-    def json_of(command: Any) -> Any:
-        started.append(Path(command[1]).name)
-        return json.loads(json.dumps(ours)) if command[1] == "-m" else run_really(command)
+    def json_of(command: Any, name: str) -> Any:
+        started.append(name)
+        return json.loads(json.dumps(ours)) if name == "bench" else run_really(command, name)
 
-    monkeypatch.setattr(module, "_json_of", json_of)
+    monkeypatch.setattr(alternating, "_json_of", json_of)
     report = bench(MODEL, prompts=[20], depths=[0], threads=[1], new_tokens=3, rounds=2, against=LLAMA_CPP)
-    assert started == ["-m", "peer.py", "-m", "peer.py"]
-    theirs = {figure.setting: figure for figure in report.figures if figure.engine == LLAMA_CPP}
-    prompt, decode = theirs[Setting(1, 1, 20, None)], theirs[Setting(1, 1, None, 0)]
-    assert len(prompt.rounds) == 2
-    assert 200 < prompt.median < 1000  # it sleeps a millisecond a token
-    assert 100 < decode.median < 1000
-    assert "ratio" in str(report)
+    assert started == ["bench", "llama.cpp repacked", "llama.cpp tiled"] * 2
+    theirs = {(figure.engine, figure.setting): figure for figure in report.figures}
+    repacked, tiled = (theirs[f"llama.cpp {way}", Setting(1, 1, 20, None)] for way in ("repacked", "tiled"))
+    assert len(repacked.rounds) == len(tiled.rounds) == 2
+    assert 200 < repacked.median < 1000  # it sleeps a millisecond a token
+    assert 50 < tiled.median < 250
+    assert 100 < theirs["llama.cpp repacked", Setting(1, 1, None, 0)].median < 1000
+    assert report.about["llama.cpp"] == "llama-cpp-python 0.3.36"
+    assert f"| {50 / repacked.median:.2f} |" in report.markdown()
+    assert "Ratio: ours over the best of llama.cpp repacked, llama.cpp tiled." in str(report)
 
 
 def test_rounds_of_several_processes_become_one_report() -> None:
@@ -172,10 +193,8 @@ def test_rounds_of_several_processes_become_one_report() -> None:
         figure = Figure(OURS, 1, 1, 20, None, (speed,), limit, "memory")
         return BenchReport("m", {"CPU": "x"}, 1, {1: Limits(limit, 1.0)}, [figure]).to_dict()
 
-    module_version = pytest.MonkeyPatch()
-    with module_version.context() as patch:
-        patch.setattr(module, "version", lambda name: "1.0")
-        merged = _merged("m", [json.loads(json.dumps(report(*each))) for each in ((50.0, 90.0), (70.0, 80.0))], {})
+    reports = [json.loads(json.dumps(report(*each))) for each in ((50.0, 90.0), (70.0, 80.0))]
+    merged = alternating.merged("m", reports, {}, "1.0")
     (figure,) = merged.figures
     assert (figure.median, figure.limit, merged.limits[1].read) == (60.0, 90.0, 90.0)
     assert figure.spread == pytest.approx(20 / 60)
@@ -190,6 +209,6 @@ def test_a_picture_is_written_for_few_and_for_many_settings(tmp_path: Path) -> N
 
 
 def test_the_peer_imports_nothing_but_the_standard_library() -> None:
-    source = Path(str(module.peer.__file__)).read_text()
+    source = Path(str(alternating.peer.__file__)).read_text()
     imported = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
     assert imported <= set(sys.stdlib_module_names)

@@ -7,176 +7,29 @@ import json
 import platform
 import re
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated
 
 import typer
 
 import transformers_kt._C as _C
-from transformers_kt.cli import peer
+from transformers_kt.cli.alternating import alternating, llama_cpp_version
+from transformers_kt.cli.bench_report import OURS, BenchReport, Figure, Limits, Setting
 from transformers_kt.cli.inspect import inspect_model
 from transformers_kt.cli.machine import cpu_name, decode_rates, product_rate
 from transformers_kt.cli.models import MODEL_HELP, located
-from transformers_kt.cli.pictures import new_figure
-from transformers_kt.errors import InputError, UnsupportedOperationError
+from transformers_kt.errors import InputError
 from transformers_kt.planning.bandwidth import ReadableMemory
 from transformers_kt.planning.hardware import usable_cpus
 from transformers_kt.planning.plan import plan
 from transformers_kt.planning.report import PlanReport, require_plot
-from transformers_kt.planning.tables import new_table, rendered
-from transformers_kt.text import format_bytes
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-LLAMA_CPP = "llama.cpp"
-OURS = "transformers_kt"
 _WARM_UP_TOKENS = 8
-_MOST_BESIDE = 4  # settings whose names fit under half of a picture
 _PACKAGES = ("torch", "transformers", "transformers-kt-experts")
-
-
-class Setting(NamedTuple):
-    """What is measured: a ``prompt`` of so many tokens, or decoding at a ``depth`` of so many; the other is None."""
-
-    threads: int
-    batch: int
-    prompt: int | None = None
-    depth: int | None = None
-
-    @property
-    def title(self) -> str:
-        return f"decode at {self.depth:,}" if self.prompt is None else f"prompt of {self.prompt:,}"
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """``rounds`` are tokens per second, of all sequences of the batch together: of each round the median.
-
-    ``limit`` is what memory or multiplying allow, ``bound`` which of them; of llama.cpp nothing is known.
-    """
-
-    engine: str
-    threads: int
-    batch: int
-    prompt: int | None
-    depth: int | None
-    rounds: tuple[float, ...]
-    limit: float | None
-    bound: str | None
-
-    @property
-    def setting(self) -> Setting:
-        return Setting(self.threads, self.batch, self.prompt, self.depth)
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.rounds)
-
-    @property
-    def spread(self) -> float:
-        """(largest - smallest) / median: how far to trust the median."""
-        return (max(self.rounds) - min(self.rounds)) / self.median
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Of one number of threads: bytes read and products of bytes a second, the best of all rounds."""
-
-    read: float
-    products: float
-
-
-@dataclass(frozen=True, slots=True)
-class BenchReport:
-    """``bytes_per_token`` are those of weights; ``limits`` by threads; ``about`` says where the figures are from."""
-
-    title: str
-    about: Mapping[str, str]
-    bytes_per_token: int
-    limits: Mapping[int, Limits]
-    figures: Sequence[Figure]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values all through, fit for JSON."""
-        figures = [{**asdict(each), "median": each.median, "spread": each.spread} for each in self.figures]
-        return {**asdict(self), "figures": figures}
-
-    def __str__(self) -> str:
-        return rendered(self._heading(), self._table(), *self._remarks())
-
-    def markdown(self) -> str:
-        columns, rows = self._cells()
-        lines = [columns, ["---"] * len(columns), *rows]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        about = ", ".join(f"{name} {value}" for name, value in self.about.items())
-        return "\n\n".join((self._heading(), table, *self._remarks(), about))
-
-    def plot(self, path: str) -> None:
-        """Write a picture: prompts left, decoding right, a bar a setting, marks for rounds and limits."""
-        sides = [(name, [each for each in self.figures if (each.prompt is None) == (name == "decoding")])
-                 for name in ("prompts", "decoding")]  # fmt: skip
-        sides = [(name, figures) for name, figures in sides if figures]
-        most = max(len({each.setting for each in figures}) for _, figures in sides)
-        figure, axes = new_figure(len(sides), stacked=most > _MOST_BESIDE)
-        engines = list(dict.fromkeys(each.engine for each in self.figures))
-        for axis, (name, figures) in zip(axes, sides, strict=True):
-            settings = list(dict.fromkeys(each.setting for each in figures))
-            width = 0.8 / len(engines)
-            for each in figures:
-                place = settings.index(each.setting) + (engines.index(each.engine) - (len(engines) - 1) / 2) * width
-                axis.bar(place, each.median, width * 0.9, color=f"C{engines.index(each.engine)}")
-                axis.plot([place] * len(each.rounds), each.rounds, "k.", markersize=4)
-                if each.limit is not None:
-                    axis.plot([place - width / 2, place + width / 2], [each.limit] * 2, color="black", linewidth=1.5)
-            axis.set_xticks(range(len(settings)), [_short(setting, settings) for setting in settings], fontsize=9)
-            axis.set(title=name, ylabel="tokens/s (higher is better)")
-            axis.set_xlabel("tokens of the prompt" if name == "prompts" else "tokens of context")
-        _legend(figure, engines)
-        figure.suptitle(f"{self.title}, {self.about['CPU']}")
-        figure.savefig(path, dpi=100)
-
-    def _heading(self) -> str:
-        return f"{self.title}: a token reads {format_bytes(self.bytes_per_token)} of weights"
-
-    def _remarks(self) -> Iterator[str]:
-        for threads, limits in self.limits.items():
-            yield (
-                f"Limits of {threads} thread{'s' * (threads > 1)}: {format_bytes(int(limits.read))}/s read, "
-                f"{limits.products / 1e9:,.0f} GOPS of int8 products with weights in the cache."
-            )
-
-    def _table(self) -> Table:
-        columns, rows = self._cells()
-        table = new_table(*columns, numbers=columns[3:-1])
-        table.show_footer = False
-        for row in rows:
-            table.add_row(*row)
-        return table
-
-    def _cells(self) -> tuple[list[str], list[list[str]]]:
-        columns = ["what", "threads", "batch", "tokens/s", "rounds apart", "of the limit", "bound by"]
-        peers = {each.setting: each for each in self.figures if each.engine != OURS}
-        if peers:
-            columns[6:6] = [LLAMA_CPP, "ratio"]
-        rows = []
-        for each in self.figures:
-            if each.engine != OURS:
-                continue
-            share = "" if each.limit is None else f"{each.median / each.limit:.0%}"
-            apart = f"{each.spread:.0%}" if len(each.rounds) > 1 else ""
-            row = [each.setting.title, str(each.threads), str(each.batch), _shown(each.median), apart, share]
-            if peers:
-                other = peers.get(each.setting)
-                row += ["", ""] if other is None else [_shown(other.median), f"{each.median / other.median:.2f}"]
-            rows.append([*row, each.bound or ""])
-        return columns, rows
 
 
 def bench(
@@ -189,10 +42,11 @@ def bench(
     new_tokens: int = 32,
     rounds: int = 3,
     against: str | None = None,
+    llama_python: str = sys.executable,
 ) -> BenchReport:
     """Loads the model and measures it inside generate(), every setting in every round.
 
-    ``against`` llama.cpp the rounds alternate, each in a process of its own: two copies of a model rarely fit. Raises
+    ``against`` llama.cpp the rounds alternate; ``llama_python`` is the interpreter that has llama-cpp-python. Raises
     `InputError` or `UnsupportedOperationError` for what cannot be measured, and what loading raises.
     """
     title, counts = _title(model), list(threads or [_C.thread_count()])
@@ -203,8 +57,8 @@ def bench(
     settings = [Setting(count, batch, prompt, None) for count in counts for batch in batches for prompt in prompts]
     settings += [Setting(count, batch, None, depth) for count in counts for batch in batches for depth in depths]
     if against is not None:
-        _require_llama_cpp(against)
-        return _alternating(model, title, settings, new_tokens, rounds)
+        peer_version = llama_cpp_version(against, llama_python)
+        return alternating(model, title, settings, new_tokens, rounds, llama_python, peer_version)
     before = _C.thread_count()
     try:
         return _ours(model, title, settings, new_tokens, rounds)
@@ -291,76 +145,6 @@ class _Work:
         return at_once / seconds, "memory" if reading > multiplying else "multiplying"
 
 
-def _alternating(model: str, title: str, settings: Sequence[Setting], new_tokens: int, rounds: int) -> BenchReport:
-    """Rounds of ours and of llama.cpp in turns, each in a process of its own."""
-    single = [setting for setting in settings if setting.batch == 1]
-    file = _file_of(model)
-    reports, theirs = [], {setting: [] for setting in single}  # type: tuple[list[Any], dict[Setting, list[float]]]
-    for _ in range(rounds):
-        ours = _json_of([sys.executable, "-m", "transformers_kt.cli", "bench", model, "--rounds", "1", "--json",
-                         *_as_options(settings, new_tokens)])  # fmt: skip
-        reports.append(ours)
-        wanted = {
-            "path": file,
-            "threads": sorted({setting.threads for setting in single}),
-            "prompts": sorted({setting.prompt for setting in single if setting.prompt is not None}),
-            "depths": sorted({setting.depth for setting in single if setting.depth is not None}),
-            "new_tokens": new_tokens,
-        }
-        for each in _json_of([sys.executable, str(peer.__file__), json.dumps(wanted)]):
-            setting = Setting(each["threads"], 1, each.get("prompt"), each.get("depth"))
-            seconds = statistics.median(each["seconds"])
-            theirs[setting].append((setting.prompt or 1) / seconds)
-    return _merged(title, reports, theirs)
-
-
-def _merged(title: str, reports: Sequence[Any], theirs: Mapping[Setting, list[float]]) -> BenchReport:
-    """One report of those of the rounds: the rounds of each figure together, the highest of each limit."""
-    figures = []
-    for each in zip(*(report["figures"] for report in reports), strict=True):
-        first = each[0]
-        setting = Setting(*(first[key] for key in Setting._fields))
-        limit = max(one["limit"] for one in each)
-        figures.append(Figure(OURS, *setting, tuple(one["rounds"][0] for one in each), limit, first["bound"]))
-    figures += [Figure(LLAMA_CPP, *setting, tuple(found), None, None) for setting, found in theirs.items()]
-    limits = {
-        int(count): Limits(*(max(report["limits"][count][key] for report in reports) for key in ("read", "products")))
-        for count in reports[0]["limits"]
-    }
-    about = {**reports[0]["about"], LLAMA_CPP: f"llama-cpp-python {version('llama-cpp-python')}"}
-    return BenchReport(title, about, reports[0]["bytes_per_token"], limits, figures)
-
-
-def _as_options(settings: Iterable[Setting], new_tokens: int) -> Iterator[str]:
-    for option, of in (("--threads", "threads"), ("--batch", "batch"), ("--prompt", "prompt"), ("--depth", "depth")):
-        numbers = dict.fromkeys(getattr(setting, of) for setting in settings)
-        yield from (option, ",".join(str(number) for number in numbers if number is not None))
-    yield from ("--new-tokens", str(new_tokens))
-
-
-def _json_of(command: Sequence[str]) -> Any:
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        raise UnsupportedOperationError(
-            f"{Path(command[-2 if command[1].endswith('.py') else 1]).name} ended with {done.returncode}; its own "
-            "message stands above"
-        )
-    return json.loads(done.stdout)
-
-
-def _require_llama_cpp(against: str) -> None:
-    if against != LLAMA_CPP:
-        raise InputError(f"against={against!r}; {LLAMA_CPP} is accepted")
-    if find_spec("llama_cpp") is None:
-        raise UnsupportedOperationError(
-            "llama.cpp is measured through its Python package: pip install llama-cpp-python"
-        )
-
-
-def _file_of(model: str) -> str:
-    return inspect_model(model, 1).files[0]
-
-
 def _title(model: str) -> str:
     return Path(model).resolve().name.removesuffix(".gguf")
 
@@ -374,29 +158,6 @@ def _about() -> dict[str, str]:
         **{name: version(name) for name in _PACKAGES},
         "on": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
-
-
-def _short(setting: Setting, all_settings: Sequence[Setting]) -> str:
-    """What tells the setting from the others."""
-    shown = [f"{setting.depth if setting.prompt is None else setting.prompt:,}"]
-    for of, word in (("batch", "batch"), ("threads", "threads")):
-        if len({getattr(each, of) for each in all_settings}) > 1:
-            shown.append(f"{word} {getattr(setting, of)}")
-    return "\n".join(shown)
-
-
-def _legend(figure: Any, engines: Sequence[str]) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    handles: list[Any] = [Patch(color=f"C{number}", label=engine) for number, engine in enumerate(engines)]
-    handles.append(Line2D([], [], color="black", linestyle="", marker=".", label="a round"))
-    handles.append(Line2D([], [], color="black", linewidth=1.5, label="limit of this machine"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-
-
-def _shown(number: float) -> str:
-    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def _numbers(least: int) -> Callable[[str], list[int]]:
@@ -425,6 +186,10 @@ def bench_command(
     against: Annotated[
         str | None, typer.Option(metavar="llama.cpp", help="Measure llama.cpp too, in turns, on the same file.")
     ] = None,
+    llama_python: Annotated[
+        str,
+        typer.Option(metavar="INTERPRETER", help="The Python that has llama-cpp-python; this one if not given."),
+    ] = sys.executable,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of tables.")] = False,
     png: Annotated[str | None, typer.Option(help="Also write a picture to this file (.png, .svg).")] = None,
@@ -447,6 +212,7 @@ def bench_command(
         new_tokens=new_tokens,
         rounds=rounds,
         against=against,
+        llama_python=llama_python,
     )
     print(json.dumps(report.to_dict(), indent=1) if as_json else report.markdown() if markdown else report)
     if png is not None:

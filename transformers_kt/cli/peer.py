@@ -1,9 +1,13 @@
 """llama.cpp, measured as `bench` measures ours: a process that prints one line of JSON.
 
-    python peer.py '{"path": "model.gguf", "threads": [2], "prompts": [512], "depths": [0], "new_tokens": 32}'
+    python peer.py '{"path": "model.gguf", "repacked": true, "threads": [2], "prompts": [512], "depths": [0],
+                     "new_tokens": 32}'
 
 It imports nothing but the standard library and llama_cpp: the interpreter that has llama-cpp-python may have nothing
 else.
+
+llama.cpp has two ways to multiply quantized weights on a CPU, and is faster in one or the other: with weights
+repacked when the model is loaded (its default), or with tiles of the file's own blocks.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 _BATCH = 512  # tokens of a prompt at a time, its default
@@ -30,16 +35,36 @@ def timer(llama_cpp: Any, llama: Any) -> Callable[[list[int]], float]:
     return timed
 
 
-def opened(llama_cpp: Any, path: str, positions: int, threads: int, *, flash_attention: bool = False) -> Any:
-    return llama_cpp.Llama(
-        path,
-        n_ctx=positions,
-        n_batch=_BATCH,
-        n_threads=threads,
-        n_threads_batch=threads,
-        flash_attn=flash_attention,
-        verbose=False,
-    )
+def opened(
+    llama_cpp: Any, path: str, positions: int, threads: int, *, repacked: bool = True, flash_attention: bool = False
+) -> Any:
+    """``Llama`` has no option for the way to multiply: it takes the parameters that this module's function gives."""
+    bindings: Any = llama_cpp.llama_cpp
+    default_params = bindings.llama_model_default_params
+    if not hasattr(default_params(), "use_extra_bufts"):
+        raise SystemExit(
+            f"llama-cpp-python {llama_cpp.__version__} does not say whether it repacks weights; 0.3.36 does: "
+            "pip install -U llama-cpp-python"
+        )
+
+    def chosen_params() -> Any:
+        params = default_params()
+        params.use_extra_bufts = repacked
+        return params
+
+    bindings.llama_model_default_params = chosen_params
+    try:
+        return llama_cpp.Llama(
+            path,
+            n_ctx=positions,
+            n_batch=_BATCH,
+            n_threads=threads,
+            n_threads_batch=threads,
+            flash_attn=flash_attention,
+            verbose=False,
+        )
+    finally:
+        bindings.llama_model_default_params = default_params
 
 
 def _measured(settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -49,7 +74,7 @@ def _measured(settings: dict[str, Any]) -> list[dict[str, Any]]:
     positions = max([*settings["prompts"], *settings["depths"]]) + settings["new_tokens"] + 32
     found = []
     for threads in settings["threads"]:
-        llama = opened(llama_cpp, settings["path"], positions, threads)
+        llama = opened(llama_cpp, settings["path"], positions, threads, repacked=settings["repacked"])
         timed = timer(llama_cpp, llama)
         timed(_tokens(8))  # the first call allocates
         for prompt in settings["prompts"]:
@@ -60,6 +85,7 @@ def _measured(settings: dict[str, Any]) -> list[dict[str, Any]]:
             timed(_tokens(max(1, depth)))
             seconds = [timed([_FIRST_TOKEN + step]) for step in range(settings["new_tokens"])]
             found.append({"threads": threads, "depth": depth, "seconds": seconds})
+        llama.close()  # two copies of a model rarely fit
     return found
 
 
@@ -68,4 +94,6 @@ def _tokens(count: int) -> list[int]:
 
 
 if __name__ == "__main__":
+    # Python looks for modules in a script's folder first, and this one has an inspect.py.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
     print(json.dumps(_measured(json.loads(sys.argv[1]))))
