@@ -28,6 +28,7 @@ PYTHON_LAYERS = (
     ("backends",),
     ("modules",),
     ("integration",),
+    ("evaluation",),
     ("cli", "__init__"),
 )
 # Where compiled code may be called from: backends are the boundary, modules make the objects that they look up, plans

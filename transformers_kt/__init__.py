@@ -18,20 +18,36 @@ from transformers_kt.integration import hooks  # noqa: E402  (what it waits for 
 
 __version__ = "0.1.0"
 
-__all__ = ["KtConfig", "KtError", "KtReport", "PlanReport", "plan", "set_thread_count", "thread_count"]
+__all__ = [
+    "KtConfig",
+    "KtError",
+    "KtReport",
+    "PlanReport",
+    "QualityReport",
+    "plan",
+    "quality",
+    "save_logits",
+    "set_thread_count",
+    "thread_count",
+]
 
 if TYPE_CHECKING:
+    from transformers_kt.evaluation.quality import quality, save_logits
+    from transformers_kt.evaluation.report import QualityReport
     from transformers_kt.integration.loading import KtReport
     from transformers_kt.integration.quantizer import KtConfig
     from transformers_kt.planning.plan import plan
     from transformers_kt.planning.report import PlanReport
 else:
-    # Imported on first use: KtConfig and KtReport need torch, planning does not.
+    # Imported on first use: KtConfig and KtReport need torch, as evaluation does; planning does not.
     _LATER = {
         "KtConfig": "integration.quantizer",
         "KtReport": "integration.loading",
         "PlanReport": "planning.report",
+        "QualityReport": "evaluation.report",
         "plan": "planning.plan",
+        "quality": "evaluation.quality",
+        "save_logits": "evaluation.quality",
     }
 
     def __getattr__(name: str) -> Any:

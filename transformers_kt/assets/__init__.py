@@ -1,4 +1,4 @@
-"""Files that come with the package: the bundled model, and a text to count experts on."""
+"""Files that come with the package: the bundled model, and texts to run models on."""
 
 from __future__ import annotations
 
@@ -17,3 +17,10 @@ def bundled_model() -> Path:
 def profile_text() -> str:
     """Some of everything that people give to a language model: what `transformers-kt profile` reads by default."""
     return (Path(__file__).parent / "profile.txt").read_text(encoding="utf-8")
+
+
+def bundled_texts() -> dict[str, str]:
+    """Name -> a page of text to compare models on, written for this package: prose, an explanation, a program, letters
+    in five languages."""
+    names = ("prose", "explanation", "program", "languages")
+    return {name: (Path(__file__).parent / "texts" / f"{name}.txt").read_text(encoding="utf-8") for name in names}

@@ -27,6 +27,7 @@ def build_app() -> typer.Typer:
     from transformers_kt.cli.options import our_spelling
     from transformers_kt.cli.plan import plan_command
     from transformers_kt.cli.profile import profile_command
+    from transformers_kt.cli.quality import quality_command
     from transformers_kt.cli.run import run_command
     from transformers_kt.cli.serve import serve_command
 
@@ -55,6 +56,7 @@ def build_app() -> typer.Typer:
     app.command("ask", no_args_is_help=True)(ask_command)
     app.command("inspect", no_args_is_help=True)(inspect_command)
     app.command("bench", no_args_is_help=True)(bench_command)
+    app.command("quality", no_args_is_help=True)(quality_command)
     app.command("doctor")(doctor_command)
     app.command("plan", no_args_is_help=True)(plan_command)
     app.command("profile", no_args_is_help=True)(profile_command)
@@ -72,9 +74,9 @@ def main() -> None:
     try:
         build_app()()
     except (KtError, OSError) as error:
-        from transformers_kt.cli import options, plan
+        from transformers_kt.cli import options, plan, quality
         from transformers_kt.cli.words import in_options
 
-        said = in_options(str(error), {**plan.OPTIONS, **options.OPTIONS})
+        said = in_options(str(error), {**plan.OPTIONS, **options.OPTIONS, **quality.OPTIONS})
         print(f"transformers-kt: {said}", file=sys.stderr)
         sys.exit(_FAILED)
