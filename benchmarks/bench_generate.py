@@ -91,6 +91,7 @@ def refusal(engine: str, checkpoint: Checkpoint) -> str | None:
 
 def run_engine(engine: str, interpreter: str, args: argparse.Namespace) -> dict[str, Any]:
     settings = {key: getattr(args, key) for key in ("threads", "prefill", "depth", "new_tokens", "repeats")}
+    settings["in_turns"] = False
     command = [interpreter, str(ENGINES_SCRIPT), engine, args.gguf, json.dumps(settings)]
     environment = {**os.environ, **({"TRANSFORMERS_KT_ISA": args.isa} if args.isa else {})}
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, env=environment)

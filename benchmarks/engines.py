@@ -1,4 +1,5 @@
-"""One engine, one process: loads a GGUF file, measures, prints one line of JSON. Started by bench_generate.py.
+"""One engine, one process: loads a GGUF file, measures, prints one line of JSON. Started by bench_generate.py, and by
+bench_types.py, which asks for each generation when it is its turn.
 
 It runs under interpreters that have only their own engine installed, so it imports nothing but the standard library
 before it knows which one is wanted.
@@ -62,6 +63,9 @@ def random_tokens(count: int, seed: int = 1) -> list[int]:
 def measured(generate: Generate, settings: argparse.Namespace) -> dict[str, list[float]]:
     """Samples of each figure: tokens per second of prompts, and of decoding after them (one sample for each token)."""
     generate(random_tokens(WARM_UP_TOKENS))
+    if settings.in_turns:
+        take_turns(generate)
+        return {}
     figures: dict[str, list[float]] = {}
 
     def add(tokens: int, decode: str | None) -> None:
@@ -77,6 +81,14 @@ def measured(generate: Generate, settings: argparse.Namespace) -> dict[str, list
     for depth in settings.depth:
         add(depth, f"decode_{depth}")
     return figures
+
+
+def take_turns(generate: Generate) -> None:
+    """Each line of stdin is a number of prompt tokens; the answer: seconds to the first token, and the gaps."""
+    print("ready", flush=True)
+    for seed, line in enumerate(sys.stdin, 2):
+        run = generate(random_tokens(int(line), seed))
+        print(json.dumps([run.first, run.gaps]), flush=True)
 
 
 def generate_of(model: Any, new_tokens: int, compiled: Callable[[], float] = lambda: 0.0) -> Generate:
