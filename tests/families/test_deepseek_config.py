@@ -21,6 +21,7 @@ from transformers import (
     Glm4MoeLiteConfig,
 )
 
+from transformers_kt.assets import bundled_model
 from transformers_kt.errors import GgufFormatError, UnsupportedModelError
 from transformers_kt.families.from_gguf import config_from_gguf, generation_config_from_gguf, notes_from_gguf
 from transformers_kt.gguf.checkpoint import open_checkpoint
@@ -477,7 +478,7 @@ TOLD_BY_TENSORS = [
 def test_what_tensors_tell_need_not_be_stated(tmp_path: Path, facts: dict[str, Any], keys: list[str]) -> None:
     source = file_without(tmp_path, facts, *keys)
     assert config_from_gguf(source).to_dict() == config_from_gguf(metadata(facts)).to_dict()
-    assert notes_from_gguf(source) == ()
+    assert notes_from_gguf(source) == notes_from_gguf(metadata(facts))
 
 
 @pytest.mark.parametrize(
@@ -493,13 +494,28 @@ def test_what_tensors_tell_need_not_be_stated(tmp_path: Path, facts: dict[str, A
     ],
 )
 def test_a_default_that_changes_results_is_noted(tmp_path: Path, key: str, taken: Any) -> None:
-    (note,) = notes_from_gguf(file_without(tmp_path, STATED_V3, key))
+    note, *_ = notes_from_gguf(file_without(tmp_path, STATED_V3, key))
     assert f"deepseek2.{key} ({taken} is taken)" in note
     assert "folder" in note
 
 
 def test_a_model_that_states_everything_has_no_notes(tmp_path: Path) -> None:
-    assert notes_from_gguf(file_without(tmp_path, STATED_V3)) == ()
+    plain = {key: value for key, value in STATED_V3.items() if "scaling" not in key}
+    assert notes_from_gguf(file_without(tmp_path, plain)) == ()
+
+
+def test_the_notes_say_what_no_file_tells_of_yarn_unless_the_model_is_known(tmp_path: Path) -> None:
+    (note,) = notes_from_gguf(file_without(tmp_path, STATED_V3))
+    assert "mscale_all_dim alone, 1; the same is taken for mscale" in note
+    assert "folder or hub id" in note
+    assert notes_from_gguf(metadata({**V3_FILE, **NEW_HEADS, "rope.scaling.yarn_log_multiplier": 0.1})) == ()
+    assert notes_from_gguf(open_checkpoint(bundled_model())) == ()
+
+
+def test_transformers_v2_never_normalizes_the_weights_of_experts_which_is_noted() -> None:
+    source = metadata({**STATED_V2, "expert_weights_norm": True})
+    assert config_from_gguf(source).norm_topk_prob is True
+    assert any("expert_weights_norm" in note and "llama.cpp does" in note for note in notes_from_gguf(source))
 
 
 def test_yarn_without_the_multiplier_is_refused_where_the_model_is_not_known(tmp_path: Path) -> None:
@@ -608,7 +624,7 @@ def test_sampling_options_reach_the_generation_config(stated: dict[str, Any], op
     source = metadata(STATED_V3, **{f"general.sampling.{key}": value for key, value in stated.items()})
     found = generation_config_from_gguf(source)
     assert {key: getattr(found, key) for key in options} == options
-    notes = notes_from_gguf(source)
+    notes = [note for note in notes_from_gguf(source) if "sampling" in note]
     assert len(notes) == ("mirostat" in stated)
     assert all("general.sampling.mirostat" in note for note in notes)
 
@@ -629,9 +645,17 @@ def test_a_sampling_option_that_makes_no_sense_is_named(key: str, nonsense: Any)
         generation_config_from_gguf(metadata(TINY_V3, **{f"general.sampling.{key}": nonsense}))
 
 
-def test_a_dense_model_is_told_to_be_one() -> None:
-    with pytest.raises(GgufFormatError, match=r"deepseek2\.expert_count is 0; .*dense"):
-        config_from_gguf(metadata({**TINY_V3, "expert_count": 0}))
+def test_a_model_without_experts_is_youtus(tmp_path: Path) -> None:
+    dense = {key: value for key, value in TINY_V3.items() if "expert" not in key}
+    dense |= {"leading_dense_block_count": 3, "expert_shared_count": 0, "expert_feed_forward_length": 96}
+    shapes = tiny_tensors({**TINY_V3, "leading_dense_block_count": 3})
+    for source in (metadata(dense), GgufFile(write_model(tmp_path / "m.gguf", dense, shapes))):
+        config = config_from_gguf(source)
+        assert (config.model_type, config.intermediate_size, config.rope_interleave) == ("youtu", 96, True)
+    # Where a layer has a router, or is said to have one, the key is missing.
+    for facts in ({**TINY_V3, "expert_count": 0}, {**dense, "leading_dense_block_count": 1}):
+        with pytest.raises(GgufFormatError, match=r"deepseek2\.expert_count is"):
+            config_from_gguf(metadata(facts))
 
 
 def test_token_ids_reach_both_configs() -> None:
@@ -745,7 +769,6 @@ def test_a_value_out_of_range_is_named(key: str, nonsense: Any) -> None:
         (TINY_V3, "rope.scaling.yarn_attn_factor", 2.0),
         (TINY_V3, "rope.scaling.yarn_ext_factor", 0.5),
         (TINY_V3, "attention.head_count_kv", 2),
-        (TINY_V2, "expert_weights_norm", True),
     ],
 )
 def test_a_feature_the_models_lack_is_refused(facts: dict[str, Any], key: str, value: Any) -> None:

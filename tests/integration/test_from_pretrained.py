@@ -402,7 +402,9 @@ def test_a_config_that_contradicts_the_file_is_refused_with_tensor_and_both_shap
 
 def test_a_config_of_another_architecture_is_refused_with_the_accepted_ones(v3: Example, tmp_path: Path) -> None:
     folder = changed_config(v3, tmp_path, model_type="llama")
-    accepted = "'llama'; deepseek_v2, deepseek_v3, .* and kimi_k25 are accepted"
+    accepted = (
+        r"'llama'; deepseek_v2, deepseek_v3, .* and kimi_k25 are accepted\. The GGUF states all .*leave the folder"
+    )
     with pytest.raises(errors.UnsupportedModelError, match=accepted):
         AutoModelForCausalLM.from_pretrained(folder, gguf_path=v3.gguf)
 

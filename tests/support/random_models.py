@@ -1,4 +1,4 @@
-"""Tiny DeepSeek models with random weights, in the shapes that differ: V3, V2, V2-Lite, GLM-4.7-Flash and Kimi-K2.
+"""Tiny DeepSeek models with random weights, in shapes that differ: V3, V2, V2-Lite, GLM-4.7-Flash, Kimi-K2, Youtu-LLM.
 
 All are float32, seeded, and scaled so that a comparison of logits means something: activations keep unit size through
 the layers, logits spread by about three, attention is neither flat nor one-hot, and every expert gets tokens. YaRN is
@@ -22,6 +22,8 @@ from transformers import (
     DeepseekV32ForCausalLM,
     Glm4MoeLiteConfig,
     Glm4MoeLiteForCausalLM,
+    YoutuConfig,
+    YoutuForCausalLM,
 )
 
 ORIGINAL_POSITIONS = 128
@@ -206,6 +208,32 @@ def kimi_like(seed: int = 0, **overrides: Any) -> DeepseekV3ForCausalLM:
         "rope_parameters": {**_yarn(1.0), "rope_theta": 50000.0, "beta_fast": 1.0, "beta_slow": 1.0},
     }
     return v3_like(seed, **{**kimi, **overrides})
+
+
+def youtu_like(seed: int = 0, **overrides: Any) -> YoutuForCausalLM:
+    """Youtu-LLM: V3's attention, no experts, embeddings that double as the head."""
+    config = YoutuConfig(
+        **{
+            **_SHARED,
+            "intermediate_size": 320,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "q_lora_rank": 96,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1600000.0},
+            **overrides,
+        }
+    )
+    model = YoutuForCausalLM(config)
+    _randomize(model, seed)
+    with torch.no_grad():  # as a head, for which they were far too large
+        model.get_input_embeddings().weight.mul_(_GAINS["lm_head"] / math.sqrt(config.hidden_size))
+    return model
 
 
 def v2_like(seed: int = 0, **overrides: Any) -> DeepseekV2ForCausalLM:

@@ -22,7 +22,7 @@ MOST_VOCAB = 1 << 24
 MOST_CONTEXT = 1 << 31
 
 
-_USE_A_FOLDER = (
+USE_A_FOLDER = (
     "A folder or hub id with the model's config.json tells what the file lacks: from_pretrained(folder, gguf_path=...)"
 )
 
@@ -32,7 +32,8 @@ class Facts:
 
     ``tensors`` are those of the file, None where metadata are all there is; ``name`` stands for the file in messages.
     ``told`` are whole numbers to take for keys that are missing, since tensors tell them; ``assumed`` are keys that are
-    missing and change results, with what was taken in their place.
+    missing and change results, with what was taken in their place; ``remarks`` are sentences about what else of the
+    file a user should know.
     """
 
     def __init__(self, source: Checkpoint | GgufFile | Mapping[str, Any]) -> None:
@@ -48,6 +49,7 @@ class Facts:
         self.prefix = f"{self.architecture}."
         self.told: Mapping[str, int] = {}
         self.assumed: dict[str, object] = {}
+        self.remarks: list[str] = []
 
     def integer(self, key: str, *, least: int = 1, most: int, default: int | None = None) -> int:
         """A whole number. Raises `GgufFormatError` outside ``least`` to ``most``, or where it is missing."""
@@ -88,9 +90,9 @@ class Facts:
     def notes(self) -> tuple[str, ...]:
         """What was taken for granted, a sentence each."""
         if not self.assumed:
-            return ()
+            return tuple(self.remarks)
         taken = ", ".join(f"{self.prefix}{key} ({value} is taken)" for key, value in self.assumed.items())
-        return (f"The GGUF does not state {taken}. {_USE_A_FOLDER}.",)
+        return (f"The GGUF does not state {taken}. {USE_A_FOLDER}.", *self.remarks)
 
     def vocab_size(self) -> int:
         """Rows of the embedding, by the tensor where there is one. Raises `GgufFormatError` where nothing says it."""
@@ -134,7 +136,7 @@ class Facts:
     def nonsense(self, key: str, found: object, accepted: str) -> GgufFormatError:
         if found is None:
             missing = f"{self.name}: {self.prefix}{key} is missing"
-            return GgufFormatError(f"{missing}; {accepted} is expected. {_USE_A_FOLDER}")
+            return GgufFormatError(f"{missing}; {accepted} is expected. {USE_A_FOLDER}")
         return GgufFormatError(f"{self.name}: {self.prefix}{key} is {found!r}; {accepted} is accepted")
 
     def unsupported(self, key: str, found: object, accepted: str) -> UnsupportedModelError:

@@ -489,9 +489,8 @@ def _read_tensor_table(header: _Cursor, tensor_count: int, alignment: int) -> di
             ggml_type = GgmlType(kind)
         except ValueError:
             raise UnsupportedTypeError(
-                f"{header.path}: tensor {_shown(name)} has ggml type {kind}, {unknown_type(kind, list(GgmlType))}. "
-                "Take a file of another quantization, such as Q4_K_M or Q8_0; the types that are known are "
-                + ", ".join(known.name for known in GgmlType)
+                f"{header.path}: tensor {_shown(name)} has ggml type {unknown_type(kind, list(GgmlType))}. "
+                "Take a file of another quantization, such as Q4_K_M or Q8_0"
             ) from None
         nbytes = _stored_bytes(header, ggml_type, shape)
         if offset % alignment:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from transformers_kt.families.from_gguf import config_from_gguf
+from transformers_kt.errors import KtError, UnsupportedModelError
+from transformers_kt.families.from_gguf import config_from_gguf, config_values
 from transformers_kt.families.registry import families, family_of_type, language_model
 from transformers_kt.planning.request import MOOT_OPTIONS, Request
 
@@ -38,7 +39,10 @@ def resolved_config(
         config = _config_from_dict(given.to_dict(), request.name) if _is_foreign(given) else copy.deepcopy(given)
     elif folder is not None:
         facts, _ = PreTrainedConfig.get_config_dict(folder, **request.hub)
-        config = _config_from_dict(facts, folder)
+        try:
+            config = _config_from_dict(facts, folder)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{error}{_runs_alone(request, checkpoint)}") from None
     else:
         config = config_from_gguf(request.open() if checkpoint is None else checkpoint)
     # How the weights lie in the safetensors of the folder, such as fp8, is of no concern to a GGUF.
@@ -51,6 +55,15 @@ def resolved_config(
             rest[key] = value
     config.name_or_path = request.name
     return config, rest
+
+
+def _runs_alone(request: Request, checkpoint: Checkpoint | None) -> str:
+    """What to say where the folder's config is of no family and the GGUF beside it makes one."""
+    try:
+        config_values(request.open() if checkpoint is None else checkpoint)
+    except KtError:
+        return ""
+    return f'. The GGUF states all that is needed: leave the folder out, from_pretrained("{request.gguf}")'
 
 
 def _is_foreign(config: PreTrainedConfig) -> bool:

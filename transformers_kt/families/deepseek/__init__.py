@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from transformers_kt.families.base import Example, Family
-from transformers_kt.families.deepseek.config import PLAIN, config_values, dims, mla, router
-from transformers_kt.families.deepseek.outline import GLM_LITE, OUTLINE, V2, V3, V32
+from transformers_kt.families.deepseek.config import PLAIN, dims, mla, router
+from transformers_kt.families.deepseek.metadata import config_values
+from transformers_kt.families.deepseek.outline import GLM_LITE, OUTLINE, V2, V3, V32, YOUTU
 from transformers_kt.families.deepseek.responses import RESPONSES
 from transformers_kt.families.deepseek.tensors import (
     CORRECTION_BIAS,
@@ -46,14 +47,15 @@ def _with_indexer(name: str, of_v2: str | None = None) -> tuple[str, ...]:
 
 
 def _of_all(name: str, of_v2: str | None = None) -> tuple[str, ...]:
-    return (f"{V2}DeepseekV2{of_v2 or name}", f"{V3}DeepseekV3{name}", f"{GLM_LITE}Glm4MoeLite{name}")
+    others = (f"{V3}DeepseekV3{name}", f"{GLM_LITE}Glm4MoeLite{name}", f"{YOUTU}Youtu{name}")
+    return (f"{V2}DeepseekV2{of_v2 or name}", *others)
 
 
 DEEPSEEK = Family(
     name="deepseek",
     about="DeepSeek V2, V3, R1 and models built like them",
     architectures=("deepseek2", "deepseek32"),
-    model_types=("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"),
+    model_types=("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "youtu"),
     # The folders of Kimi-K2 bring a class of their own, a copy of V3's, as the language model of K2.5 is one.
     aliases={"kimi_k2": "deepseek_v3"},
     language_parts={"kimi_k25": ("text_config", "deepseek_v3")},

@@ -30,9 +30,12 @@ if TYPE_CHECKING:
         Glm4MoeLiteConfig,
         PreTrainedModel,
         PreTrainedTokenizerFast,
+        YoutuConfig,
     )
 
-    DeepseekConfig: TypeAlias = DeepseekV2Config | DeepseekV3Config | DeepseekV32Config | Glm4MoeLiteConfig
+    DeepseekConfig: TypeAlias = (
+        DeepseekV2Config | DeepseekV3Config | DeepseekV32Config | Glm4MoeLiteConfig | YoutuConfig
+    )
 
 _ARCHITECTURES = {"deepseek_v32": "deepseek32"}  # of the others "deepseek2"
 _FILE_TYPES = {
@@ -44,6 +47,7 @@ _GATING = {
     "deepseek_v3": gguf.ExpertGatingFuncType.SIGMOID,
     "deepseek_v32": gguf.ExpertGatingFuncType.SIGMOID,
     "glm4_moe_lite": gguf.ExpertGatingFuncType.SIGMOID,
+    "youtu": None,  # has no experts
 }
 # What llama.cpp keeps in F32 in every file: it computes with these outside its quantized kernels.
 _ALWAYS_F32 = ("_norm.weight", "_norm.bias", ".ffn_gate_inp.weight", ".exp_probs_b.bias")
@@ -99,7 +103,7 @@ def export_gguf(
 def write_hyperparameters(writer: gguf.GGUFWriter, config: DeepseekConfig, split_kv_b: bool) -> None:
     """Write the metadata that describe ``config``, in the layout that ``split_kv_b`` names; none of the tokenizer.
 
-    Raises `UnsupportedModelError` for a rope type other than "default" and "yarn".
+    Raises `UnsupportedModelError` for a rope type other than "default", "linear" and "yarn".
     """
     heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
     value_dim = config.v_head_dim or 0
@@ -128,22 +132,31 @@ def write_hyperparameters(writer: gguf.GGUFWriter, config: DeepseekConfig, split
         writer.add_value_length(value_dim)
 
     writer.add_leading_dense_block_count(sparse_layers(config).count(False))
-    writer.add_expert_count(config.n_routed_experts)
-    writer.add_expert_used_count(config.num_experts_per_tok or 0)
-    writer.add_expert_shared_count(config.n_shared_experts)
-    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    writer.add_expert_weights_scale(config.routed_scaling_factor)
-    writer.add_expert_gating_func(_GATING[config.model_type])
-    if config.model_type != "deepseek_v2" and config.norm_topk_prob:  # transformers' V2 ignores norm_topk_prob
-        writer.add_expert_weights_norm(True)
-    if config.n_group is not None and config.topk_group is not None:
-        writer.add_expert_group_count(config.n_group)
-        writer.add_expert_group_used_count(config.topk_group)
+    _write_experts(writer, config)
     if config.model_type == "deepseek_v32":
         writer.add_indexer_head_count(config.index_n_heads)
         writer.add_indexer_key_length(config.index_head_dim)
         writer.add_indexer_top_k(config.index_topk)
     _write_rope(writer, config)
+
+
+def _write_experts(writer: gguf.GGUFWriter, config: Any) -> None:
+    gating = _GATING[config.model_type]
+    if gating is None:  # then llama.cpp still wants these
+        writer.add_expert_shared_count(0)
+        writer.add_expert_feed_forward_length(config.intermediate_size)
+        return
+    writer.add_expert_count(config.n_routed_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok or 0)
+    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_expert_weights_scale(config.routed_scaling_factor)
+    writer.add_expert_gating_func(gating)
+    if config.norm_topk_prob:
+        writer.add_expert_weights_norm(True)
+    if config.n_group is not None and config.topk_group is not None:
+        writer.add_expert_group_count(config.n_group)
+        writer.add_expert_group_used_count(config.topk_group)
 
 
 def _write_rope(writer: gguf.GGUFWriter, config: DeepseekConfig) -> None:
@@ -152,10 +165,12 @@ def _write_rope(writer: gguf.GGUFWriter, config: DeepseekConfig) -> None:
     kind = rope.get("rope_type", "default")
     if kind == "default":
         return
-    if kind != "yarn":
-        raise UnsupportedModelError(f"rope_type {kind!r} cannot be written; accepted: default, yarn")
-    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    if kind not in ("linear", "yarn"):
+        raise UnsupportedModelError(f"rope_type {kind!r} cannot be written; accepted: default, linear, yarn")
+    writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
     writer.add_rope_scaling_factor(rope["factor"])
+    if kind == "linear":
+        return
     writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     if rope.get("beta_fast") is not None:
         writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])

@@ -14,6 +14,7 @@ V2 = "transformers.models.deepseek_v2.modeling_deepseek_v2."
 V3 = "transformers.models.deepseek_v3.modeling_deepseek_v3."
 V32 = "transformers.models.deepseek_v32.modeling_deepseek_v32."
 GLM_LITE = "transformers.models.glm4_moe_lite.modeling_glm4_moe_lite."
+YOUTU = "transformers.models.youtu.modeling_youtu."
 """What the dotted names of transformers' classes begin with."""
 
 SEEN = {

@@ -92,6 +92,7 @@ def layer_rows(config: Any, present: Collection[str]) -> Sequence[Sequence[Tenso
 def sizes(config: Any) -> dict[str, int]:
     heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
     v = config.v_head_dim or 0
+    expert = getattr(config, "moe_intermediate_size", 0)
     index_heads, index_width = getattr(config, "index_n_heads", 0), getattr(config, "index_head_dim", 0)
     return {
         "vocab": config.vocab_size,
@@ -109,7 +110,7 @@ def sizes(config: Any) -> dict[str, int]:
         "index_heads_width": index_heads * index_width,
         "q_lora": config.q_lora_rank or 0,
         "dense": config.intermediate_size,
-        "experts": config.n_routed_experts,
-        "expert": config.moe_intermediate_size,
-        "shared": config.moe_intermediate_size * config.n_shared_experts,
+        "experts": getattr(config, "n_routed_experts", 0),
+        "expert": expert,
+        "shared": expert * getattr(config, "n_shared_experts", 0),
     }
