@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 import measuring
 import torch
 
-from transformers_kt.backends.gpu.device import Device, Event, FakeDevice, Work
+from transformers_kt.backends.gpu.device import Device, Event, Work
+from transformers_kt.backends.gpu.fake import FakeDevice
 from transformers_kt.backends.gpu.devices import devices
 from transformers_kt.backends.gpu.matrices import DeviceMatrix
 from transformers_kt.backends.gpu.panels import LAYOUTS, PANEL_ROWS

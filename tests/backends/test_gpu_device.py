@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from transformers_kt.backends.gpu.device import CudaDevice, Device, FakeDevice
+from transformers_kt.backends.gpu.device import CudaDevice, Device
+from transformers_kt.backends.gpu.fake import FakeDevice
 
 LONGEST_DELAY_S = 0.003
+ORDINARY = torch.ones(4)
 
 
 def devices() -> list[Device]:
@@ -88,11 +92,66 @@ def test_captured_work_runs_again_on_the_same_tensors(device: Device) -> None:
     assert values.cpu().tolist() == [3.0] * 4
 
 
-def test_a_capture_that_reads_a_value_on_the_host_is_refused(device: Device) -> None:
+def test_replaying_computes_with_what_is_there_now_and_runs_no_python(device: Device) -> None:
+    values, out = device.empty((4,), torch.float32), device.empty((4,), torch.float32)
+    values.fill_(1.0)
+    runs = []
+
+    def work() -> None:
+        runs.append(1)
+        between = (values * 2.0).view(2, 2).t().reshape(-1)  # memory of the graph, views of it, copies
+        between += 1.0
+        out.copy_(between)
+
+    graph, stream, done = device.capture(work), device.stream(), device.event()
+    captured = len(runs)
+    stream.launch(lambda: values.copy_(torch.arange(4.0)))
+    graph.launch(stream)
+    stream.record(done)
+    done.synchronize()
+    assert out.cpu().tolist() == [1.0, 5.0, 3.0, 7.0]
+    assert len(runs) == captured
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda device, values: values.fill_(values[0].item()),
+        lambda device, values: values.fill_(1.0 if values[0] > 0 else 2.0),
+        lambda device, values: values.cpu(),
+        lambda device, values: values.tolist(),
+        lambda device, values: values[values > 0],
+        lambda device, values: values.add_(ORDINARY),
+        lambda device, values: values.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0], device=values.device)),
+    ],
+    ids=["item", "if", "cpu", "tolist", "indices", "ordinary-memory", "constant"],
+)
+def test_a_capture_refuses_what_needs_the_host(device: Device, what: Callable[[Device, torch.Tensor], object]) -> None:
     values = device.empty((4,), torch.float32)
     values.fill_(1.0)
     with pytest.raises(RuntimeError):
-        device.capture(lambda: values.fill_(values[0].item()))
+        device.capture(lambda: what(device, values))
+    # And goes on.
+    device.capture(lambda: values.add_(1.0))
+
+
+@pytest.mark.parametrize("asked", ["memory", "pinned memory", "a stream", "an event"])
+def test_a_capture_on_a_fake_refuses_what_outlives_it(asked: str) -> None:
+    device = FakeDevice(0, 1 << 20)
+    other, stream, event = FakeDevice(1, 1 << 20).empty((4,), torch.float32), device.stream(), device.event()
+    work: dict[str, Callable[[], object]] = {
+        "memory": lambda: device.empty((4,), torch.float32),
+        "pinned memory": lambda: device.pinned((4,), torch.float32),
+        "a stream": lambda: stream.launch(lambda: None),
+        "an event": event.synchronize,
+    }
+    with pytest.raises(RuntimeError, match="which no captured work may"):
+        device.capture(work[asked])
+    with pytest.raises(RuntimeError, match="no memory of the device"):
+        device.capture(lambda: other.zero_())
+    values, kept = device.empty((4,), torch.float32), list[torch.Tensor]()
+    device.capture(lambda: kept.append(values.zero_() + 1.0))
+    assert kept[0].isnan().all()
 
 
 def test_an_error_in_a_stream_is_raised_by_who_waits_and_leaves_the_device_usable() -> None:

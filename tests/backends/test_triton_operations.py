@@ -10,7 +10,7 @@ import torch
 from gpu_matrices import packed_panels, stored_rows
 
 from transformers_kt.backends.gpu import operations
-from transformers_kt.backends.gpu.device import FakeDevice
+from transformers_kt.backends.gpu.fake import FakeDevice
 from transformers_kt.backends.gpu.matrices import DeviceMatrix
 from transformers_kt.backends.gpu.plain import Staging
 from transformers_kt.families.base import Router

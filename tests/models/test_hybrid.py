@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Stat
 
 from transformers_kt import plan
 from transformers_kt.assets import bundled_model
-from transformers_kt.backends.gpu import device as device_module
+from transformers_kt.backends.gpu import fake
+from transformers_kt.backends.gpu.capture import HostReads
 from transformers_kt.errors import OutOfMemoryError, UnsupportedOperationError
 
 LENGTHS = [1, 7, 64, 700]
@@ -156,6 +157,72 @@ def test_delays_of_streams_change_no_bit(gguf_file: Callable[[str], Path]) -> No
     assert torch.equal(found[0], found[2])
 
 
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A list that gets longer with every capture."""
+    made, capture = list[Any](), fake.FakeDevice.capture
+
+    def counted(*args: Any) -> Any:
+        made.append(capture(*args))
+        return made[-1]
+
+    monkeypatch.setattr(fake.FakeDevice, "capture", counted)
+    return made
+
+
+# File; GPUs; layers with their experts on a GPU; captures: of a layer with experts in RAM two, and one for the rest.
+GRAPHS = [
+    ("v3-F32", 1, 2, 1),
+    ("v3-F32", 2, 0, 6),
+    ("small-v2-F32", 1, 0, 5),
+    ("v3-like-Q4_K_M", 1, 0, 3),
+    ("v2-lite-like-Q4_K_M", 1, 1, 3),
+    ("tiny-r1", 2, 0, 8),
+]
+
+
+@pytest.mark.parametrize(("name", "gpus", "experts", "count"), GRAPHS)
+@torch.no_grad()
+def test_graphs_change_no_bit_and_serve_the_next_call(
+    gguf_file: Callable[[str], Path], captures: list[Any], name: str, gpus: int, experts: int, count: int
+) -> None:
+    path = bundled_model() if name == "tiny-r1" else gguf_path(name) if name in NAMES else gguf_file(name)
+    options: dict[str, Any] = {"config": config_of(name)} if name in NAMES else {}
+    eager, ours = (load(path, gpus, kt_gpu_experts=experts, kt_cuda_graph=on, **options) for on in (False, True))
+    vocabulary = min(64, ours.config.vocab_size)
+    asked = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1, "output_logits": True}
+    for prompts in ([9], [3, 20, 11, 1]):
+        ids, mask = left_padded([random_tokens(length, seed=length) % vocabulary for length in prompts])
+        expected = eager.generate(ids, attention_mask=mask, return_dict_in_generate=True, **asked)
+        assert not captures
+        for made in (count, 0):
+            # Of the cache, which lies in the outputs too, nothing is kept.
+            found = ours.generate(ids, attention_mask=mask, return_dict_in_generate=True, **asked).logits
+            assert len(captures) == made
+            captures.clear()
+            assert all(map(torch.equal, found, expected.logits))
+
+
+@torch.no_grad()
+def test_keys_that_somebody_holds_are_not_lent_to_the_next_cache(
+    gguf_file: Callable[[str], Path], captures: list[Any]
+) -> None:
+    model, ids = load(gguf_file("small-v3-mixed"), kt_gpu_experts=0), random_tokens(6)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1}
+    cache = DynamicCache()
+    expected = model.generate(ids, past_key_values=cache, **options)
+    made = len(captures)
+    assert made
+    model.generate(random_tokens(300), max_new_tokens=2, eos_token_id=-1)  # while it lives
+    assert len(captures) == 2 * made
+    held = cache.layers[0].keys
+    copied, cache = held.clone(), None
+    for _ in range(2):
+        assert model.generate(ids, **options).tolist() == expected.tolist()
+    assert torch.equal(held, copied)
+    assert len(captures) == 2 * made  # in what the longer call gave back
+
+
 def test_tiny_r1_answers_right_in_a_pipeline_and_streamed(capsys: pytest.CaptureFixture[str]) -> None:
     question = [{"role": "user", "content": "What is 3 + 4?"}]
     with fake_gpus("24GiB"):
@@ -219,12 +286,13 @@ def test_layers_that_do_not_fit_lie_on_the_cpu_and_the_model_answers(
 # --- What goes wrong ---
 
 
+@pytest.mark.parametrize("tokens", [4, 1])
 @torch.no_grad()
 def test_an_expert_that_fails_raises_itself_and_the_model_goes_on(
-    gguf_file: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    gguf_file: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tokens: int
 ) -> None:
     model = load(gguf_file("v3-F32"), 2, kt_gpu_experts=0)
-    ids = random_tokens(10)
+    ids = random_tokens(6 + tokens)
     expected, cache = model(ids).logits, DynamicCache()
     model(ids[:, :6], past_key_values=cache)
     experts = model.model.layers[-1].mlp.experts
@@ -277,9 +345,13 @@ def test_the_memory_of_a_deleted_model_comes_back(gguf_file: Callable[[str], Pat
         model = AutoModelForCausalLM.from_pretrained(None, gguf_path=gguf_file("small-v3-mixed"), kt_gpu_experts=1)
         on_gpu = sum(row.nbytes for row in model.kt_report.rows if row.device == "cuda:0")
         assert whole - devices["cuda:0"].free_bytes() == on_gpu
-        with torch.no_grad():
-            model(random_tokens(5))
+        cache = DynamicCache()
+        model.generate(random_tokens(5), past_key_values=cache, max_new_tokens=3)
         del model
+        gc.collect()
+        of_cache = sum(each.nbytes for layer in cache.layers for each in layer._buffers)
+        assert whole - devices["cuda:0"].free_bytes() == of_cache
+        del cache
         gc.collect()
         assert devices["cuda:0"].free_bytes() == whole
 
@@ -313,7 +385,7 @@ def test_a_decoded_token_waits_once_for_each_layer_with_experts_in_ram_and_once_
 ) -> None:
     """And what runs on the device reads no value on the host."""
     waits = []
-    wait, launch = device_module._FakeEvent.synchronize, device_module._FakeStream.launch
+    wait, launch = fake._FakeEvent.synchronize, fake._FakeStream.launch
 
     def counted(event: Any) -> None:
         waits.append(event)
@@ -321,7 +393,7 @@ def test_a_decoded_token_waits_once_for_each_layer_with_experts_in_ram_and_once_
 
     def watched(stream: Any, work: Any) -> None:
         def without_host_reads() -> None:
-            with device_module._HostReads():
+            with HostReads():
                 work()
 
         launch(stream, without_host_reads)
@@ -330,9 +402,10 @@ def test_a_decoded_token_waits_once_for_each_layer_with_experts_in_ram_and_once_
         model = load(gguf_file("v3-F32"), kt_gpu_experts=experts)
         cache = DynamicCache()
         model(random_tokens(5), past_key_values=cache)
+        model(random_tokens(1), past_key_values=cache)  # captures
         with monkeypatch.context() as patch:
-            patch.setattr(device_module._FakeEvent, "synchronize", counted)
-            patch.setattr(device_module._FakeStream, "launch", watched)
+            patch.setattr(fake._FakeEvent, "synchronize", counted)
+            patch.setattr(fake._FakeStream, "launch", watched)
             waits.clear()
             model.model(random_tokens(1), past_key_values=cache)
         assert len(waits) == expected

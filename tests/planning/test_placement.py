@@ -170,9 +170,12 @@ def placement_request(**options: Any) -> PlacementRequest:
     [
         ({"kt_rules": "cpu", "kt_cpu_layers": 3}, 'kt_cpu_layers= shapes the placement of kt_rules="auto"'),
         ({"device_map": "cpu", "kt_gpu_experts": 3}, "but device_map= names devices; leave one out"),
+        ({"kt_cuda_graph": "no"}, "kt_cuda_graph='no'; True .the default. is accepted, and False"),
     ],
 )
-def test_a_number_beside_what_contradicts_it_is_refused(options: dict[str, Any], said: str) -> None:
+def test_an_option_that_says_nothing_or_beside_what_contradicts_it_is_refused(
+    options: dict[str, Any], said: str
+) -> None:
     with pytest.raises(RuleError, match=said):
         placement_request(**options)
 

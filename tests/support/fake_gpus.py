@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from transformers_kt.backends.gpu import devices as registry
-from transformers_kt.backends.gpu.device import Device, FakeDevice
+from transformers_kt.backends.gpu.device import Device
+from transformers_kt.backends.gpu.fake import FakeDevice
 from transformers_kt.planning.hardware import FAKE_GPUS
 
 

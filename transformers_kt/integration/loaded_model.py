@@ -18,7 +18,9 @@ from transformers_kt.integration.loading import KtReport
 from transformers_kt.integration.replaced_classes import ReplacedClasses
 from transformers_kt.integration.torch_threads import one_torch_thread
 from transformers_kt.modules.base import NotPickledAlone
-from transformers_kt.planning.request import PLACEMENT_NUMBERS
+from transformers_kt.modules.fused.cache_argument import CACHE_ARGUMENT
+from transformers_kt.modules.fused.latent_cache import expect_length
+from transformers_kt.planning.request import KT_OPTIONS
 from transformers_kt.rules import TORCH
 
 if TYPE_CHECKING:
@@ -68,10 +70,8 @@ class Reload(NamedTuple):
 
     @classmethod
     def of(cls, call: Call, request: Request) -> Reload:
-        numbers = {
-            name: number for name, number in zip(PLACEMENT_NUMBERS, request.numbers, strict=True) if number is not None
-        }
-        source = {"gguf_path": request.gguf, "kt_rules": request.rules, **numbers, **request.hub}
+        given = {name: value for name, value in zip(KT_OPTIONS, request.kt_options, strict=True) if value is not None}
+        source = {"gguf_path": request.gguf, "kt_rules": request.rules, **given, **request.hub}
         kept = {name: value for name, value in call.options.items() if name != "output_loading_info"}
         return cls(call.cls.__module__, call.cls.__name__, (request.folder, *call.args), {**kept, **source})
 
@@ -271,6 +271,16 @@ class KtGenerationMixin:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         with one_torch_thread():
             return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The cache hears how long it may become: GPUs reserve room, which captured steps depend on."""
+        out = super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, *args, **kwargs
+        )
+        expect_length(model_kwargs.get(CACHE_ARGUMENT), generation_config.max_length)
+        return out
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         refuse_pages("init_continuous_batching()")

@@ -145,7 +145,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
             rows = loading.fill(model, decision.assignments, request.checkpoint, bar, devices())
         fuse_decoder_layers(model)
         fuse_base_models(model)
-        fuse_hybrid_models(model)
+        fuse_hybrid_models(model, uses_graphs=request.placement.kt_cuda_graph)
         notes = (*decision.notes, *_notes_of_gpus(decision))
         kernels = tune_prefetch(model)
         slower = tuple(f"the system refuses {call}: {_COSTS[call]}" for call in _C.refused_calls())

@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 import transformers_kt._C as _C
 from transformers_kt.backends import schemas as ops
+from transformers_kt.backends.gpu.device import Device
 from transformers_kt.gguf.reader import TensorInfo
 from transformers_kt.modules.base import KtModule, TensorData
 from transformers_kt.planning.operations import OPERATIONS
@@ -39,6 +40,10 @@ class KtRotaryEmbedding(KtModule):
         table = np.empty((positions.size, 2 * len(self._inv_freq)), np.float32)
         _C.rope_table(positions.reshape(-1), self._inv_freq.numpy(), self.scaling, table)
         return table
+
+    def frequencies_on(self, device: Device) -> torch.Tensor:
+        """float32 (rope_dim / 2,) in memory of a GPU."""
+        return device.empty(self._inv_freq.shape, torch.float32).copy_(self._inv_freq)
 
     @classmethod
     def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:

@@ -1,4 +1,4 @@
-"""What a user asks of placement: ``device_map=`` and ``max_memory=`` in accelerate's terms, and two numbers."""
+"""What a user asks of placement: ``device_map=`` and ``max_memory=`` in accelerate's terms, and options of our own."""
 
 from __future__ import annotations
 
@@ -19,17 +19,38 @@ from transformers_kt.text import listed, longest_prefix, nearest
 
 @dataclass(frozen=True, slots=True)
 class PlacementRequest:
-    """What a call says of placement beside its rules: one of AUTOMATIC_DEVICE_MAPS or a map, limits, and numbers."""
+    """What a call says of devices beside its rules: one of AUTOMATIC_DEVICE_MAPS or a map, limits, numbers, and whether
+    GPUs may capture decode steps."""
 
     device_map: str | Mapping[str, str] | None
     max_memory: Mapping[str, int]
     kt_cpu_layers: int | None
     kt_gpu_experts: int | None
+    kt_cuda_graph: bool = True
 
     @classmethod
-    def read(cls, kt_rules: Any, device_map: Any, max_memory: Any, kt_cpu_layers: Any, kt_gpu_experts: Any) -> Self:
+    def read(
+        cls,
+        kt_rules: Any,
+        device_map: Any,
+        max_memory: Any,
+        kt_cpu_layers: Any,
+        kt_gpu_experts: Any,
+        kt_cuda_graph: Any = None,
+    ) -> Self:
         """Raises `RuleError` for unknown or contradictory values, `UnsupportedOperationError` for disk."""
-        request = cls(read_device_map(device_map), read_max_memory(max_memory), kt_cpu_layers, kt_gpu_experts)
+        if kt_cuda_graph is not None and type(kt_cuda_graph) is not bool:
+            raise RuleError(
+                f"kt_cuda_graph={kt_cuda_graph!r}; True (the default) is accepted, and False, which launches the work "
+                "of a decode step piece by piece"
+            )
+        request = cls(
+            read_device_map(device_map),
+            read_max_memory(max_memory),
+            kt_cpu_layers,
+            kt_gpu_experts,
+            True if kt_cuda_graph is None else kt_cuda_graph,
+        )
         number = next((key for key in ("kt_cpu_layers", "kt_gpu_experts") if getattr(request, key) is not None), None)
         if number is not None and not (isinstance(kt_rules, str) and kt_rules == AUTO):
             raise RuleError(f'{number}= shapes the placement of kt_rules="auto", but rules are given; leave one out')

@@ -49,13 +49,14 @@ def plan(
     bandwidth: float | Sequence[float] | str | None = None,
     kt_cpu_layers: int | None = None,
     kt_gpu_experts: int | None = None,
+    kt_cuda_graph: bool | None = None,
     **hub: Any,
 ) -> PlanReport:
     """What ``from_pretrained`` with the same arguments would do: which operation, where, in how much memory.
 
     Only headers are read. ``model``, ``gguf_path``, ``kt_rules``, ``device_map``, ``max_memory``, ``kt_cpu_layers``,
-    ``kt_gpu_experts`` and the options of the hub (``revision``, ``token``, ...) are those of ``from_pretrained``; the
-    model may be a GGUF file itself.
+    ``kt_gpu_experts``, ``kt_cuda_graph`` and the options of the hub (``revision``, ``token``, ...) are those of
+    ``from_pretrained``; the model may be a GGUF file itself.
 
     ``gpus`` (one size each: ``["24GiB", "24GiB"]``; ``[]`` for none) and ``ram`` ("512GiB" or bytes) describe the
     machine to plan for; what is left out is as here and now. ``context`` is the number of tokens to have room for, up
@@ -66,7 +67,7 @@ def plan(
     those the report lists as ``problems``.
     """
     kt_rules = rules_or_default(kt_rules)
-    placement = PlacementRequest.read(kt_rules, device_map, max_memory, kt_cpu_layers, kt_gpu_experts)
+    placement = PlacementRequest.read(kt_rules, device_map, max_memory, kt_cpu_layers, kt_gpu_experts, kt_cuda_graph)
     hardware = placement.limited(described_hardware(gpus, ram, placement.max_memory))
     if type(context) is not int or context < 1:
         raise InputError(f"context={context!r}; a number of tokens, at least 1, is accepted")

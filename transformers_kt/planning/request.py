@@ -19,7 +19,8 @@ from transformers_kt.rules.files import AUTO, KtRules
 # Where from_pretrained looks for files. A GGUF is found by its own path, in a repository of its own.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _GGUF_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-PLACEMENT_NUMBERS = ("kt_cpu_layers", "kt_gpu_experts")
+KT_OPTIONS = ("kt_cpu_layers", "kt_gpu_experts", "kt_cuda_graph")
+"""What `PlacementRequest.read` takes beside rules, map and limits, in its order."""
 NAME_OPTIONS = ("pretrained_model_name_or_path", "pretrained_model_name")
 """What from_pretrained calls its first argument."""
 SOURCE_OPTIONS = (
@@ -27,7 +28,7 @@ SOURCE_OPTIONS = (
     "gguf_path",
     "gguf_file",
     "kt_rules",
-    *PLACEMENT_NUMBERS,
+    *KT_OPTIONS,
     *HUB_OPTIONS,
 )
 """The options of which a `Request` is made."""
@@ -40,13 +41,14 @@ class Request:
     """What a call of from_pretrained asks of us.
 
     ``folder`` is the folder or hub id that has the config, None where the GGUF is all there is; ``hub`` says how to get
-    files from there, ``gguf_hub`` how to get the GGUF. ``numbers`` are kt_cpu_layers and kt_gpu_experts.
+    files from there, ``gguf_hub`` how to get the GGUF. ``kt_options`` are those of
+    KT_OPTIONS, None where they are not given.
     """
 
     folder: str | None
     gguf: str
     rules: KtRules
-    numbers: tuple[Any, ...]
+    kt_options: tuple[Any, ...]
     hub: dict[str, Any]
     gguf_hub: dict[str, Any]
 
@@ -73,8 +75,8 @@ class Call(NamedTuple):
 
 def read_request(name: Any, options: Mapping[str, Any]) -> Request | None:
     """What ``from_pretrained(name, **options)`` asks of us; None if nothing."""
-    rules, numbers = options.get("kt_rules"), tuple(options.get(key) for key in PLACEMENT_NUMBERS)
-    asks = any(given is not None for given in (options.get("gguf_path"), rules, *numbers))
+    rules, kt_options = options.get("kt_rules"), tuple(options.get(key) for key in KT_OPTIONS)
+    asks = any(given is not None for given in (options.get("gguf_path"), rules, *kt_options))
     if not asks and not _is_for_us(name, options):
         return None
     hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
@@ -92,7 +94,7 @@ def read_request(name: Any, options: Mapping[str, Any]) -> Request | None:
     # A revision is one of the repository that the name says.
     left_out = () if options.get("gguf_path") is None else ("revision",)
     gguf_hub = {key: hub[key] for key in _GGUF_HUB_OPTIONS if key in hub and key not in left_out}
-    return Request(folder, gguf, rules_or_default(rules), numbers, hub, gguf_hub)
+    return Request(folder, gguf, rules_or_default(rules), kt_options, hub, gguf_hub)
 
 
 def rules_or_default(rules: KtRules | None) -> KtRules:

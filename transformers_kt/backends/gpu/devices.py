@@ -6,7 +6,8 @@ import functools
 
 import torch
 
-from transformers_kt.backends.gpu.device import CudaDevice, Device, FakeDevice
+from transformers_kt.backends.gpu.device import CudaDevice, Device
+from transformers_kt.backends.gpu.fake import FakeDevice
 from transformers_kt.planning.hardware import fake_gpu_memory
 from transformers_kt.rules.devices import gpu_name
 

@@ -17,7 +17,7 @@ from transformers_kt.families.base import Router
 
 _SCORES = 1 << 24
 """Attention scores held at once, 64 MB of float32: as many queries are computed together."""
-_FEW_CHOICES = 64
+FEW_CHOICES = 64
 """Up to as many, an expert is looked up on the device for each; beyond, the host reads which there are, once, and each
 is computed for all tokens that chose it."""
 
@@ -73,7 +73,7 @@ def mix_experts(
 ) -> torch.Tensor:
     """``x`` (tokens, hidden) through the experts ``ids`` int32 (tokens, top_k), times ``weights`` -> float32."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    if ids.numel() <= _FEW_CHOICES and up.type_name == gate.type_name:
+    if ids.numel() <= FEW_CHOICES and up.type_name == gate.type_name:
         hidden = torch.empty((*ids.shape, gate.rows), dtype=torch.float32, device=x.device)
         types = (gate.type_name, down.type_name)
         arguments = (gate.panels, up.panels, down.panels, types, x, Resident(ids, ids, weights), hidden, out)
@@ -82,6 +82,13 @@ def mix_experts(
 
             return kernels.grouped_experts(*arguments)
         return plain.grouped_experts(*arguments)
+    if ids.numel() <= FEW_CHOICES:
+        for token in range(len(x)):
+            row = x[token : token + 1]
+            for own, weight in zip(torch.split(ids[token].long(), 1), weights[token], strict=True):
+                hidden = functional.silu(gate.multiply_chosen(own, row)) * up.multiply_chosen(own, row)
+                out[token] += weight * down.multiply_chosen(own, hidden)[0]
+        return out
     for index in torch.unique(ids):
         tokens, places = (ids == index).nonzero(as_tuple=True)
         rows, own = x[tokens], index.reshape(1)
@@ -97,12 +104,12 @@ def attend(
     keys, latent) and ``ropes`` (batch, keys, rope) -> float32 (batch, tokens, heads, latent).
 
     ``visible`` is int32 (batch, tokens, 2): ranges [start, end) of keys, or bool (batch, tokens, keys). A query that
-    sees no key gets zeros.
+    sees no key gets zeros. Ranges of single tokens are read on the device alone.
     """
     batch, tokens, heads, _ = query.shape
     keys, latent_dim = latents.shape[1:]
-    if device.has_kernels and tokens == 1 and visible.dtype != torch.bool:
-        return _attend_by_kernel(query, latents, ropes, visible)
+    if tokens == 1 and visible.dtype != torch.bool:
+        return _attend_once(query, latents, ropes, visible, device)
     out = torch.empty((batch, tokens, heads, latent_dim), dtype=torch.float32, device=query.device)
     step = max(1, _SCORES // (batch * heads * keys))
     key = torch.arange(keys, device=query.device)
@@ -121,18 +128,21 @@ def attend(
     return out
 
 
-def _attend_by_kernel(
-    query: torch.Tensor, latents: torch.Tensor, ropes: torch.Tensor, ranges: torch.Tensor
+def _attend_once(
+    query: torch.Tensor, latents: torch.Tensor, ropes: torch.Tensor, ranges: torch.Tensor, device: Device
 ) -> torch.Tensor:
-    from transformers_kt.backends.triton import mla_decode as kernels
-
+    """Of one token a sequence. Behind the keys that ``ranges`` shows there may be anything, also NaN."""
     batch, _, heads, _ = query.shape
     keys, latent_dim = latents.shape[1:]
-    processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
-    splits = kernels.splits_for(batch, heads, keys, processors)
-    scratch = query.new_empty(kernels.scratch_floats(batch, heads, latent_dim, splits), dtype=torch.float32)
     out = query.new_empty((batch, heads, latent_dim), dtype=torch.float32)
     of_latents, of_ropes = torch.split(query[:, 0], [latent_dim, ropes.shape[-1]], dim=-1)
     shown = ranges[:, 0].contiguous()
+    if not device.has_kernels:
+        return plain.mla_decode(of_latents, of_ropes, None, latents, ropes, shown, 1.0, 1, out, out).unsqueeze(1)
+    from transformers_kt.backends.triton import mla_decode as kernels
+
+    processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
+    splits = kernels.splits_for(batch, heads, keys, processors)
+    scratch = query.new_empty(kernels.scratch_floats(batch, heads, latent_dim, splits), dtype=torch.float32)
     kernels.mla_decode(of_latents, of_ropes, None, latents, ropes, shown, 1.0, splits, scratch, out)
     return out.unsqueeze(1)

@@ -146,7 +146,9 @@ def _q4_0(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
 
 def _looked_up(places: torch.Tensor, values: tuple[int, ...]) -> torch.Tensor:
     """The entry of ``values`` at each place, float32."""
-    return torch.tensor(values, dtype=torch.float32, device=places.device)[places.long()]
+    # Filled on the device: a copy from the host's ordinary memory would be refused while a graph is captured.
+    table = torch.cat([places.new_full((1,), value, dtype=torch.float32) for value in values])
+    return table[places.long()]
 
 
 def _iq4_nl(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:

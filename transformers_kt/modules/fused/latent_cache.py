@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,27 @@ Empty = Callable[..., torch.Tensor]
 """`torch.empty` for buffers, or what counts the memory of a device too."""
 
 
+class Loan:
+    """Buffers that layers of a cache use until they drop this object; then they go back to who lent them.
+
+    Forfeited ones do not: somebody holds a view of them, which nothing may write into.
+    """
+
+    def __init__(
+        self, buffers: Sequence[Sequence[torch.Tensor]], lender: Any, take_back: Callable[[Any], None]
+    ) -> None:
+        """``buffers`` are keys and values of each layer; ``take_back`` is called with ``lender``."""
+        self.buffers, self.lender = buffers, lender
+        self._returning = weakref.finalize(self, take_back, lender)
+        self._returning.atexit = False
+
+    def forfeit(self) -> None:
+        self._returning.detach()
+
+
+_NOT_COPIED = ("_states", "_buffers", "_group", "_loan")
+
+
 class LatentCacheLayer(DynamicLayer):  # type: ignore[misc]
     """``DynamicLayer`` with room to grow: (batch, heads, tokens, width) views of longer buffers.
 
@@ -41,6 +63,7 @@ class LatentCacheLayer(DynamicLayer):  # type: ignore[misc]
         self._returned = 0  # tokens that `update` gave away; their rows in the buffers are not written again
         self._group: GrowingLayers | None = None
         self._empty: Empty = torch.empty
+        self._loan: Loan | None = None  # of the buffers, where they are lent
         super().__init__(*args, **kwargs)
 
     @property
@@ -61,6 +84,7 @@ class LatentCacheLayer(DynamicLayer):  # type: ignore[misc]
 
     def _give_away(self, which: int) -> Any:
         self.leave_group()
+        self._forfeit_loan()
         self._buffers[which] = None
         return self._states[which]
 
@@ -68,6 +92,22 @@ class LatentCacheLayer(DynamicLayer):  # type: ignore[misc]
         self.leave_group()
         self._buffers[which] = None
         self._states[which] = states
+        if self._buffers == [None, None]:
+            self._loan = None
+
+    def _forfeit_loan(self) -> None:
+        if self._loan is not None:
+            self._loan.forfeit()
+            self._loan = None
+
+    def settle(self, buffers: Sequence[torch.Tensor], loan: Loan) -> None:
+        """Move keys and values to the beginning of ``buffers``, lent by ``loan``."""
+        states = self.own_states()
+        for buffer, own, each in zip(buffers, self._buffers, states, strict=True):
+            if own is not buffer:
+                buffer[:, :, : each.shape[-2]] = each
+        self._buffers, self._states = [*buffers], _beginnings(buffers, [each.shape[-2] for each in states])
+        self._returned, self._loan = 0, loan
 
     def own_states(self) -> list[Any]:
         """Keys and values, for what only reads them and keeps no view."""
@@ -107,9 +147,12 @@ class LatentCacheLayer(DynamicLayer):  # type: ignore[misc]
         states = self.own_states()
         if min(each.shape[-2] for each in states) < self._returned:
             self._buffers = [None, None]  # it was cropped, and somebody may hold what was cut off
+            self._loan = None
         if self._buffers[0] is None and self._buffers[1] is None:
             self._returned = 0
         buffers = [_with_room(*pair, tokens, self._empty) for pair in zip(self._buffers, states, strict=True)]
+        if buffers[0] is not self._buffers[0]:
+            self._loan = None
         self._buffers = [*buffers]
         self._states = _beginnings(buffers, [each.shape[-2] for each in states])  # else smaller ones would stay alive
         return buffers
@@ -119,6 +162,7 @@ class LatentCacheLayer(DynamicLayer):  # type: ignore[misc]
         states = self.own_states()
         buffers = [_with_room(None, each, 1, self._empty) for each in states]
         self._buffers, self._states = [*buffers], _beginnings(buffers, [each.shape[-2] for each in states])
+        self._loan = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -134,25 +178,28 @@ class LatentCacheLayer(DynamicLayer):  # type: ignore[misc]
         grown = self.grow(key_states.shape[-2])
         for states, new in zip(grown, added, strict=True):
             states[:, :, states.shape[-2] - new.shape[-2] :] = new
+        self._forfeit_loan()
         self._returned = max(states.shape[-2] for states in grown)
         return grown
 
     def crop(self, tokens_to_remove: int) -> None:
-        buffers = [*self._buffers]
+        buffers, loan, self._loan = [*self._buffers], self._loan, None
         super().crop(tokens_to_remove)
-        self._buffers = buffers  # of which keys and values still are the beginning; nobody else got to see them
+        # Keys and values still are their beginning, and nobody else got to see them.
+        self._buffers, self._loan = buffers, loan
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles. A shallow copy has the same keys and values, and neither writes behind them."""
         states = [self.keys, self.values]
-        return {**vars(self), "_states": states, "_buffers": [None, None], "_returned": 0, "_empty": torch.empty}
+        own = {"_buffers": [None, None], "_returned": 0, "_empty": torch.empty, "_loan": None}
+        return {**vars(self), "_states": states, **own}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LatentCacheLayer:
         # By way of a pickle's state the original would part with its buffers, and the copy be copied again as it grows.
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        left = {name: value for name, value in vars(self).items() if name not in ("_states", "_buffers", "_group")}
-        copied.__dict__.update(copy.deepcopy(left, memo), _group=None, _buffers=[None, None])
+        left = {name: value for name, value in vars(self).items() if name not in _NOT_COPIED}
+        copied.__dict__.update(copy.deepcopy(left, memo), _group=None, _buffers=[None, None], _loan=None)
         states = self.own_states()
         if self.get_seq_length() == 0:
             copied._states = copy.deepcopy(states, memo)
@@ -171,7 +218,8 @@ class GrowingLayers:
     """
 
     def __init__(self, layers: list[LatentCacheLayer]) -> None:
-        self.layers = layers
+        # They hold this: in a circle they would live on until the garbage collector comes, and keep what is lent.
+        self._layers = [weakref.ref(layer) for layer in layers]
         self.length = layers[0].get_seq_length()
         states = [layer.own_states()[0] for layer in layers]
         self.batch: int = states[0].shape[0]
@@ -179,20 +227,46 @@ class GrowingLayers:
         self._room = 0
         self._packed: _C.KeyBuffers | None = None
 
+    @property
+    def layers(self) -> list[LatentCacheLayer | None]:
+        """None for one that its cache has dropped."""
+        return [layer() for layer in self._layers]
+
+    def _living(self) -> list[LatentCacheLayer]:
+        return [layer for layer in self.layers if layer is not None]
+
+    @property
+    def loan(self) -> Loan | None:
+        """What all layers live in, where that is lent."""
+        loans = [layer._loan for layer in self._living()]
+        return loans[0] if all(loan is loans[0] for loan in loans) else None
+
+    def settle(self, loan: Loan) -> None:
+        """Moves all layers into its buffers, which have room for as many tokens as are to come."""
+        living = self._living()
+        for layer, buffers in zip(living, loan.buffers, strict=True):
+            layer.settle(buffers, loan)
+        self._begin_with([[*buffers] for buffers in loan.buffers], living)
+
     def grow(self, tokens: int) -> None:
         """Takes in `tokens` more, whose rows at the end of the `buffers` the caller has to fill."""
         self._is_new_room = self.length + tokens > self._room
         if self._is_new_room:
+            living = self._living()
             try:
-                self.buffers = [layer.make_room(tokens) for layer in self.layers]
+                buffers = [layer.make_room(tokens) for layer in living]
             except BaseException:
                 self._fit()
                 raise
-            self._room = min(buffer.shape[-2] for pair in self.buffers for buffer in pair)
-            self._packed = None
-            for layer in self.layers:
-                layer._group = self
+            self._begin_with(buffers, living)
         self.length += tokens
+
+    def _begin_with(self, buffers: list[list[torch.Tensor]], layers: list[LatentCacheLayer]) -> None:
+        self.buffers = buffers
+        self._room = min(buffer.shape[-2] for pair in buffers for buffer in pair)
+        self._packed = None
+        for layer in layers:
+            layer._group = self
 
     def take_back(self, tokens: int) -> None:
         """Undoes the last `grow`, whose rows were not filled, and gives back the room that it made."""
@@ -205,7 +279,7 @@ class GrowingLayers:
         self.dissolve()
         self._room = 0
         with contextlib.suppress(OutOfMemoryError):  # the larger buffers do as well
-            for layer in self.layers:
+            for layer in self._living():
                 layer.fit()
 
     @property
@@ -217,9 +291,10 @@ class GrowingLayers:
         return self._packed
 
     def dissolve(self) -> None:
-        for layer in self.layers:
+        living = self._living()
+        for layer in living:
             layer.own_states()
-        for layer in self.layers:
+        for layer in living:
             layer._group = None
 
 
@@ -301,6 +376,16 @@ def start_layer(cache: Cache, layer_idx: int, keys: torch.Tensor, values: torch.
     if type(layer) is LatentCacheLayer and not layer.is_initialized:
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values, layer._empty = keys, values, empty
+
+
+def expect_length(cache: Any, tokens: int) -> None:
+    """Say how long ``cache`` may grow, for who makes room in it."""
+    if type(cache) is DynamicCache:
+        cache.kt_expected_length = tokens
+
+
+def expected_length(cache: Cache) -> int:
+    return int(getattr(cache, "kt_expected_length", 0))
 
 
 def growing_layer(cache: Any, layer_idx: int, batch: int, kind: Kind = FLOATS) -> LatentCacheLayer | None:
