@@ -47,11 +47,10 @@ def _measure_decode(setting: Setting, keys: int, splits: int) -> None:
         from transformers_kt.backends.triton import mla_decode as form
     nbytes = keys * (latent + rope) * setting.device.activations.itemsize
     caches = [(setting.values(1, keys, latent), setting.values(1, keys, rope)) for _ in range(setting.copies(nbytes))]
-    here = setting.device.torch_device
     query, query_rope = (setting.values(1, heads, width, dtype=torch.float32) for width in (latent, rope))
-    ranges = torch.tensor([[0, keys]], dtype=torch.int32, device=here)
-    scratch = torch.empty(splits * heads * (latent + 2), device=here)
-    out = torch.empty((1, heads, latent), device=here)
+    ranges = setting.device.empty((1, 2), torch.int32).copy_(torch.tensor([[0, keys]]))
+    scratch = setting.device.empty((splits * heads * (latent + 2),), torch.float32)
+    out = setting.device.empty((1, heads, latent), torch.float32)
 
     def decode(latents: torch.Tensor, ropes: torch.Tensor) -> None:
         form.mla_decode(query, query_rope, None, latents, ropes, ranges, 0.1, splits, scratch, out)

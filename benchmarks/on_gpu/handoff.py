@@ -142,8 +142,7 @@ def _with_external_event(setting: Setting, layer: _Layer) -> Work:
 
 def _check_external_event(setting: Setting) -> None:
     """Whether the host, when the event of a graph lets it go on, always reads what that launch has written."""
-    here = setting.device.torch_device
-    count, seen = torch.zeros(1, dtype=torch.int32, device=here), setting.device.pinned((1,), torch.int32).zero_()
+    count, seen = setting.device.empty((1,), torch.int32).zero_(), setting.device.pinned((1,), torch.int32).zero_()
 
     def before() -> None:
         count.add_(1)

@@ -12,8 +12,8 @@ import measuring
 import torch
 
 from transformers_kt.backends.gpu.device import Device, Event, Work
-from transformers_kt.backends.gpu.fake import FakeDevice
 from transformers_kt.backends.gpu.devices import devices
+from transformers_kt.backends.gpu.fake import FakeDevice
 from transformers_kt.backends.gpu.matrices import DeviceMatrix
 from transformers_kt.backends.gpu.panels import LAYOUTS, PANEL_ROWS
 
@@ -74,13 +74,12 @@ class Setting(NamedTuple):
     def matrix(self, type_name: str, rows: int, cols: int) -> DeviceMatrix:
         """Random bytes, of which all scales are finite."""
         shape = (1, -(-rows // PANEL_ROWS), LAYOUTS[type_name].panel_bytes(cols))
-        panels = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device.torch_device)
+        panels = self.device.empty(shape, torch.uint8).random_(0, 256)
         return DeviceMatrix(self.device, type_name, panels.bitwise_and_(_FINITE), rows, cols)
 
     def values(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Normally distributed, on the device; in the dtype of activations unless said otherwise."""
-        values = torch.randn(shape, device=self.device.torch_device)
-        return values.to(self.device.activations if dtype is None else dtype)
+        return self.device.empty(shape, self.device.activations if dtype is None else dtype).normal_()
 
     def sleep(self, seconds: float) -> Work:
         """Work that keeps the device busy for about as long and the memory idle."""

@@ -1,16 +1,18 @@
 """What a fake device captures: operations of torch over fixed tensors, and what CUDA would refuse to capture.
 
-A CUDA graph is a list of kernels with their addresses. Here it is the list of torch's operations with their tensors:
-replaying runs them again, and no Python decides anew which. Refused is whatever needs the host: values that it reads,
-tensors of ordinary memory (on a GPU each is a copy that waits), memory of another device, and memory or streams asked
-of the device itself.
+A CUDA graph is a list of kernels with their addresses. Here it is the list of torch's operations, and of Triton's
+interpreted kernels, with their tensors: replaying runs them again, and no Python decides anew which. Refused is
+whatever needs the host: values that it reads, tensors of ordinary memory (on a GPU each is a copy that waits), memory
+of another device, and memory or streams asked of the device itself.
 """
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,20 +22,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 _here = threading.local()
+_one_at_a_time = threading.Lock()
 
 
 @contextmanager
-def _marked() -> Iterator[None]:
-    _here.is_capturing = True
+def _marked(mark: str) -> Iterator[None]:
+    setattr(_here, mark, True)
     try:
         yield
     finally:
-        _here.is_capturing = False
+        setattr(_here, mark, False)
+
+
+def _is(mark: str) -> bool:
+    """Of this thread."""
+    return getattr(_here, mark, False)
 
 
 def refuse_while_capturing(what: str) -> None:
     """Raises RuntimeError if this thread is capturing."""
-    if getattr(_here, "is_capturing", False):
+    if _is("capturing"):
         raise RuntimeError(f"{what}, which no captured work may")
 
 
@@ -73,7 +81,7 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in self._REFUSED:
+        if func in self._REFUSED and not _is("in_kernel"):
             raise RuntimeError(f"Tensor.{func.__name__} reads values on the host, which no captured work may")
         return func(*args, **(kwargs or {}))
 
@@ -97,13 +105,15 @@ class Capture(HostReads):  # type: ignore[no-untyped-call]
     """The operations of ``work``, which runs once meanwhile. ``is_known`` tells memory that captured work may touch by
     the address of its storage."""
 
-    def __init__(self, work: Callable[[], object], is_known: Callable[[int], bool]) -> None:
+    def __init__(
+        self, work: Callable[[], object], is_known: Callable[[int], bool], *, has_kernels: bool = False
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._is_known = is_known
         self._made: dict[int, torch.Tensor] = {}  # what it allocated: a graph has memory of its own for that
         self._calls: list[_Call] = []
         with torch.inference_mode():
-            with _marked(), _Reads(), self:
+            with _one_at_a_time, _marked("capturing"), self._kernels(has_kernels), _Reads(), self:
                 work()
             for tensor in self._made.values():
                 poisoned(tensor)  # CUDA computes nothing while it captures: who keeps such a tensor has no value yet
@@ -113,15 +123,11 @@ class Capture(HostReads):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if _is("in_kernel"):
+            return func(*args, **kwargs)
         given = _tensors((args, kwargs))
+        self._require_known(func, given)
         addresses = {_address(tensor) for tensor in given}
-        for tensor in given:
-            address = _address(tensor)
-            if address and address not in self._made and not self._is_known(address):
-                raise RuntimeError(
-                    f"{func} touches a tensor {tuple(tensor.shape)} of {tensor.dtype} that is no memory of the device "
-                    "and not pinned, which no captured work may"
-                )
         out = super().__torch_dispatch__(func, types, args, kwargs)
         results = _tensors(out)
         if any(result is tensor for result in results for tensor in given):
@@ -130,6 +136,39 @@ class Capture(HostReads):  # type: ignore[no-untyped-call]
             self._calls.append(_Call(func, args, kwargs, results))
             self._made.update((_address(result), result) for result in results)
         return out
+
+    def _require_known(self, what: Any, tensors: Sequence[torch.Tensor]) -> None:
+        for tensor in tensors:
+            address = _address(tensor)
+            if address and address not in self._made and not self._is_known(address):
+                raise RuntimeError(
+                    f"{what} touches a tensor {tuple(tensor.shape)} of {tensor.dtype} that is no memory of the device "
+                    "and not pinned, which no captured work may"
+                )
+
+    @contextmanager
+    def _kernels(self, are_used: bool) -> Iterator[None]:
+        """Captures launches of Triton's kernels, which interpreted are no operations of torch."""
+        if not are_used:
+            yield
+            return
+        interpreter: Any = importlib.import_module("triton.runtime.interpreter")
+        launch, thread = interpreter.GridExecutor.__call__, threading.get_ident()
+
+        def captured(kernel: Any, *args: Any, **kwargs: Any) -> None:
+            if threading.get_ident() == thread:
+                self._require_known(kernel.fn.__name__, _tensors((args, kwargs)))
+                self._calls.append(_Call(partial(launch, kernel), args, kwargs, []))
+                with _marked("in_kernel"):
+                    launch(kernel, *args, **kwargs)
+            else:
+                launch(kernel, *args, **kwargs)
+
+        interpreter.GridExecutor.__call__ = captured
+        try:
+            yield
+        finally:
+            interpreter.GridExecutor.__call__ = launch
 
     def replay(self) -> None:
         for call in self._calls:

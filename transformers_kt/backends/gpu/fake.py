@@ -160,7 +160,7 @@ class FakeDevice(Device):
 
     @override
     def capture(self, work: Work, beside: Launchable | None = None) -> Launchable:
-        return _FakeGraph(Capture(work, self._known.__contains__))
+        return _FakeGraph(Capture(work, self._known.__contains__, has_kernels=self.has_kernels))
 
     @override
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
