@@ -31,7 +31,6 @@ from transformers import (
     DeepseekV3ForCausalLM,
     GenerationConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     pipeline,
 )
 
@@ -540,11 +539,6 @@ def test_an_adapter_in_the_models_folder_is_refused_with_what_to_do(v3: Example,
         AutoModelForCausalLM.from_pretrained(folder, gguf_path=v3.gguf)
 
 
-def test_other_auto_classes_refuse_in_the_words_that_wrappers_look_for(v3: Example) -> None:
-    with pytest.raises(errors.UnsupportedModelError, match="Unrecognized configuration class"):
-        transformers.AutoModelForSeq2SeqLM.from_pretrained(v3.gguf)
-
-
 def test_a_default_device_of_torch_does_not_move_the_model() -> None:
     kt_quantizer = quantizer.KtHfQuantizer(quantizer.KtConfig())
     assert kt_quantizer.update_device_map({"": torch.device("cuda:0")}) == {"": torch.device("cpu")}
@@ -686,19 +680,6 @@ def test_two_different_ggufs_are_refused(v3: Example, v2: Example) -> None:
 # --- Other classes of transformers that take a folder ---
 
 
-@pytest.mark.parametrize("form", [gguf_in_the_models_place_and_nothing_else, folder_with_nothing_but_a_gguf, no_name])
-def test_what_takes_a_folder_takes_a_gguf(form: Any, v3: Example) -> None:
-    name, options = form(v3)
-    processor = AutoProcessor.from_pretrained(name, **options)
-    assert processor("Hello, ü")["input_ids"] == AutoTokenizer.from_pretrained(v3.gguf)("Hello, ü")["input_ids"]
-    stated = GenerationConfig.from_pretrained(name, **options)
-    expected = AutoModelForCausalLM.from_pretrained(v3.gguf).generation_config
-    assert stated.to_diff_dict() == expected.to_diff_dict()
-    assert stated.eos_token_id == EOS
-    assert type(DeepseekV3Config.from_pretrained(name, **options)) is DeepseekV3Config
-    assert PreTrainedTokenizerFast.from_pretrained(name, **options).eos_token_id == EOS
-
-
 def test_a_generation_config_of_a_gguf_takes_options_as_one_of_a_folder_does(v3: Example, tmp_path: Path) -> None:
     GenerationConfig.from_pretrained(v3.gguf).save_pretrained(tmp_path)
     for options in ({"max_new_tokens": 7}, {"max_new_tokens": 7, "foo": 1, "return_unused_kwargs": True}):
@@ -737,25 +718,6 @@ def test_a_folder_of_a_model_that_we_do_not_know_is_left_to_transformers(
     assert request.read_request(tmp_path, {}) is None
     # gguf_file= makes the file the source of the config, as it does for transformers.
     assert AutoConfig.from_pretrained(tmp_path, gguf_file=v3.gguf.name).model_type == "deepseek_v3"
-
-
-@pytest.mark.parametrize(
-    ("module", "name", "kind"),
-    [
-        ("image_processing_auto", "AutoImageProcessor", "image processor"),
-        ("video_processing_auto", "AutoVideoProcessor", "video processor"),
-        ("feature_extraction_auto", "AutoFeatureExtractor", "feature extractor"),
-    ],
-)
-def test_what_prepares_images_and_sound_is_refused_in_transformers_words(
-    v3: Example, module: str, name: str, kind: str
-) -> None:
-    # Wrappers go on from transformers' own error for a folder without such a file, which is an OSError.
-    owner = getattr(importlib.import_module(f"transformers.models.auto.{module}"), name)
-    for given in (v3.gguf, v3.config_folder):
-        with pytest.raises(OSError, match=f"Can't load {kind} for '{given}'") as caught:
-            owner.from_pretrained(given)
-        assert isinstance(caught.value, errors.KtError) == (given == v3.gguf)
 
 
 def test_a_class_that_the_gguf_does_not_make_is_refused_with_the_auto_class(v3: Example) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import gguf
 import pytest
 import torch
+from hub_cache import Hub
 from tiny_examples import EOS, Example
 from transformers import (
     AutoConfig,
@@ -23,24 +23,6 @@ from transformers import (
 )
 
 from transformers_kt.planning.request import read_request
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub:
-    """The cache of a hub that cannot be asked: repositories as huggingface_hub leaves them after a download."""
-
-    def __init__(self, folder: Path) -> None:
-        self.options: dict[str, Any] = {"cache_dir": str(folder), "local_files_only": True}
-        self._folder = folder
-
-    def put(self, repository: str, path: Path, name: str) -> None:
-        kept = self._folder / f"models--{repository.replace('/', '--')}"
-        target = kept / "snapshots" / COMMIT / name
-        target.parent.mkdir(parents=True)
-        shutil.copy(path, target)
-        (kept / "refs").mkdir()
-        (kept / "refs" / "main").write_text(COMMIT)
 
 
 @pytest.fixture

@@ -28,7 +28,8 @@ _FUSED_EXPERTS = re.compile(r"blk\.\d+\.ffn_gate_up_exps\.weight")
 _SINGLE_EXPERT = re.compile(r"(?P<layer>blk\.\d+\.ffn_(gate|up|down))\.(?P<expert>\d{1,5})\.weight")
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf")
-_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+):(?P<wanted>.+)")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB = re.compile(rf"(?P<repo>{_REPOSITORY.pattern}):(?P<wanted>.+)")
 _GLOB_CHARACTERS = frozenset("*?[")
 
 # What lies beside models in many folders and is none: vision projectors, quantization statistics, adapters.
@@ -200,6 +201,27 @@ def open_checkpoint(gguf_path: str | Path, **hub: Unpack[HubOptions]) -> Checkpo
             + _what_is_there(path.parent)
         )
     return Checkpoint([GgufFile(shard) for shard in paths])
+
+
+class HubFiles(NamedTuple):
+    """What a hub repository has: the names of all files, and of each GGUF model that of its first part."""
+
+    names: list[str]
+    models: list[str]
+
+
+def files_on_hub(repo: str, **hub: Unpack[HubOptions]) -> HubFiles | None:
+    """What is in the repository, or in its copy in the cache where the hub cannot be asked; None if nothing is known.
+
+    ``repo`` may be any text.
+    """
+    if _REPOSITORY.fullmatch(repo) is None:
+        return None
+    try:
+        names = _names_on_hub(repo, hub)
+    except CheckpointNotFoundError:
+        return None
+    return HubFiles(names, [parts[0] for parts in _models(names).values()])
 
 
 def is_hub_name(text: str) -> bool:

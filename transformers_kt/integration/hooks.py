@@ -13,12 +13,22 @@ import importlib
 import importlib.abc
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from transformers_kt.errors import KtError
 from transformers_kt.families.registry import response_template
-from transformers_kt.planning.request import NAME_OPTIONS, SOURCE_OPTIONS, Call, read_request, without
+from transformers_kt.planning.request import (
+    NAME_OPTIONS,
+    SOURCE_OPTIONS,
+    Call,
+    Request,
+    read_request,
+    request_after,
+    without,
+)
 
 WRAPPED = "_wrapped_by_transformers_kt"
 _LOADERS_OF_MODELS = ("load_model", "load_auto_model")
@@ -47,12 +57,28 @@ def wrap(owner: Any, loader: str) -> None:
         if request is None:
             if loader in _LOADERS_OF_MODELS:
                 _loaders()  # a folder saved with our quantization_config is refused with our words
-            return stock(cls, *args, **options)
+            try:
+                return stock(cls, *args, **options)
+            except (OSError, ValueError) as failure:
+                request = _request_after(failure, loader, named, options)
+                if request is None:
+                    raise
         answer = getattr(_loaders(), loader)
         return answer(Call(stock, cls, args[1:], without(options, SOURCE_OPTIONS)), request)
 
     setattr(from_pretrained, WRAPPED, True)
     owner.from_pretrained = classmethod(from_pretrained)
+
+
+def _request_after(failure: Exception, loader: str, named: Sequence[Any], options: Mapping[str, Any]) -> Request | None:
+    """What a call that failed asks of us after all, if it does."""
+    asked_while_loading = loader == "load_generation_config" and "_from_auto" in options  # it may be missing
+    if isinstance(failure, KtError) or not named or loader == "refuse_media" or asked_while_loading:
+        return None
+    request = request_after(failure, named[0], options)
+    if request is None or loader in _LOADERS_OF_MODELS:
+        return request
+    return replace(request, folder=None)  # what is not in the repository the GGUF has
 
 
 def _loaders() -> ModuleType:
@@ -86,7 +112,14 @@ def _answer(module: Any, name: str, answer: Any) -> None:
 
     @functools.wraps(stock)
     def answered(model: Any, *args: Any, **options: Any) -> Any:
-        return answer if read_request(model, {}) is not None else stock(model, *args, **options)
+        if read_request(model, {}) is not None:
+            return answer
+        try:
+            return stock(model, *args, **options)
+        except RuntimeError as failure:
+            if request_after(failure, model, {}) is None:
+                raise
+            return answer
 
     setattr(answered, WRAPPED, True)
     setattr(module, name, answered)

@@ -6,15 +6,17 @@ import json
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers_kt._environment import default_rules
 from transformers_kt.errors import CheckpointError, CheckpointNotFoundError, KtError
 from transformers_kt.families.registry import families, knows
-from transformers_kt.gguf.checkpoint import Checkpoint, cached_file, is_hub_name, open_checkpoint
+from transformers_kt.gguf.checkpoint import Checkpoint, cached_file, files_on_hub, is_hub_name, open_checkpoint
 from transformers_kt.gguf.reader import GgufFile
 from transformers_kt.rules.files import AUTO, KtRules
+from transformers_kt.text import listed
 
 # Where from_pretrained looks for files. A GGUF is found by its own path, in a repository of its own.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -156,6 +158,40 @@ def _is_for_us(name: Any, options: Mapping[str, Any]) -> bool:
     if options.get("subfolder") or options.get("state_dict") is not None or not _is_known(path / "config.json"):
         return False
     return not any(found for pattern in _STOCK_WEIGHTS for found in path.glob(pattern))
+
+
+def request_after(failure: Exception, name: Any, options: Mapping[str, Any]) -> Request | None:
+    """What a call asks of us that transformers could not answer: ``name`` is a hub repository whose only weights are
+    one GGUF of a model that we know. None if it is anything else.
+
+    Only asked after a ``failure``: the hub has to be asked, which calls for other models must not cost. Raises
+    `CheckpointNotFoundError` with both reasons where there are several.
+    """
+    no_plain_repository = ("gguf_file", "subfolder", "state_dict")
+    if not isinstance(name, str) or any(options.get(key) for key in no_plain_repository) or Path(name).exists():
+        return None
+    hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
+    gguf_hub = {key: hub[key] for key in _GGUF_HUB_OPTIONS if key in hub}
+    found = files_on_hub(name, **gguf_hub)
+    if found is None or not found.models:
+        return None
+    if any(fnmatchcase(file, pattern) for pattern in _STOCK_WEIGHTS for file in found.names):
+        return None
+    has_config = "config.json" in found.names
+    if has_config and ((config := cached_file(name, "config.json", **gguf_hub)) is None or not _is_known(config)):
+        return None
+    if len(found.models) > 1:
+        raise CheckpointNotFoundError(
+            f"{failure} Hub repository {name} has {len(found.models)} GGUF models: {listed(found.models, most=10)}. "
+            f'Name one of them, as "{name}:{found.models[0]}"'
+        )
+    (model,) = found.models
+    if not has_config and not _is_of_known_architecture(name, {**options, "gguf_file": model}):
+        return None
+    return Request(
+        name if has_config else None, f"{name}:{model}", rules_or_default(None), (None,) * len(PLACEMENT_NUMBERS), hub,
+        gguf_hub,
+    )  # fmt: skip
 
 
 def _is_of_known_architecture(name: str | os.PathLike[str], options: Mapping[str, Any]) -> bool:
