@@ -143,6 +143,14 @@ def test_a_repository_of_several_files_says_which_in_both_words(auto_class: str)
         loaded("org/several", auto_class)
 
 
+def test_a_repository_with_rules_is_one_of_a_gguf(v3: Example) -> None:
+    model = AutoModelForCausalLM.from_pretrained("org/whole", kt_rules="auto")
+    with torch.no_grad():
+        assert torch.equal(model(v3.prompt).logits, v3.stock(v3.prompt).logits)
+    with pytest.raises(errors.CheckpointNotFoundError, match="has 2 GGUF models"):
+        AutoModelForCausalLM.from_pretrained("org/several", kt_rules="auto")
+
+
 def test_a_repository_without_a_gguf_of_ours_fails_in_transformers_words_alone(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}')
     hub.put("org/llama", tmp_path / "config.json", "config.json")

@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 from transformers_kt._environment import default_rules
 from transformers_kt.errors import CheckpointError, CheckpointNotFoundError, KtError
 from transformers_kt.families.registry import families, knows
-from transformers_kt.gguf.checkpoint import Checkpoint, cached_file, files_on_hub, is_hub_name, open_checkpoint
+from transformers_kt.gguf.checkpoint import (
+    Checkpoint,
+    HubFiles,
+    cached_file,
+    files_on_hub,
+    is_hub_name,
+    open_checkpoint,
+)
 from transformers_kt.gguf.reader import GgufFile
 from transformers_kt.rules.files import AUTO, KtRules
 from transformers_kt.text import listed
@@ -126,6 +133,9 @@ def _gguf_at(name: str | None, gguf_file: str | None, hub: Mapping[str, Any]) ->
             )
         if path.exists() or ":" in name:
             return name
+        found = files_on_hub(name, **{key: hub[key] for key in _GGUF_HUB_OPTIONS if key in hub})
+        if found is not None and found.models:
+            return f"{name}:{_only_model(name, found, 'There is no one GGUF.')}"
     raise CheckpointNotFoundError(
         f"there is no GGUF: {name} is no local file or folder. Name the weights with gguf_path= (a file, a folder, or "
         'hub "org/repo:file.gguf")'
@@ -180,18 +190,21 @@ def request_after(failure: Exception, name: Any, options: Mapping[str, Any]) -> 
     has_config = "config.json" in found.names
     if has_config and ((config := cached_file(name, "config.json", **gguf_hub)) is None or not _is_known(config)):
         return None
-    if len(found.models) > 1:
-        raise CheckpointNotFoundError(
-            f"{failure} Hub repository {name} has {len(found.models)} GGUF models: {listed(found.models, most=10)}. "
-            f'Name one of them, as "{name}:{found.models[0]}"'
-        )
-    (model,) = found.models
+    model = _only_model(name, found, str(failure))
     if not has_config and not _is_of_known_architecture(name, {**options, "gguf_file": model}):
         return None
-    return Request(
-        name if has_config else None, f"{name}:{model}", rules_or_default(None), (None,) * len(PLACEMENT_NUMBERS), hub,
-        gguf_hub,
-    )  # fmt: skip
+    folder, kt_options = name if has_config else None, (None,) * len(KT_OPTIONS)
+    return Request(folder, f"{name}:{model}", rules_or_default(None), kt_options, hub, gguf_hub)
+
+
+def _only_model(repo: str, found: HubFiles, without: str) -> str:
+    """The GGUF of a hub repository that has any; ``without`` says what its name alone does not do."""
+    if len(found.models) > 1:
+        raise CheckpointNotFoundError(
+            f"{without} Hub repository {repo} has {len(found.models)} GGUF models: {listed(found.models, most=10)}. "
+            f'Name one of them, as "{repo}:{found.models[0]}"'
+        )
+    return found.models[0]
 
 
 def _is_of_known_architecture(name: str | os.PathLike[str], options: Mapping[str, Any]) -> bool:
