@@ -34,6 +34,7 @@ from transformers_kt.backends.triton import (
     router_stage,
     swiglu,
 )
+from transformers_kt.backends.triton.unpack import KINDS
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
 MOST_SHARED = 99 << 10  # bytes a block may have on consumer cards (sm_86, 89, 120)
@@ -69,27 +70,20 @@ def kernels(types: list[str]) -> list[Kernel]:
 
 
 def _of_panels(name: str) -> list[Kernel]:
-    stored = f"*{_DTYPES[gemv.FLOATS[name]]}" if name in gemv.FLOATS else "*i32"
-    constants, warps, gemv_types = (
-        gemv.constants(name),
-        gemv.warps(name),
-        {"panels": stored, "x": "*bf16", "out": "*fp32"},
-    )
+    stored = f"*{_DTYPES[gemv.as_stored(torch.empty(0, dtype=torch.uint8), name).dtype]}"
+    kind, warps = {"KIND": KINDS[name]}, gemv.warps(name)
+    types = {"panels": stored, "x": "*bf16", "out": "*fp32"}
     found = []
     for tokens in sorted({gemv.padded_tokens(name, n) for n in (1, 2, 4, 8)}):
-        own = {"TOKENS": tokens, **constants}
-        found.append(Kernel(f"gemv {name} x{tokens}", gemv.gemv_kernel, gemv_types, own, warps))
-    own = {"TOKENS": gemm.MOST_ROWS, **constants}
-    found.append(Kernel(f"gemm {name}", gemm.gemm_kernel, gemv_types, own, warps, gemm.STAGES))
+        found.append(Kernel(f"gemv {name} x{tokens}", gemv.gemv_kernel, types, {"TOKENS": tokens, **kind}, warps))
+    own = {"TOKENS": gemm.MOST_ROWS, **kind}
+    found.append(Kernel(f"gemm {name}", gemm.gemm_kernel, types, own, *gemm.warps_and_stages(name).values()))
     types = {"gate": stored, "up": stored, "x": "*bf16", "ids": "*i32", "hidden": "*bf16"}
-    found.append(Kernel(f"gate up {name}", grouped_experts.gate_up_kernel, types, constants, warps))
+    found.append(Kernel(f"gate up {name}", grouped_experts.gate_up_kernel, types, kind, warps))
     types = {"down": stored, "hidden": "*bf16", "ids": "*i32", "weights": "*fp32", "out": "*fp32"}
-    found.append(Kernel(f"down {name}", grouped_experts.down_kernel, types, constants, warps))
+    found.append(Kernel(f"down {name}", grouped_experts.down_kernel, types, kind, warps))
     types = {"panels": stored, "out": "*bf16"}
-    if name in gemv.FLOATS:
-        floats = Kernel(f"dequantize {name}", dequantize.dequantize_floats, types, {"COLUMNS": gemv.COLUMNS})
-        return [*found, floats]
-    return [*found, Kernel(f"dequantize {name}", dequantize.dequantize_sets, types, constants)]
+    return [*found, Kernel(f"dequantize {name}", dequantize.dequantize_kernel, types, kind)]
 
 
 def other_kernels() -> list[Kernel]:
@@ -185,7 +179,7 @@ def table_of(used: dict[str, dict[int, Use]], archs: Sequence[int]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
-    parser.add_argument("--type", nargs="+", default=list(gemv.TYPES), choices=list(gemv.TYPES))
+    parser.add_argument("--type", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--kernel", default="", help="only kernels whose name has this")
     parser.add_argument("--table", type=Path, help="Markdown file to write registers, shared memory and spills to")
     options = parser.parse_args()

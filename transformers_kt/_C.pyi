@@ -44,6 +44,10 @@ def panel_layouts() -> list[tuple[str, int, int, int, int, int, int]]:
     """(name, elements and bytes of a block, units of a block, bytes of a unit, of a scale that stands apart from units,
     blocks whose scales stand together) of every type with kernels."""
 
+def codebooks() -> dict[str, npt.NDArray[np.int8]]:
+    """Type -> the weights that its quants are positions of, each type that has such: (entries, 8 or 4), or (16,) where
+    a quant is one weight. Scales are halved for MXFP4 and NVFP4, whose weights are stored doubled."""
+
 def tune_prefetch(matrices: Sequence[PackedMatrix]) -> dict[str, float]: ...
 
 # ---- Matrices and operations -----------------------------------------------------------------------------------------

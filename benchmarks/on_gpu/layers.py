@@ -52,20 +52,23 @@ def measure(setting: Setting) -> None:
 
 
 def _measure_model(setting: Setting, title: str, path: Path) -> None:
-    model: Any = AutoModelForCausalLM.from_pretrained(None, gguf_path=path, kt_gpu_experts=0)
-    for tokens in setting.size((1, 512), (1,)):
-        _measure_generate(setting, title, model, tokens)
+    for has_graphs in (False, True):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            None, gguf_path=path, kt_gpu_experts=0, kt_cuda_graph=has_graphs
+        )
+        for tokens in setting.size((1, 512), (1,)):
+            _measure_generate(setting, {"model": title, "graphs": has_graphs}, model, tokens)
     _trace(setting, title, model)
 
 
-def _measure_generate(setting: Setting, title: str, model: Any, tokens: int) -> None:
+def _measure_generate(setting: Setting, of: dict[str, Any], model: Any, tokens: int) -> None:
     new = setting.size(_TOKENS, 2)
     prompts = [random_tokens(tokens, model.config.vocab_size)]
     timed_generate(model, prompts, new)  # kernels are compiled, caches and buffers made
     with timed_experts() as spent:
         timed = timed_generate(model, prompts, new, spent)
     gap, experts = median(timed.gaps), median(timed.spent)
-    row: dict[str, Any] = {"model": title, "prompt": tokens, "decode, tokens/s": 1 / gap, "token, ms": gap * 1e3}
+    row: dict[str, Any] = {**of, "prompt": tokens, "decode, tokens/s": 1 / gap, "token, ms": gap * 1e3}
     row |= {"CPU experts, ms": experts * 1e3, "all else, ms": (gap - experts) * 1e3}
     setting.report.add("Models", {**row, "prompt, tokens/s": tokens / timed.first if tokens > 1 else None})
 

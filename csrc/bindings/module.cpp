@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -17,6 +18,8 @@
 #include "bindings/arrays.h"
 #include "bindings/gil.h"
 #include "bindings/machine.h"
+#include "formats/codebooks.h"
+#include "formats/four_bit_values.h"
 #include "formats/panel_layout.h"
 #include "formats/row_decoder.h"
 #include "kernels/dispatch.h"
@@ -608,6 +611,27 @@ py::list panel_layouts() {
   return layouts;
 }
 
+// The weights that quants of a type are positions of, as rows of 8 or 4, or one by one.
+template <typename Entry, size_t kEntries>
+py::array_t<int8_t> grid_of(const std::array<Entry, kEntries>& entries) {
+  py::array_t<int8_t> grid({kEntries, sizeof(Entry)});
+  std::memcpy(grid.mutable_data(), entries.data(), sizeof(entries));
+  return grid;
+}
+
+py::dict codebooks() {
+  py::dict found;
+  found["IQ2_XXS"] = grid_of(kGridIQ2XXS);
+  found["IQ2_XS"] = grid_of(kGridIQ2XS);
+  found["IQ2_S"] = grid_of(kGridIQ2S);
+  found["IQ3_XXS"] = grid_of(kGridIQ3XXS);
+  found["IQ3_S"] = grid_of(kGridIQ3S);
+  for (const char* name : {"IQ1_S", "IQ1_M"}) found[name] = grid_of(kGridIQ1S);
+  for (const char* name : {"IQ4_NL", "IQ4_XS"}) found[name] = py::array_t<int8_t>(16, kValuesIQ4);
+  for (const char* name : {"MXFP4", "NVFP4"}) found[name] = py::array_t<int8_t>(16, kValuesE2M1);
+  return found;
+}
+
 // All panels of matrix `index`, those of all nodes, as they lie in memory.
 void read_panels(const PackedMatrix& matrix, int64_t index, Bytes& out) {
   require_shape(out, "out", {matrix.panels(), matrix.panel_bytes()});
@@ -672,6 +696,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "panel_layouts", &panel_layouts,
       "(name, block elements, block bytes, units of a block, unit bytes, scale bytes, blocks together) of every type");
+  m.def("codebooks", &codebooks, "type -> int8 weights that its quants are positions of: (entries, 8 or 4) or (16,)");
   m.attr("PREFETCHES") = prefetch_names();
 
   py::class_<StoredTensor, std::shared_ptr<StoredTensor>>(m, "StoredTensor")

@@ -20,7 +20,8 @@ from gpu_matrices import packed_panels, stored_rows
 from transformers_kt.backends.gpu import panels
 from transformers_kt.backends.gpu.panels import LAYOUTS
 from transformers_kt.backends.triton.dequantize import dequantize
-from transformers_kt.backends.triton.gemv import MOST_ROWS, TYPES, gemv
+from transformers_kt.backends.triton.gemv import MOST_ROWS, gemv
+from transformers_kt.backends.triton.unpack import KINDS
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,7 +34,7 @@ GEMV_TOLERANCE = 16 * 2.0**-24
 # The interpreter cuts bfloat16 off where a GPU rounds it.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16])
 @pytest.mark.parametrize(("blocks", "rows"), [(1, 16), (2, 33), (5, 20)])
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", KINDS)
 def test_dequantizing_gives_the_bits_of_the_plain_form(name: str, blocks: int, rows: int, dtype: torch.dtype) -> None:
     cols = blocks * LAYOUTS[name].block_elements
     packed = packed_panels(name, stored_rows(name, rows, cols), cols).to(DEVICE)
@@ -43,7 +44,7 @@ def test_dequantizing_gives_the_bits_of_the_plain_form(name: str, blocks: int, r
 
 @pytest.mark.parametrize(("tokens", "splits"), [(1, None), (1, 3), (3, None), (MOST_ROWS, 2)])
 @pytest.mark.parametrize(("blocks", "rows"), [(1, 16), (5, 33)])
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", KINDS)
 def test_products_lie_within_their_bound(name: str, blocks: int, rows: int, tokens: int, splits: int | None) -> None:
     cols = blocks * LAYOUTS[name].block_elements
     packed = packed_panels(name, stored_rows(name, rows, cols), cols).to(DEVICE)

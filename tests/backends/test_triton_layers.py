@@ -12,12 +12,13 @@ from gpu_matrices import packed_panels, random_values, stored_rows
 from transformers_kt.backends.gpu import panels, plain
 from transformers_kt.backends.gpu.panels import LAYOUTS
 from transformers_kt.backends.triton.gemm import gemm
-from transformers_kt.backends.triton.gemv import TYPES, gemv_per_head
+from transformers_kt.backends.triton.gemv import gemv_per_head
 from transformers_kt.backends.triton.grouped_experts import grouped_experts
 from transformers_kt.backends.triton.norm import add_rms_norm, rms_norm
 from transformers_kt.backends.triton.norm_rope_append import norm_rope_append
 from transformers_kt.backends.triton.router_stage import router_stage
 from transformers_kt.backends.triton.swiglu import swiglu
+from transformers_kt.backends.triton.unpack import KINDS
 from transformers_kt.families.base import Router
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -135,7 +136,7 @@ def test_experts_in_slots_are_added_and_others_left_out(types: tuple[str, str], 
 
 
 @pytest.mark.parametrize(("tokens", "blocks", "rows"), [(9, 1, 33), (16, 5, 16)])
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", KINDS)
 def test_products_of_many_rows_lie_within_their_bound(name: str, tokens: int, blocks: int, rows: int) -> None:
     cols = blocks * LAYOUTS[name].block_elements
     packed = packed_panels(name, stored_rows(name, rows, cols), cols).to(DEVICE)

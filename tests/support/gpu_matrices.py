@@ -28,6 +28,11 @@ _SCALE_BYTES = {
     "Q4_1": [1, 3],
     "Q5_1": [1, 3],
     "MXFP4": [],
+    **{name: [1] for name in ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S")},
+    "IQ1_M": [55],  # of the four that hold a quarter of the scale each, the one with the highest bits
+    "TQ1_0": [53],
+    "TQ2_0": [65],
+    "NVFP4": [],
 }
 
 

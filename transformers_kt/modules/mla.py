@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +41,6 @@ class KtMlaAttention(KtModule):
     """
 
     operation = OPERATIONS["attention_cpu"]
-    kernel_types: ClassVar[Collection[str]] = frozenset(KERNEL_TYPES.values())
 
     def __init__(self, dims: Mapping[str, Any], layer_idx: int, name: str) -> None:
         super().__init__()
@@ -103,7 +102,7 @@ class KtMlaAttention(KtModule):
         return k_b, v_b
 
     def _pack_keys(self, tensor: TensorInfo, data: TensorData) -> Any:
-        if tensor.ggml_type.name in self.kernel_types:
+        if int(tensor.ggml_type) in KERNEL_TYPES:
             return pack_matrices(tensor, data)
         return pack_floats(float_values(tensor, data(tensor)), GgmlType.F16)
 

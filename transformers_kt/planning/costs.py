@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers_kt.families.registry import family_of
 from transformers_kt.planning.assignments import Assignment
 from transformers_kt.planning.hardware import Bandwidths, Hardware
-from transformers_kt.planning.operations import keys_as_floats_on_gpu
+from transformers_kt.planning.operations import keys_as_floats
 from transformers_kt.planning.report import DeviceUse, PlanRow
 from transformers_kt.rules.devices import CPU, gpu_name
 
@@ -65,7 +65,7 @@ def gpu_bytes(slots: Iterable[TensorSlot], tensors: Mapping[str, TensorInfo], co
     sizes: dict[str, int] = {}
     for slot in slots:
         role = f"{slot.module.rpartition('.')[2]}.{slot.role}"  # as the operation of the outer module has it
-        sizes[slot.module] = sizes.get(slot.module, 0) + keys_as_floats_on_gpu(role, tensors[slot.gguf_name], config)
+        sizes[slot.module] = sizes.get(slot.module, 0) + keys_as_floats(role, tensors[slot.gguf_name], config)
     return sizes
 
 

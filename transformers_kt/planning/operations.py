@@ -6,7 +6,7 @@ Plans are made of this alone. Loading asks the same questions before it takes me
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -24,13 +24,7 @@ from transformers_kt.rules import TORCH
 from transformers_kt.rules.devices import BACKENDS, CPU
 
 KERNEL_TYPES: dict[int, str] = {number: name for name, number, _elements, _nbytes in _C.weight_types()}
-"""ggml type number -> name, for every type that can be multiplied with."""
-
-GPU_TYPES = (
-    *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "IQ4_NL", "IQ4_XS"),
-    *("Q4_1", "Q5_1", "Q3_K", "Q2_K"),
-)
-"""Names of the types that GPUs read."""
+"""ggml type number -> name, for every type that can be multiplied with, on the CPU and on GPUs."""
 
 ATTENTION, ROTARY = "attention", "rotary"
 """The kinds that have to agree: our rotary embedding feeds our attention only."""
@@ -106,12 +100,6 @@ class Operation:
         for role, tensor in tensors.items():
             if len(tensor.shape) > 1 and role not in self.of_any_type:
                 _require_kernel(tensor)
-                if self.backend == GPU and tensor.ggml_type.name not in GPU_TYPES:
-                    raise UnsupportedTypeError(
-                        f"{tensor.path}: tensor {tensor.name} has type {tensor.ggml_type.name}, which is not read on "
-                        f"GPUs ({path}); they read {', '.join(GPU_TYPES)}. Keep the module on the CPU, or all of the "
-                        'model with device_map="cpu"'
-                    )
             elif int(tensor.ggml_type) not in KERNEL_TYPES:
                 require_dequantizable(tensor, role)
 
@@ -201,20 +189,12 @@ def _dynamic_rope(node: ModuleNode, config: Any) -> str | None:
 def keys_as_floats(role: str, tensor: TensorInfo, config: Any) -> int:
     """The key half of kv_b becomes float in place of its blocks: absorbing needs it across their direction. Where it
     stands alone, that is only for types without a kernel."""
-    return _keys_as_floats(role, tensor, config, tuple(KERNEL_TYPES.values()))
-
-
-def keys_as_floats_on_gpu(role: str, tensor: TensorInfo, config: Any) -> int:
-    return _keys_as_floats(role, tensor, config, GPU_TYPES)
-
-
-def _keys_as_floats(role: str, tensor: TensorInfo, config: Any, kernel_types: Collection[str]) -> int:
     if role not in ("kv_b_proj.weight", "kv_b_proj.k_b"):
         return tensor.nbytes
     mla = mla_of(config)
     keys = mla.heads * mla.nope * mla.latent
     if role == "kv_b_proj.k_b":
-        return tensor.nbytes if tensor.ggml_type.name in kernel_types else _FLOAT16_BYTES * keys
+        return tensor.nbytes if int(tensor.ggml_type) in KERNEL_TYPES else _FLOAT16_BYTES * keys
     float_bytes = _FLOAT32_BYTES if is_wide(tensor) else _FLOAT16_BYTES
     return tensor.nbytes - tensor.nbytes * mla.nope // (mla.nope + mla.value) + float_bytes * keys
 
@@ -263,7 +243,7 @@ OPERATIONS: Mapping[str, Operation] = {
             # llama.cpp makes it Q5_1 or IQ4_NL where its rows, 128 or 192 wide, fit no K-quant: in every Q5_K_M.
             of_any_type=frozenset({"kv_b_proj.k_b"}),
             on_cpu=keys_as_floats,
-            on_gpu=keys_as_floats_on_gpu,
+            on_gpu=keys_as_floats,
         ),
         *_on_both(
             "moe",

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from transformers_kt.backends.gpu.capture import Capture, poisoned, refuse_while_capturing
 from transformers_kt.backends.gpu.device import Device, Event, Launchable, Stream, Work
+from transformers_kt.backends.gpu.whole_blocks import is_codebook
 from transformers_kt.text import format_bytes
 
 
@@ -160,7 +161,10 @@ class FakeDevice(Device):
 
     @override
     def capture(self, work: Work, beside: Launchable | None = None) -> Launchable:
-        return _FakeGraph(Capture(work, self._known.__contains__, has_kernels=self.has_kernels))
+        return _FakeGraph(Capture(work, self._is_known, has_kernels=self.has_kernels))
+
+    def _is_known(self, address: int) -> bool:
+        return address in self._known or is_codebook(address)
 
     @override
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

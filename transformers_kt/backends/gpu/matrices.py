@@ -15,6 +15,7 @@ import transformers_kt._C as _C
 from transformers_kt.backends.gpu import plain
 from transformers_kt.backends.gpu.device import Device
 from transformers_kt.backends.gpu.panels import LAYOUTS, PANEL_ROWS, dequantize
+from transformers_kt.backends.gpu.whole_blocks import make_codebook
 
 _CHUNK_VALUES = 1 << 26
 """Weights that a kernel dequantizes at once: 128 MB of bfloat16."""
@@ -78,10 +79,9 @@ class DeviceMatrix:
         """In Triton, for this type: others take the plain forms."""
         if not self.device.has_kernels:
             return False
-        from transformers_kt.backends.triton.gemv import FLOATS
         from transformers_kt.backends.triton.unpack import KINDS
 
-        return self.type_name in FLOATS or self.type_name in KINDS
+        return self.type_name in KINDS
 
     def _product(self, panels: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """``x`` (tokens, cols) times the matrix of ``panels`` -> float32 (tokens, rows)."""
@@ -117,6 +117,7 @@ def upload(matrix: _C.PackedMatrix, device: Device) -> DeviceMatrix:
 
     Raises OutOfMemoryError.
     """
+    make_codebook(matrix.type_name, device.torch_device)
     layout = LAYOUTS[matrix.type_name]
     shape = (-(-matrix.rows // PANEL_ROWS), layout.panel_bytes(matrix.cols))
     panels = device.empty((matrix.count, *shape), torch.uint8)

@@ -10,16 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import gguf.quants
 import torch
 
 import transformers_kt._C as _C
+from transformers_kt.backends.gpu import whole_blocks
+from transformers_kt.backends.gpu.whole_blocks import halves, looked_up, split
 
 PANEL_ROWS = 16
-
-IQ4_NL_VALUES = tuple(int(value) for value in gguf.quants.IQ4_NL.kvalues)
-MXFP4_VALUES = tuple(int(value) for value in gguf.quants.MXFP4.kvalues)
-"""What the nibbles of a type stand for, as the `gguf` package publishes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +46,9 @@ def dequantize(panels: torch.Tensor, type_name: str, rows: int, cols: int) -> to
     That one is of the subtraction of a minimum; bits are those of ``_C.dequantize`` on the rows of the file.
     """
     layout = LAYOUTS[type_name]
+    if type_name in whole_blocks.DECODERS:
+        blocks = panels.reshape(len(panels), cols // layout.block_elements, PANEL_ROWS, layout.block_bytes)
+        return whole_blocks.DECODERS[type_name](blocks).transpose(1, 2).reshape(-1, cols)[:rows]
     units, scales = _parts(panels, layout, cols)
     values = _DECODERS[type_name](units, scales)  # (panels, blocks, block elements, 16)
     return values.permute(0, 3, 1, 2).reshape(-1, cols)[:rows]
@@ -61,9 +61,9 @@ def _parts(panels: torch.Tensor, layout: PanelLayout, cols: int) -> tuple[torch.
     if not layout.scale_bytes:
         return panels.reshape(count, blocks, *unit_shape), None
     in_groups = blocks // layout.together * layout.together
-    split = in_groups * layout.block_bytes * PANEL_ROWS
+    border = in_groups * layout.block_bytes * PANEL_ROWS
     parts = []
-    for part, together in ((panels[:, :split], layout.together), (panels[:, split:], blocks - in_groups)):
+    for part, together in ((panels[:, :border], layout.together), (panels[:, border:], blocks - in_groups)):
         if not part.shape[1]:
             continue
         group = part.reshape(count, -1, together * layout.block_bytes * PANEL_ROWS)
@@ -71,23 +71,12 @@ def _parts(panels: torch.Tensor, layout: PanelLayout, cols: int) -> tuple[torch.
         scales = group[..., :lead].reshape(count, -1, PANEL_ROWS * layout.scale_bytes)
         parts.append((group[..., lead:].reshape(count, -1, *unit_shape), scales))
     units, scales = (torch.cat(same, dim=1) for same in zip(*parts, strict=True))
-    return units, (_halves(scales) if layout.scale_bytes == 2 else _powers(scales)).unsqueeze(2)
+    return units, (halves(scales) if layout.scale_bytes == 2 else _powers(scales)).unsqueeze(2)
 
 
 def _powers(stored: torch.Tensor) -> torch.Tensor:
     """uint8 exponents of MXFP4 -> float32 of half their power of two: its values are stored doubled."""
     return torch.ldexp(torch.ones_like(stored, dtype=torch.float32), stored.to(torch.int32) - 128)
-
-
-def _split(values: torch.Tensor, dim: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """``values`` with dimension ``dim`` as several; `Tensor.unflatten` has no types."""
-    dim %= values.ndim
-    return values.reshape(*values.shape[:dim], *shape, *values.shape[dim + 1 :])
-
-
-def _halves(stored: torch.Tensor) -> torch.Tensor:
-    """uint8 (..., 2 n) -> float32 (..., n) of f16."""
-    return stored.contiguous().view(torch.float16).float()
 
 
 def _columns(vectors: torch.Tensor) -> torch.Tensor:
@@ -144,21 +133,14 @@ def _q4_0(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     return scales * (_columns(torch.cat((units & 15, units >> 4), dim=2)) - 8)
 
 
-def _looked_up(places: torch.Tensor, values: tuple[int, ...]) -> torch.Tensor:
-    """The entry of ``values`` at each place, float32."""
-    # Filled on the device: a copy from the host's ordinary memory would be refused while a graph is captured.
-    table = torch.cat([places.new_full((1,), value, dtype=torch.float32) for value in values])
-    return table[places.long()]
-
-
 def _iq4_nl(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     assert scales is not None
-    return scales * _looked_up(_columns(torch.cat((units & 15, units >> 4), dim=2)), IQ4_NL_VALUES)
+    return scales * looked_up(_columns(torch.cat((units & 15, units >> 4), dim=2)), "IQ4_NL")
 
 
 def _mxfp4(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     assert scales is not None
-    return scales * _looked_up(_columns(torch.cat((units & 15, units >> 4), dim=2)), MXFP4_VALUES)
+    return scales * looked_up(_columns(torch.cat((units & 15, units >> 4), dim=2)), "MXFP4")
 
 
 def _columns_of_five_bits(units: torch.Tensor) -> torch.Tensor:
@@ -174,7 +156,7 @@ def _q5_0(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
 
 def _with_one_minimum(units: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Of Q4_1 and Q5_1, whose unit 0 is scale and minimum."""
-    head = _halves(units[:, :, 0]).unsqueeze(2)  # (panels, blocks, 1, 16, 2)
+    head = halves(units[:, :, 0]).unsqueeze(2)  # (panels, blocks, 1, 16, 2)
     return head[..., 0] * columns + head[..., 1]
 
 
@@ -188,7 +170,7 @@ def _q5_1(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
 
 def _k_scales(units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """d * sc and dmin * m of units 0 to 3 of Q4_K or Q5_K: float32 (panels, blocks, 8, 16) each."""
-    head = _halves(units[:, :, 0])  # (panels, blocks, 16, 2)
+    head = halves(units[:, :, 0])  # (panels, blocks, 16, 2)
     d, dmin = head[..., 0].unsqueeze(2), head[..., 1].unsqueeze(2)
     low, mid, high = units[:, :, 1], units[:, :, 2], units[:, :, 3]  # (panels, blocks, 16, 4)
     scales = torch.cat((low & 63, (high & 15) | ((low >> 6) << 4)), dim=-1)
@@ -198,12 +180,12 @@ def _k_scales(units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _sub_blocks(vectors: torch.Tensor) -> torch.Tensor:
     """``vectors`` (panels, blocks, 4 chunks, 8 groups, low and high, 16, 4) -> (panels, blocks, 8, 32 columns, 16)."""
-    return _split(_columns(vectors.transpose(3, 4).flatten(2, 4)), 2, (8, 32))
+    return split(_columns(vectors.transpose(3, 4).flatten(2, 4)), 2, (8, 32))
 
 
 def _nibbles_of_chunks(units: torch.Tensor) -> torch.Tensor:
     """32 units: 4 chunks, whose low nibbles are a sub-block and whose high ones the next; as of `_sub_blocks`."""
-    nibbles = _split(units, 2, (4, 8))
+    nibbles = split(units, 2, (4, 8))
     return _sub_blocks(torch.stack((nibbles & 15, nibbles >> 4), dim=4))
 
 
@@ -218,19 +200,19 @@ def _q4_k(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
 
 
 def _q5_k(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    sets = _split(units[:, :, 4:], 2, (4, 2, 5))
+    sets = split(units[:, :, 4:], 2, (4, 2, 5))
     vectors = _five_bits(*sets.unbind(4))  # (panels, blocks, 4 chunks, 2 sets, 8, 16, 4)
-    return _with_minima(units, _sub_blocks(_split(vectors, 4, (4, 2)).flatten(3, 4)))
+    return _with_minima(units, _sub_blocks(split(vectors, 4, (4, 2)).flatten(3, 4)))
 
 
 def _q2_k(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    head = _halves(units[:, :, 0]).unsqueeze(2)  # (panels, blocks, 1, 16, 2)
+    head = halves(units[:, :, 0]).unsqueeze(2)  # (panels, blocks, 1, 16, 2)
     both = units[:, :, 1:5].transpose(-1, -2).flatten(2, 3)  # (panels, blocks, 16 sub-blocks, 16)
     of_16, minima = head[..., 0] * (both & 15).float(), head[..., 1] * (both >> 4).float()
-    sets = _split(units[:, :, 5:], 2, (4, 4))
+    sets = split(units[:, :, 5:], 2, (4, 4))
     vectors = torch.stack([(sets >> shift) & 3 for shift in (0, 2, 4, 6)], dim=4)  # (.., 4 chunks, 4 sets, 4, 16, 4)
-    columns = _sub_blocks(_split(vectors, 4, (2, 2)).flatten(3, 4)).flatten(2, 3)
-    return (of_16.unsqueeze(3) * _split(columns, 2, (16, 16)) - minima.unsqueeze(3)).flatten(2, 3)
+    columns = _sub_blocks(split(vectors, 4, (2, 2)).flatten(3, 4)).flatten(2, 3)
+    return (of_16.unsqueeze(3) * split(columns, 2, (16, 16)) - minima.unsqueeze(3)).flatten(2, 3)
 
 
 def _q3_k(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
@@ -239,27 +221,27 @@ def _q3_k(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     low = torch.cat((first & 15, second & 15, first >> 4, second >> 4), dim=-1)
     high = torch.cat([(upper >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1)
     of_16 = (low | (high << 4)).transpose(-1, -2).float() - 32
-    vectors = _three_bits(*_split(units[:, :, 3:], 2, (4, 2, 3)).unbind(4))  # (.., 4 chunks, 2 sets, 8, 16, 4)
-    columns = _sub_blocks(_split(vectors, 4, (4, 2)).flatten(3, 4)).flatten(2, 3) - 4
-    return ((scales * of_16).unsqueeze(3) * _split(columns, 2, (16, 16))).flatten(2, 3)
+    vectors = _three_bits(*split(units[:, :, 3:], 2, (4, 2, 3)).unbind(4))  # (.., 4 chunks, 2 sets, 8, 16, 4)
+    columns = _sub_blocks(split(vectors, 4, (4, 2)).flatten(3, 4)).flatten(2, 3) - 4
+    return ((scales * of_16).unsqueeze(3) * split(columns, 2, (16, 16))).flatten(2, 3)
 
 
 def _iq4_xs(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    d = _halves(units[:, :, 0])[..., 0].unsqueeze(2)
+    d = halves(units[:, :, 0])[..., 0].unsqueeze(2)
     lower = torch.stack((units[:, :, 1] & 15, units[:, :, 1] >> 4), dim=-1).flatten(-2)  # (panels, blocks, 16, 8)
     upper = torch.stack([(units[:, :, 0, :, 2:] >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(-2)
     of_32 = (lower | (upper << 4)).transpose(-1, -2).float() - 32
-    weights = _looked_up(_nibbles_of_chunks(units[:, :, 2:]), IQ4_NL_VALUES)
+    weights = looked_up(_nibbles_of_chunks(units[:, :, 2:]), "IQ4_XS")
     return ((d * of_32).unsqueeze(3) * weights).flatten(2, 3)
 
 
 def _q6_k(units: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     assert scales is not None
     of_16 = units[:, :, :4].contiguous().view(torch.int8).transpose(-1, -2).flatten(2, 3).float()  # (.., 16, 16)
-    vectors = _six_bits(*_split(units[:, :, 4:], 2, (4, 4, 3)).unbind(4))  # (.., 4 chunks, 4 sets, 4, 16, 4)
+    vectors = _six_bits(*split(units[:, :, 4:], 2, (4, 4, 3)).unbind(4))  # (.., 4 chunks, 4 sets, 4, 16, 4)
     # Chunk c holds blocks of 32 columns c / 2 * 4 + c % 2 in its even vectors, and the one two further in its odd ones.
-    ordered = _split(_split(vectors, 4, (2, 2)), 2, (2, 2)).permute(0, 1, 2, 6, 3, 4, 5, 7, 8)
-    columns = _split(_columns(ordered.flatten(2, 6)) - 32, 2, (16, 16))
+    ordered = split(split(vectors, 4, (2, 2)), 2, (2, 2)).permute(0, 1, 2, 6, 3, 4, 5, 7, 8)
+    columns = split(_columns(ordered.flatten(2, 6)) - 32, 2, (16, 16))
     return ((scales * of_16).unsqueeze(3) * columns).flatten(2, 3)
 
 
@@ -283,6 +265,8 @@ _DECODERS: Mapping[str, Callable[[torch.Tensor, torch.Tensor | None], torch.Tens
 }
 
 LAYOUTS: Mapping[str, PanelLayout] = {
-    layout[0]: PanelLayout(*layout) for layout in _C.panel_layouts() if layout[0] in _DECODERS
+    layout[0]: PanelLayout(*layout)
+    for layout in _C.panel_layouts()
+    if layout[0] in _DECODERS or layout[0] in whole_blocks.DECODERS
 }
-"""ggml type name -> layout, for every type that GPUs read."""
+"""ggml type name -> layout, for every type that GPUs read: all with kernels on the CPU."""

@@ -11,21 +11,27 @@ import torch
 import triton
 import triton.language as tl
 
-from transformers_kt.backends.gpu.panels import LAYOUTS
-from transformers_kt.backends.triton.gemv import as_stored, constants, warps
+from transformers_kt.backends.triton.gemv import as_stored, warps
 from transformers_kt.backends.triton.unpack import (
+    KINDS,
     block_start,
     first_column,
     scale_and_minimum,
     set_words,
-    sub_block,
     vector,
     weight,
 )
 
 MOST_ROWS = 16
-STAGES = 2
-"""With Triton's usual three, Q4_0 and MXFP4 spill 8 bytes on sm_89."""
+_STAGES = {"Q2_K": 3}
+"""Others 2: with Triton's usual three, Q4_0 and MXFP4 spill 8 bytes on sm_89; with two, Q2_K spills 16."""
+_WARPS = {"Q3_K": 4}
+"""Where other products spill with so few, and this one with as many as they take."""
+
+
+def warps_and_stages(type_name: str) -> dict[str, int]:
+    """How the kernel is compiled."""
+    return {"num_warps": _WARPS.get(type_name, warps(type_name)), "num_stages": _STAGES.get(type_name, 2)}
 
 
 def gemm(panels: torch.Tensor, type_name: str, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -33,21 +39,20 @@ def gemm(panels: torch.Tensor, type_name: str, x: torch.Tensor, out: torch.Tenso
 
     Sums are float32.
     """
-    stored, (tokens, rows) = as_stored(panels, type_name), out.shape
+    stored, kind, (tokens, rows) = as_stored(panels, type_name), KINDS[type_name], out.shape
     gemm_kernel[(len(panels),)](
         stored,
         x,
         out,
         tokens,
         rows,
-        x.shape[1] // LAYOUTS[type_name].block_elements,
+        x.shape[1] // kind.columns,
         stored.shape[1],
         x.stride(0),
         out.stride(0),
         TOKENS=MOST_ROWS,
-        **constants(type_name),
-        num_warps=warps(type_name),
-        num_stages=STAGES,
+        KIND=kind,
+        **warps_and_stages(type_name),
     )
     return out
 
@@ -64,51 +69,39 @@ def gemm_kernel(
     x_stride,
     out_stride,
     TOKENS: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    BLOCKS: tl.constexpr,
     KIND: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    SETS: tl.constexpr,
-    SET_UNITS: tl.constexpr,
-    VECTORS: tl.constexpr,
-    HEAD: tl.constexpr,
-    UNITS: tl.constexpr,
-    SCALE_WORDS: tl.constexpr,
-    TOGETHER: tl.constexpr,
 ):
     panel = panels + tl.program_id(0).to(tl.int64) * panel_size
     token = tl.arange(0, TOKENS)[:, None]
     own = x + token * x_stride
     dtype = x.dtype.element_ty
     total = tl.zeros((TOKENS, 16), tl.float32)
-    if KIND == "floats":
+    if KIND.chunks == 0:
         lane = tl.arange(0, 16)[None, :]
-        for first in range(0, blocks, BLOCKS):
-            column = first + tl.arange(0, BLOCKS)
+        for first in range(0, blocks, KIND.blocks):
+            column = first + tl.arange(0, KIND.blocks)
             w = tl.load(panel + column[:, None] * 16 + lane, mask=column[:, None] < blocks, other=0.0)
             present = (token < tokens) & (column[None, :] < blocks)
             a = tl.load(own + column[None, :], mask=present, other=0.0)
             total = tl.dot(a, w.to(dtype), total, input_precision="ieee")
     else:
         words = panel.to(tl.pointer_type(tl.uint32), bitcast=True)
-        part = tl.arange(0, BLOCKS * CHUNKS)[:, None, None]
-        set_ = tl.arange(0, SETS)[None, :, None]
+        part = tl.arange(0, KIND.blocks * KIND.chunks)[:, None, None]
+        set_ = tl.arange(0, KIND.sets)[None, :, None]
         lane = tl.arange(0, 16)[None, None, :]
-        chunk = part % CHUNKS
-        TILE: tl.constexpr = BLOCKS * CHUNKS * SETS
-        for first in range(0, blocks, BLOCKS):
-            block = first + part // CHUNKS
+        chunk = part % KIND.chunks
+        TILE: tl.constexpr = KIND.blocks * KIND.chunks * KIND.sets
+        for first in range(0, blocks, KIND.blocks):
+            block = first + part // KIND.chunks
             mask = block < blocks
-            start = block_start(block, blocks, UNITS, SCALE_WORDS, TOGETHER)
-            at = words + start + (HEAD + (chunk * SETS + set_) * SET_UNITS) * 16 + lane
-            w0, w1, w2, w3, w4 = set_words(at, mask, SET_UNITS)
-            for k in tl.static_range(VECTORS):
+            start = block_start(block, blocks, KIND)
+            at = words + start + (KIND.head + (chunk * KIND.sets + set_) * KIND.set_units) * 16 + lane
+            w0, w1, w2, w3, w4 = set_words(at, mask, KIND)
+            for k in tl.static_range(KIND.vectors):
                 word = vector(w0, w1, w2, w3, w4, k, KIND)
-                scale, minimum = scale_and_minimum(
-                    words, block, start, sub_block(chunk, set_, k, KIND), lane, mask, UNITS, SCALE_WORDS, TOGETHER, KIND
-                )
-                column = tl.reshape(block * ELEMENTS + first_column(chunk, set_, k, KIND), (1, TILE))
-                present = (token < tokens) & (column < blocks * ELEMENTS)
+                scale, minimum = scale_and_minimum(words, block, start, chunk, set_, k, lane, mask, KIND)
+                column = tl.reshape(block * KIND.columns + first_column(chunk, set_, k, KIND), (1, TILE))
+                present = (token < tokens) & (column < blocks * KIND.columns)
                 for i in tl.static_range(4):
                     w = tl.reshape(scale * weight(word, i, KIND) - minimum, (TILE, 16))
                     a = tl.load(own + column + i, mask=present, other=0.0)

@@ -7,45 +7,36 @@ atomics, so that the same input gives the same bits.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from transformers_kt.backends.gpu.panels import LAYOUTS
 from transformers_kt.backends.triton.unpack import (
+    FLOATS,
     KINDS,
     block_start,
     first_column,
     scale_and_minimum,
     set_words,
-    sub_block,
     vector,
     weight,
 )
 
 MOST_ROWS = 8
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Types whose panels are columns of 16 values -> their dtype."""
-TYPES = (*FLOATS, *KINDS)
-"""Those with kernels."""
-_BLOCKS = {"Q4_0": 8, "IQ4_NL": 8, "MXFP4": 8, "Q5_0": 32, "Q8_0": 4, "Q4_K": 1, "Q5_K": 4, "Q6_K": 2, "IQ4_XS": 1}
-"""Blocks at once: 512 words of a set, 16 bytes to each of 128 threads."""
-_WARPS = {"Q5_0": 8}
-"""Where four spill: the 8 vectors of a set of Q5_0 are unpacked at once."""
+_DTYPES = dict(zip(FLOATS, (torch.float32, torch.float16, torch.bfloat16), strict=True))
+_WARPS = {"Q5_0": 8, "Q5_1": 8, "Q3_K": 8}
+"""Where four spill: the 8 vectors of a set are unpacked at once."""
 _PADDED = {("Q5_0", 4): 8, ("Q5_K", 2): 4, ("Q6_K", 4): 8, ("IQ4_NL", 4): 8, ("MXFP4", 4): 8}
 """Where a kernel for more tokens does: these spill 272 and 656 bytes on sm_89, 16 on sm_120, 8 on sm_90; those none.
 MXFP4 unpacks as IQ4_NL does."""
-COLUMNS = 64
-"""Columns at once, of the float types."""
 _FEWEST_PROGRAMS = 256
 """Of a matrix with fewer panels, programs share the columns too: each of them is a fraction of a GPU's processors."""
 
 
 def splits_for(type_name: str, panels: int, cols: int) -> int:
     """How many programs share the columns of each of ``panels``, no more than there are runs of blocks."""
-    runs: int = -(-cols // (LAYOUTS[type_name].block_elements * constants(type_name)["BLOCKS"]))
+    kind = KINDS[type_name]
+    runs = -(-cols // (kind.columns * kind.blocks))
     return min(-(-_FEWEST_PROGRAMS // panels), runs)
 
 
@@ -87,27 +78,25 @@ def _launch(
     x_strides: tuple[int, int],
     out_strides: tuple[int, int],
 ) -> None:
-    stored = as_stored(panels, type_name)
-    blocks = x.shape[-1] // LAYOUTS[type_name].block_elements
-    padded = padded_tokens(type_name, sizes[0])
+    stored, kind = as_stored(panels, type_name), KINDS[type_name]
     gemv_kernel[grid](
         stored,
         x,
         to,
         *sizes,
-        blocks,
+        x.shape[-1] // kind.columns,
         stored.shape[-1],
         *x_strides,
         *out_strides,
-        TOKENS=padded,
-        **constants(type_name),
+        TOKENS=padded_tokens(type_name, sizes[0]),
+        KIND=kind,
         num_warps=warps(type_name),
     )
 
 
 def as_stored(panels: torch.Tensor, type_name: str) -> torch.Tensor:
     """uint8 panels as what kernels load: words of 4 bytes, or the values of a float type."""
-    return panels.view(FLOATS.get(type_name, torch.int32))
+    return panels.view(_DTYPES.get(type_name, torch.int32))
 
 
 def padded_tokens(type_name: str, tokens: int) -> int:
@@ -118,27 +107,6 @@ def padded_tokens(type_name: str, tokens: int) -> int:
 
 def warps(type_name: str) -> int:
     return _WARPS.get(type_name, 4)
-
-
-def constants(type_name: str) -> dict[str, Any]:
-    """What kernels are compiled for: the type, the shape of its blocks, how many of them at once."""
-    if type_name in FLOATS:
-        shape = dict.fromkeys(("CHUNKS", "SETS", "SET_UNITS", "VECTORS", "HEAD", "UNITS", "SCALE_WORDS", "TOGETHER"), 0)
-        return {"ELEMENTS": 1, "BLOCKS": COLUMNS, "KIND": "floats", **shape}
-    kind = KINDS[type_name]
-    return {
-        "ELEMENTS": LAYOUTS[type_name].block_elements,
-        "BLOCKS": _BLOCKS[type_name],
-        "KIND": type_name,
-        "CHUNKS": kind.chunks,
-        "SETS": kind.sets,
-        "SET_UNITS": kind.units,
-        "VECTORS": kind.vectors,
-        "HEAD": kind.head,
-        "UNITS": kind.block_units,
-        "SCALE_WORDS": kind.scale_words,
-        "TOGETHER": kind.together,
-    }
 
 
 @triton.jit
@@ -165,17 +133,7 @@ def gemv_kernel(
     out_stride,
     out_head_stride,
     TOKENS: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    BLOCKS: tl.constexpr,
     KIND: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    SETS: tl.constexpr,
-    SET_UNITS: tl.constexpr,
-    VECTORS: tl.constexpr,
-    HEAD: tl.constexpr,
-    UNITS: tl.constexpr,
-    SCALE_WORDS: tl.constexpr,
-    TOGETHER: tl.constexpr,
 ):
     panel_id, split, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sums = panel_sums(
@@ -187,17 +145,7 @@ def gemv_kernel(
         tl.num_programs(1),
         blocks,
         TOKENS,
-        ELEMENTS,
-        BLOCKS,
         KIND,
-        CHUNKS,
-        SETS,
-        SET_UNITS,
-        VECTORS,
-        HEAD,
-        UNITS,
-        SCALE_WORDS,
-        TOGETHER,
     )
     token = tl.arange(0, TOKENS)[:, None]
     row = panel_id * 16 + tl.arange(0, 16)[None, :]
@@ -215,45 +163,33 @@ def panel_sums(
     splits,
     blocks,
     TOKENS: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    BLOCKS: tl.constexpr,
     KIND: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    SETS: tl.constexpr,
-    SET_UNITS: tl.constexpr,
-    VECTORS: tl.constexpr,
-    HEAD: tl.constexpr,
-    UNITS: tl.constexpr,
-    SCALE_WORDS: tl.constexpr,
-    TOGETHER: tl.constexpr,
 ):
     """float32 (TOKENS, 16): the rows of ``panel`` times ``x``, over every ``splits``-th run of blocks."""
-    if KIND == "floats":
-        return _float_sums(panel, x, x_stride, tokens, split, splits, blocks, TOKENS, BLOCKS)
+    if KIND.chunks == 0:
+        return _float_sums(panel, x, x_stride, tokens, split, splits, blocks, TOKENS, KIND.blocks)
     else:
         words = panel.to(tl.pointer_type(tl.uint32), bitcast=True)
-        part = tl.arange(0, BLOCKS * CHUNKS)[:, None, None]
-        set_ = tl.arange(0, SETS)[None, :, None]
+        part = tl.arange(0, KIND.blocks * KIND.chunks)[:, None, None]
+        set_ = tl.arange(0, KIND.sets)[None, :, None]
         lane = tl.arange(0, 16)[None, None, :]
         token = tl.arange(0, TOKENS)[:, None, None, None]
-        chunk = part % CHUNKS
-        total = tl.zeros((TOKENS, BLOCKS * CHUNKS, SETS, 16), tl.float32)
-        for first in range(split * BLOCKS, blocks, splits * BLOCKS):
-            block = first + part // CHUNKS
+        chunk = part % KIND.chunks
+        total = tl.zeros((TOKENS, KIND.blocks * KIND.chunks, KIND.sets, 16), tl.float32)
+        for first in range(split * KIND.blocks, blocks, splits * KIND.blocks):
+            block = first + part // KIND.chunks
             mask = block < blocks
-            start = block_start(block, blocks, UNITS, SCALE_WORDS, TOGETHER)
-            at = words + start + (HEAD + (chunk * SETS + set_) * SET_UNITS) * 16 + lane
-            w0, w1, w2, w3, w4 = set_words(at, mask, SET_UNITS)
-            for k in tl.static_range(VECTORS):
+            start = block_start(block, blocks, KIND)
+            at = words + start + (KIND.head + (chunk * KIND.sets + set_) * KIND.set_units) * 16 + lane
+            w0, w1, w2, w3, w4 = set_words(at, mask, KIND)
+            for k in tl.static_range(KIND.vectors):
                 word = vector(w0, w1, w2, w3, w4, k, KIND)
-                scale, minimum = scale_and_minimum(
-                    words, block, start, sub_block(chunk, set_, k, KIND), lane, mask, UNITS, SCALE_WORDS, TOGETHER, KIND
-                )
-                column = block * ELEMENTS + first_column(chunk, set_, k, KIND)
+                scale, minimum = scale_and_minimum(words, block, start, chunk, set_, k, lane, mask, KIND)
+                column = block * KIND.columns + first_column(chunk, set_, k, KIND)
                 own = x + token * x_stride + column[None]
                 present = (token < tokens) & mask[None]
-                product = tl.zeros((TOKENS, BLOCKS * CHUNKS, SETS, 16), tl.float32)
-                activations = tl.zeros((TOKENS, BLOCKS * CHUNKS, SETS, 1), tl.float32)
+                product = tl.zeros((TOKENS, KIND.blocks * KIND.chunks, KIND.sets, 16), tl.float32)
+                activations = tl.zeros((TOKENS, KIND.blocks * KIND.chunks, KIND.sets, 1), tl.float32)
                 for i in tl.static_range(4):
                     a = tl.load(own + i, mask=present, other=0.0).to(tl.float32)
                     product += weight(word, i, KIND)[None] * a

@@ -7,15 +7,13 @@ expert read it twice, the second time mostly from the L2 cache.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from transformers_kt.backends.gpu.panels import LAYOUTS
 from transformers_kt.backends.gpu.plain import Resident
-from transformers_kt.backends.triton.gemv import as_stored, constants, panel_sums, warps
+from transformers_kt.backends.triton.gemv import as_stored, panel_sums, warps
+from transformers_kt.backends.triton.unpack import KINDS
 
 
 def grouped_experts(
@@ -38,10 +36,11 @@ def grouped_experts(
         hidden,
         top_k,
         intermediate,
-        cols // LAYOUTS[types[0]].block_elements,
+        cols // KINDS[types[0]].columns,
         stored[0].shape[2],
         x.stride(0),
-        **_constants(types[0]),
+        KIND=KINDS[types[0]],
+        num_warps=warps(types[0]),
     )
     down_kernel[(down.shape[1], tokens)](
         stored[2],
@@ -51,17 +50,14 @@ def grouped_experts(
         out,
         top_k,
         cols,
-        intermediate // LAYOUTS[types[1]].block_elements,
+        intermediate // KINDS[types[1]].columns,
         stored[2].shape[2],
         hidden.stride(1),
         out.stride(0),
-        **_constants(types[1]),
+        KIND=KINDS[types[1]],
+        num_warps=warps(types[1]),
     )
     return out
-
-
-def _constants(type_name: str) -> dict[str, Any]:
-    return {**constants(type_name), "num_warps": warps(type_name)}
 
 
 @triton.jit
@@ -76,17 +72,7 @@ def gate_up_kernel(
     blocks,
     panel_size,
     x_stride,
-    ELEMENTS: tl.constexpr,
-    BLOCKS: tl.constexpr,
     KIND: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    SETS: tl.constexpr,
-    SET_UNITS: tl.constexpr,
-    VECTORS: tl.constexpr,
-    HEAD: tl.constexpr,
-    UNITS: tl.constexpr,
-    SCALE_WORDS: tl.constexpr,
-    TOGETHER: tl.constexpr,
 ):
     panel, choice = tl.program_id(0), tl.program_id(1)
     slot = tl.load(ids + choice)
@@ -94,14 +80,8 @@ def gate_up_kernel(
         return
     at = (slot.to(tl.int64) * tl.num_programs(0) + panel) * panel_size
     own = x + choice // top_k * x_stride
-    g = panel_sums(
-        gate + at, own, 0, 1, 0, 1, blocks, 1, ELEMENTS, BLOCKS, KIND, CHUNKS, SETS, SET_UNITS, VECTORS, HEAD, UNITS,
-        SCALE_WORDS, TOGETHER,
-    )  # fmt: skip
-    u = panel_sums(
-        up + at, own, 0, 1, 0, 1, blocks, 1, ELEMENTS, BLOCKS, KIND, CHUNKS, SETS, SET_UNITS, VECTORS, HEAD, UNITS,
-        SCALE_WORDS, TOGETHER,
-    )  # fmt: skip
+    g = panel_sums(gate + at, own, 0, 1, 0, 1, blocks, 1, KIND)
+    u = panel_sums(up + at, own, 0, 1, 0, 1, blocks, 1, KIND)
     row = panel * 16 + tl.arange(0, 16)[None, :]
     value = g / (1.0 + tl.exp(-g)) * u
     tl.store(hidden + choice * intermediate + row, value.to(hidden.dtype.element_ty), mask=row < intermediate)
@@ -120,17 +100,7 @@ def down_kernel(
     panel_size,
     hidden_stride,
     out_stride,
-    ELEMENTS: tl.constexpr,
-    BLOCKS: tl.constexpr,
     KIND: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    SETS: tl.constexpr,
-    SET_UNITS: tl.constexpr,
-    VECTORS: tl.constexpr,
-    HEAD: tl.constexpr,
-    UNITS: tl.constexpr,
-    SCALE_WORDS: tl.constexpr,
-    TOGETHER: tl.constexpr,
 ):
     panel, token = tl.program_id(0), tl.program_id(1)
     total = tl.zeros((1, 16), tl.float32)
@@ -138,12 +108,8 @@ def down_kernel(
         choice = token * top_k + k
         slot = tl.load(ids + choice)
         if slot >= 0:
-            sums = panel_sums(
-                down + (slot.to(tl.int64) * tl.num_programs(0) + panel) * panel_size,
-                hidden + choice * hidden_stride,
-                0, 1, 0, 1, blocks, 1, ELEMENTS, BLOCKS, KIND, CHUNKS, SETS, SET_UNITS, VECTORS, HEAD, UNITS,
-                SCALE_WORDS, TOGETHER,
-            )  # fmt: skip
+            own = down + (slot.to(tl.int64) * tl.num_programs(0) + panel) * panel_size
+            sums = panel_sums(own, hidden + choice * hidden_stride, 0, 1, 0, 1, blocks, 1, KIND)
             total += tl.load(weights + choice) * sums
     row = panel * 16 + tl.arange(0, 16)[None, :]
     tl.store(out + token * out_stride + row, total.to(out.dtype.element_ty), mask=row < cols)

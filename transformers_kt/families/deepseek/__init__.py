@@ -47,8 +47,9 @@ def _with_indexer(name: str, of_v2: str | None = None) -> tuple[str, ...]:
 
 
 def _of_all(name: str, of_v2: str | None = None) -> tuple[str, ...]:
-    others = (f"{V3}DeepseekV3{name}", f"{GLM_LITE}Glm4MoeLite{name}", f"{YOUTU}Youtu{name}")
-    return (f"{V2}DeepseekV2{of_v2 or name}", *others)
+    others = (f"{V3}DeepseekV3{name}", f"{GLM_LITE}Glm4MoeLite{name}")
+    dense = () if name in ("MoE", "Experts") else (f"{YOUTU}Youtu{name}",)
+    return (f"{V2}DeepseekV2{of_v2 or name}", *others, *dense)
 
 
 DEEPSEEK = Family(

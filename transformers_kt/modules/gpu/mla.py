@@ -15,14 +15,13 @@ from transformers_kt.modules.fused.latent_cache import grow_in_place, held_state
 from transformers_kt.modules.gpu.base import OnDevice
 from transformers_kt.modules.mla import MATRICES, KtMlaAttention
 from transformers_kt.modules.rotary import as_rope_table
-from transformers_kt.planning.operations import GPU_TYPES, OPERATIONS
+from transformers_kt.planning.operations import OPERATIONS
 
 
 class KtGpuMlaAttention(OnDevice, KtMlaAttention):
     """`KtMlaAttention` on a GPU, where its latents lie too. Absorbed for prompts as for single tokens."""
 
     operation = OPERATIONS["attention_gpu"]
-    kernel_types = frozenset(GPU_TYPES)
     _matrices: Mapping[str, DeviceMatrix]
     _norms: Mapping[str, torch.Tensor]
 
