@@ -17,7 +17,7 @@ OTHER_CXX_FILES := $(wildcard tests/native/*.h tests/native/*.cpp tools/wheel/*.
 
 .DELETE_ON_ERROR:
 .PHONY: help demo chat test fuzz-files test-native test-triton test-gpu compile-kernels lint bench bench-models wheel \
-    bench-gpu test-wheel test-recipes load-server clean
+    bench-gpu test-wheel test-recipes load-server check-forecast clean
 
 help:
 	@echo "make demo         set up .venv, then watch the bundled model think and answer"
@@ -33,6 +33,7 @@ help:
 	@echo "make lint         check formatting, style and types"
 	@echo "make bench        measure kernels and MoE layers; BENCH=--benchmark-compare sets them against the last run"
 	@echo "make bench-models measure a whole model, and its peers where they are installed"
+	@echo "make check-forecast  whether models decode as fast as doctor says"
 	@echo "make bench-gpu    ten minutes of measurements on a GPU that torch sees"
 	@echo "make wheel        build dist/*.whl for manylinux_2_28"
 	@echo "make test-wheel   build it and test it in an empty environment"
@@ -105,9 +106,15 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest benchmarks/bench_kernels.py benchmarks/bench_moe.py --benchmark-storage build/benchmarks \
 	    --benchmark-autosave --benchmark-columns median,iqr,rounds,iterations $(BENCH)
 
-bench-models: $(VENV)/.installed-bench
+build/bench-4-layers.gguf: tests/support/synthetic.py $(VENV)/.installed-test
 	mkdir -p build
-	$(BIN)/python tests/support/synthetic.py v2-lite q4_k_m build/bench-4-layers.gguf --layers 4
+	$(BIN)/python tests/support/synthetic.py v2-lite q4_k_m $@ --layers 4
+
+# While nothing else runs.
+check-forecast: $(VENV)/.installed-test build/bench-4-layers.gguf
+	$(BIN)/python tools/check_forecast.py tiny-r1 build/bench-4-layers.gguf
+
+bench-models: $(VENV)/.installed-bench build/bench-4-layers.gguf
 	$(BIN)/python benchmarks/bench_generate.py build/bench-4-layers.gguf --rounds 1 --json build/bench-generate.json \
 	    --plot build/bench-generate.png
 

@@ -35,6 +35,25 @@ def test_the_fork_that_installs_over_transformers_is_named(monkeypatch: pytest.M
         check_environment()
 
 
+def test_the_command_names_the_fork_without_a_traceback(tmp_path: Path) -> None:
+    fork = tmp_path / "transformers_kt-4.51.0.dist-info"
+    fork.mkdir()
+    (fork / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers-kt\nVersion: 4.51.0\n")
+    startup = Path(__file__).parents[1] / "startup"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, startup)))}
+    command = [sys.executable, "-c", "from _transformers_kt_command import main; main()", "doctor"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("transformers-kt: the distribution transformers-kt 4.51.0 is installed: it is a fork")
+    assert done.stderr.endswith("pip install transformers-kt-experts\n")
+
+
+def test_a_missing_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_versions(monkeypatch, {})
+    with pytest.raises(ImportError, match="transformers is not installed"):
+        check_environment()
+
+
 def test_an_old_transformers_is_named_with_the_version_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     with_versions(monkeypatch, {"transformers": "4.57.1"})
     with pytest.raises(ImportError, match=r"transformers 4\.57\.1.*5\.22 or newer"):

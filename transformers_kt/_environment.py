@@ -76,7 +76,10 @@ def _check_transformers() -> None:
             "and no part of this package. Run: pip uninstall transformers-kt transformers; "
             "pip install transformers-kt-experts"
         )
-    version = importlib.metadata.version("transformers")
+    try:
+        version = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError("transformers is not installed. Run: pip install transformers") from None
     if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
         raise ImportError(
             f"transformers {version} is installed; transformers_kt needs {'.'.join(map(str, _OLDEST))} or newer. "

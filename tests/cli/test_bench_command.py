@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,7 +52,7 @@ llama_model_default_params = llama_model_params
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits of a machine that need not be measured."""
     monkeypatch.setattr(module.ReadableMemory, "bandwidth", lambda self, cpus, rounds: 1e10 * len(cpus))
-    monkeypatch.setattr(module, "decode_rates", lambda: [1e9])
+    monkeypatch.setattr(module, "DecodeRates", lambda: SimpleNamespace(sample=lambda: [1e9]))
     monkeypatch.setattr(module, "product_rate", lambda: 1e11)
 
 

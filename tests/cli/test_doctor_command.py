@@ -7,10 +7,12 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+from fake_gpus import fake_gpus
 from typer.testing import CliRunner
 
 import transformers_kt
@@ -31,7 +33,7 @@ READS = [Rate(1, 10e9), Rate(2, 19.5e9), Rate(4, 20e9)]
 def measured(monkeypatch: pytest.MonkeyPatch) -> Speeds:
     """What the machine seems to do, so that no test waits for it."""
     monkeypatch.setattr(doctor, "read_rates", lambda: READS)
-    monkeypatch.setattr(doctor, "decode_rates", lambda: [18e9])
+    monkeypatch.setattr(doctor, "DecodeRates", lambda: SimpleNamespace(sample=lambda: [18e9]))
     monkeypatch.setattr(doctor, "product_rate", lambda: 4e11)
     monkeypatch.setattr(doctor, "_measured", lambda model: 1000.0)
     return Speeds(READS, 18e9, 4e11, 1e-3 - plan(bundled_model(), gpus=[]).devices[0].read_per_token / 18e9)
@@ -41,7 +43,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Speeds:
 def here() -> Machine:
     """A machine with which all is well."""
     return replace(machine(), isa="avx512_vnni", isas=("avx512_vnni",), cores=4, cpus=4, all_cpus=4, quota=0.0,
-                   huge_pages="madvise", swap_used=0, packages=(), gpus=())  # fmt: skip
+                   huge_pages="madvise", swap_used=0, packages=(), gpus=(), hand_offs=())  # fmt: skip
 
 
 def run(*args: str) -> tuple[int, str]:
@@ -84,6 +86,29 @@ def test_gpus_are_those_that_nvidia_smi_names(monkeypatch: pytest.MonkeyPatch, t
     assert machine().gpus == ()
 
 
+def test_the_hand_off_in_use_is_told() -> None:
+    with fake_gpus("24GiB", "8GiB"):
+        first, second = (text for name, text in doctor._facts(machine()) if name == "hand-off")
+    assert first.startswith("cuda:0 is a fake")
+    assert second.startswith("cuda:1 is a fake")
+
+
+@pytest.mark.parametrize(
+    ("hand_offs", "said", "advice"),
+    [
+        ((), "none: this torch sees no GPU", "torch sees no GPU"),
+        ((facts.HandOff("cuda:0", False, False),), "cuda:0 runs layers as torch operations", "triton is missing"),
+        ((facts.HandOff("cuda:0", False, True),), "cuda:0 runs layers as kernels of Triton", None),
+    ],
+)
+def test_a_gpu_that_is_not_used_well_is_told(here: Machine, hand_offs: Any, said: str, advice: str | None) -> None:
+    gpu = dict.fromkeys(("name", "driver", "total_mib", "free_mib", "pcie_generation", "pcie_lanes"), "1")
+    found = replace(here, gpus=(gpu,), hand_offs=hand_offs)
+    assert said in dict(doctor._facts(found))["hand-off"]
+    assert [text for text in doctor._advice(found, None) if advice is None or advice not in text] == []
+    assert len([*doctor._advice(found, None)]) == (advice is not None)
+
+
 def test_every_number_of_threads_is_measured_up_to_that_of_the_cpus(eight_cpus: None) -> None:
     class Memory:
         def bandwidth(self, cpus: list[int]) -> float:
@@ -99,7 +124,7 @@ def test_bandwidth_products_and_disk_are_measured(tmp_path: Path) -> None:
     # Floors that a machine under any load passes, and that a wrong unit misses by a thousand.
     (rate, *_) = facts.read_rates()
     assert 1e8 < rate.bytes_per_s < 1e12
-    assert 1e7 < min(facts.decode_rates()) < 1e12
+    assert 1e7 < min(facts.DecodeRates().sample()) < 1e12
     assert 1e8 < facts.product_rate() < 1e14
     file = tmp_path / "file"
     file.write_bytes(bytes(1 << 20))

@@ -20,7 +20,7 @@ import transformers_kt._C as _C
 from transformers_kt.cli.alternating import alternating, llama_cpp_version
 from transformers_kt.cli.bench_report import OURS, BenchReport, Figure, Limits, Setting
 from transformers_kt.cli.inspect import inspect_model
-from transformers_kt.cli.machine import cpu_name, decode_rates, product_rate
+from transformers_kt.cli.machine import DecodeRates, cpu_name, product_rate
 from transformers_kt.cli.models import MODEL_HELP, located
 from transformers_kt.errors import InputError
 from transformers_kt.planning.bandwidth import ReadableMemory
@@ -79,12 +79,12 @@ def _ours(model: str, title: str, settings: Sequence[Setting], new_tokens: int, 
     counts = list(dict.fromkeys(setting.threads for setting in settings))
     reads: dict[int, list[float]] = {count: [] for count in counts}
     products: dict[int, list[float]] = {count: [] for count in counts}
-    memory, cpus = ReadableMemory(), usable_cpus()
+    memory, decoding, cpus = ReadableMemory(), DecodeRates(), usable_cpus()
     for number in range(rounds):
         for count in counts:
             _C.set_thread_count(count)
             # Kernels prefetch, plain reading does not: either may be faster.
-            reads[count] += [memory.bandwidth(cpus[:count], rounds=1), *decode_rates()]
+            reads[count] += [memory.bandwidth(cpus[:count], rounds=1), *decoding.sample()]
             products[count].append(product_rate())
             for setting in (setting for setting in settings if setting.threads == count):
                 tokens = max(1, setting.depth or 0) if setting.prompt is None else setting.prompt

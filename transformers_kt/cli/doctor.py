@@ -14,9 +14,10 @@ import typer
 
 from transformers_kt.assets import bundled_model
 from transformers_kt.cli.machine import (
+    DecodeRates,
+    HandOff,
     Machine,
     Rate,
-    decode_rates,
     disk_rate,
     machine,
     product_rate,
@@ -29,6 +30,7 @@ from transformers_kt.planning.plan import plan
 from transformers_kt.planning.report import PlanReport, require_plot
 from transformers_kt.planning.tables import new_table, rendered
 from transformers_kt.rules import AUTO
+from transformers_kt.rules.devices import CPU
 from transformers_kt.text import format_bytes
 
 if TYPE_CHECKING:
@@ -132,36 +134,39 @@ def diagnose(model: str | None = None, context: int = DEFAULT_CONTEXT, *, run: b
 
     Raises what `plan` and loading raise.
     """
-    here, reads, samples = machine(), read_rates(), decode_rates()
     name = None if model is None else located(model)
-    measured = None
-    if name is not None and run:
-        measured = _measured(name)
-        samples += decode_rates()  # the same minutes for both: memory that is shared changes its speed
+    here, decoding = machine(), DecodeRates()
+    samples = decoding.sample()
+    reads = read_rates()
+    samples += decoding.sample()
+    products = product_rate()
+    measured = _measured(name) if name is not None and run else None
+    samples += decoding.sample()
+    bundled = _measured(str(bundled_model()))
+    samples += decoding.sample()
     decode = median(samples)
-    speeds = Speeds(reads, decode, product_rate(), _overhead(decode))
+    speeds = Speeds(reads, decode, products, _overhead(bundled, decode))
     forecast = None if name is None else _forecast(name, context, speeds, measured)
     return Diagnosis(here, speeds, forecast, [*_sentences(here, speeds, forecast)], [*_advice(here, forecast)])
 
 
-def _overhead(decode: float) -> float:
+def _overhead(bundled: float, decode: float) -> float:
     """Seconds of a token in generate() beside reading weights at the rate ``decode``.
 
-    Those of the bundled model, whose weights lie in the cache. What they would take from RAM is part of no forecast, so
-    that models of its size are forecast right too.
+    Those of the bundled model, which decodes ``bundled`` tokens per second, and whose weights lie in the cache. What
+    they would take from RAM is part of no forecast, so that models of its size are forecast right too.
     """
-    bundled = str(bundled_model())
-    (cpu,) = plan(bundled, gpus=[]).devices
-    return max(0.0, 1 / _measured(bundled) - cpu.read_per_token / decode)
+    (cpu,) = plan(str(bundled_model()), gpus=[]).devices
+    return max(0.0, 1 / bundled - cpu.read_per_token / decode)
 
 
 def _measured(model: str) -> float:
-    """Tokens per second of decoding from an empty context: the median."""
+    """Tokens per second of decoding on the CPU from an empty context: the median."""
     from transformers import AutoModelForCausalLM
 
     from transformers_kt.cli.timing import random_tokens, timed_generate
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, kt_rules=AUTO)
+    loaded = AutoModelForCausalLM.from_pretrained(model, kt_rules=AUTO, device_map=CPU)
     prompt = [random_tokens(1, loaded.config.vocab_size)]
     timed_generate(loaded, prompt, _TOKENS)  # the first call imports and allocates
     return 1 / median(timed_generate(loaded, prompt, _TOKENS).gaps)
@@ -201,9 +206,23 @@ def _facts(here: Machine) -> Iterator[tuple[str, str]]:
         )
     if not here.gpus:
         yield "GPU", "none that nvidia-smi names"
+    for hand_off in here.hand_offs:
+        yield "hand-off", _hand_off(hand_off)
+    if here.gpus and not here.hand_offs:
+        yield "hand-off", "none: this torch sees no GPU"
     yield "Python", here.python
     for package in here.packages:
         yield package.name, f"{package.version or 'not installed'} ({package.wanted} is accepted)"
+
+
+def _hand_off(found: HandOff) -> str:
+    if found.is_fake:
+        return f"{found.gpu} is a fake, computed by torch on the CPU; experts in RAM are computed between its layers"
+    kernels = "kernels of Triton" if found.has_kernels else "torch operations, for triton is missing"
+    return (
+        f"{found.gpu} runs layers as {kernels}, as CUDA graphs when decoding; the host launches them, and computes "
+        "experts in RAM meanwhile"
+    )
 
 
 def _speeds(speeds: Speeds) -> Iterator[tuple[str, str]]:
@@ -239,6 +258,8 @@ def _sentences(here: Machine, speeds: Speeds, model: Forecast | None) -> Iterato
     if len(lacking) == len(_BRINGS):
         brings = "; ".join(f"{name} would bring {_BRINGS[name]}" for name in lacking)
         yield f"This CPU multiplies bytes without VNNI: {brings}. Decoding would be as fast."
+    if here.gpus:
+        yield "Speeds are those of the CPU alone; transformers-kt plan says what GPUs take from it."
     if model is not None:
         yield f"{model.title} would decode at about {_shown(model.expected)} tokens/s."
         return
@@ -260,6 +281,10 @@ def _advice(here: Machine, model: Forecast | None) -> Iterator[str]:
         yield "huge pages are off; as root: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
     if here.swap_used > _MUCH_SWAPPED:
         yield f"{format_bytes(here.swap_used)} are swapped out; a model that is among it takes seconds for a token."
+    if here.gpus and not here.hand_offs:
+        yield "torch sees no GPU: install one that is built for CUDA (https://pytorch.org/get-started)."
+    if any(not (found.is_fake or found.has_kernels) for found in here.hand_offs):
+        yield "triton is missing, so GPUs compute slowly: pip install 'transformers-kt-experts[gpu]'"
     for package in here.packages:
         if not package.fits:
             yield f"{package.name} is {package.version or 'missing'}: pip install '{package.name}{package.wanted}'"

@@ -24,7 +24,7 @@ from transformers_kt.planning.hardware import free_memory, usable_cpus
 
 _DISTRIBUTION = "transformers-kt-experts"
 _DISK_BYTES = 256 << 20
-_DECODE_S, _PRODUCTS_S = 2.0, 0.1
+_DECODE_S, _PRODUCTS_S = 0.5, 0.1
 # In Q4_K, the type of most matrices of most files: 340 MB, past any cache that a few cores hold on to.
 _EXPERTS, _TOP_K, _HIDDEN, _INTERMEDIATE = 64, 6, 2048, 1536
 _Q4_K_BLOCK = 256
@@ -50,6 +50,14 @@ class Package:
     fits: bool
 
 
+class HandOff(NamedTuple):
+    """How a GPU that torch sees works with the CPU; ``has_kernels`` are those in Triton."""
+
+    gpu: str
+    is_fake: bool
+    has_kernels: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """Facts. Sizes are in bytes; ``quota`` is in CPUs, 0 where there is none; ``gpus`` have the keys of nvidia-smi."""
@@ -71,6 +79,7 @@ class Machine:
     swap_used: int
     huge_pages: str
     gpus: tuple[dict[str, str], ...]
+    hand_offs: tuple[HandOff, ...]
     packages: tuple[Package, ...]
     python: str
 
@@ -97,6 +106,7 @@ def machine() -> Machine:
         swap_used=swap.used,
         huge_pages=_huge_pages(),
         gpus=_gpus(),
+        hand_offs=_hand_offs(),
         packages=_packages(),
         python=platform.python_version(),
     )
@@ -115,23 +125,28 @@ def read_rates() -> list[Rate]:
     return [Rate(count, memory.bandwidth(cpus[:count])) for count in sorted(counts) if count <= len(cpus)]
 
 
-def decode_rates() -> list[float]:
+class DecodeRates:
     """Bytes of weights per second that our kernels multiply with one token, by the threads that are set.
 
-    Samples of two seconds, for memory that is shared with others changes its speed from one to the next, of six experts
-    out of 64, as a layer of a small model has.
+    Of six experts out of 64, as a layer of a small model has. Memory that is shared with others changes its speed from
+    one second to the next: so `sample` is to be called between other measurements, and the median of all counts.
     """
-    gate, up = (_matrix(_EXPERTS, _INTERMEDIATE, _HIDDEN) for _ in range(2))
-    down = _matrix(_EXPERTS, _HIDDEN, _INTERMEDIATE)
-    experts, generator = _C.Experts(gate, up, down), np.random.default_rng(0)
-    x, out = _activations(1, _HIDDEN), np.empty((1, _HIDDEN), np.float32)
-    weights = np.full((1, _TOP_K), 1 / _TOP_K, np.float32)
 
-    def token() -> None:
-        experts.forward_routed(x, generator.choice(_EXPERTS, (1, _TOP_K), replace=False), weights, out)
+    def __init__(self) -> None:
+        gate, up = (_matrix(_EXPERTS, _INTERMEDIATE, _HIDDEN) for _ in range(2))
+        down = _matrix(_EXPERTS, _HIDDEN, _INTERMEDIATE)
+        self._experts, self._generator = _C.Experts(gate, up, down), np.random.default_rng(0)
+        self._x, self._out = _activations(1, _HIDDEN), np.empty((1, _HIDDEN), np.float32)
+        self._weights = np.full((1, _TOP_K), 1 / _TOP_K, np.float32)
+        self._bytes_per_token = (gate.nbytes + up.nbytes + down.nbytes) * _TOP_K / _EXPERTS
 
-    nbytes = (gate.nbytes + up.nbytes + down.nbytes) * _TOP_K / _EXPERTS
-    return [nbytes / seconds for seconds in _samples(token, _DECODE_S)]
+    def sample(self) -> list[float]:
+        """One rate a token, for half a second."""
+        return [self._bytes_per_token / seconds for seconds in _samples(self._token, _DECODE_S)]
+
+    def _token(self) -> None:
+        chosen = self._generator.choice(_EXPERTS, (1, _TOP_K), replace=False)
+        self._experts.forward_routed(self._x, chosen, self._weights, self._out)
 
 
 def product_rate() -> float:
@@ -214,6 +229,13 @@ def _gpus() -> tuple[dict[str, str], ...]:
         return ()
     rows = (line.split(", ") for line in done.stdout.splitlines())
     return tuple(dict(zip(_GPU_FIELDS, row, strict=True)) for row in rows if len(row) == len(_GPU_FIELDS))
+
+
+def _hand_offs() -> tuple[HandOff, ...]:
+    from transformers_kt.backends.gpu.devices import devices
+    from transformers_kt.backends.gpu.fake import FakeDevice
+
+    return tuple(HandOff(name, isinstance(gpu, FakeDevice), gpu.has_kernels) for name, gpu in devices().items())
 
 
 def _packages() -> tuple[Package, ...]:
