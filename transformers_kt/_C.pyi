@@ -28,6 +28,10 @@ def thread_count() -> int: ...
 def set_thread_count(n: int) -> None:
     """Warns where fewer than ``n`` are used; ValueError for ``n`` < 1."""
 
+def begin_step() -> None:
+    """Until `end_step` the threads wait longer for work before they fall asleep. May be nested."""
+
+def end_step() -> None: ...
 def refused_calls() -> list[str]:
     """Optional system calls that were refused so far: "madvise", "mbind", "sched_setaffinity"."""
 

@@ -79,6 +79,8 @@ void bind_machine(py::module_& m) {
   m.def("select_isa", &select_kernels, py::arg("name"), "for tests; '' chooses automatically");
   m.def("thread_count", &thread_count);
   m.def("set_thread_count", &set_thread_count_op, py::arg("n"));
+  m.def("begin_step", &begin_step);
+  m.def("end_step", &end_step);
   m.def("refused_calls", &refused_calls);
   m.def("topology", &topology_op,
         "nodes: (number, cores: lists of CPUs) that this process may use; quota of CPUs (0: none); thread counts");

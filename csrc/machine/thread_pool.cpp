@@ -59,6 +59,12 @@ namespace {
 // with chunks alone); shorter than a scheduler's time slice, so that a busy machine loses little to a spinning thread.
 constexpr int kSpins = 10000;
 
+// About 50 ms, while a step is in flight: longer than a GPU takes for all layers between two whose experts lie here, and
+// a bound on what a GPU that hangs costs.
+constexpr int kSpinsInFlight = 1 << 22;
+
+std::atomic<int> steps_in_flight{0};
+
 // A thread takes this share of what it was given at a time, so that the last chunk, for which the others wait, is
 // small.
 constexpr int64_t kChunksPerThread = 16;
@@ -226,6 +232,7 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int size() const { return static_cast<int>(threads_.size()) + 1; }
+  int sleeping() const { return sleeping_.load(); }
 
   // Queues are nodes, or a single one for everybody. The calling thread polls between every `slice` tasks, the others
   // look there whether the loop has failed: what they read for it may come from a slow disk.
@@ -333,6 +340,10 @@ class ThreadPool {
     }
   }
 
+  int spins_while_idle() const {
+    return spins_ > 0 && steps_in_flight.load(std::memory_order_relaxed) > 0 ? kSpinsInFlight : spins_;
+  }
+
   bool has_news(uint64_t seen) const {
     const uint64_t state = state_.load();
     return (is_open(state) && state != seen) || stop_.load();
@@ -342,7 +353,7 @@ class ThreadPool {
     this_thread.is_in_loop = true;  // whatever it does
     uint64_t seen = 0;
     for (;;) {
-      for (int spin = 0; spin < spins_ && !has_news(seen); ++spin) pause();
+      for (int spin = 0; spin < spins_while_idle() && !has_news(seen); ++spin) pause();
       if (!has_news(seen)) {
         std::unique_lock<std::mutex> lock(mutex_);
         sleeping_.fetch_add(1);
@@ -571,6 +582,15 @@ void Job::wait() const {
     lock.lock();
   }
   if (state_->error != nullptr) std::rethrow_exception(state_->error);
+}
+
+void begin_step() { steps_in_flight.fetch_add(1); }
+
+void end_step() { steps_in_flight.fetch_sub(1); }
+
+int sleeping_threads() {
+  const std::lock_guard<std::mutex> lock(loops->mutex);
+  return loops->pool == nullptr ? 0 : loops->pool->sleeping();
 }
 
 Job submit(std::function<void()> body) {

@@ -42,6 +42,14 @@ void parallel_for_nodes(const std::vector<int64_t>& tasks,
                         const std::function<void(int node, int64_t first, int64_t end)>& body,
                         int64_t most_at_once = kMostAtOnce);
 
+// Between the two, the threads of the pool wait longer for the next loop before they fall asleep: a GPU computes until
+// then, and to wake would cost 50 us, once for each layer of a token. May be nested, and called on any thread.
+void begin_step();
+void end_step();
+
+// For tests: how many of the pool's threads sleep now.
+int sleeping_threads();
+
 // What was submitted. Copies are the same job.
 class Job {
  public:

@@ -39,9 +39,11 @@ PLACEMENTS = [
 ]
 
 
-def load(path: Path, gpus: int = 1, **options: Any) -> Any:
-    with fake_gpus(*["1GiB"] * gpus):
-        return AutoModelForCausalLM.from_pretrained(None, gguf_path=path, **options)
+def load(path: Path, gpus: int = 1, *, delays: Any = None, **options: Any) -> Any:
+    """On so many GPUs, of which left alone one would do."""
+    with fake_gpus(*["1GiB"] * gpus, **(delays or {})):
+        shared = {"device_map": "balanced"} if gpus > 1 else {}
+        return AutoModelForCausalLM.from_pretrained(None, gguf_path=path, **{**shared, **options})
 
 
 @pytest.fixture(scope="module", params=PLACEMENTS, ids=lambda each: "-".join(map(str, each)))
@@ -117,10 +119,7 @@ def test_beams_crops_and_caches_of_other_kinds_give_what_transformers_gives(pair
 def test_all_of_a_quantized_model_on_gpus_is_exact_arithmetic_on_its_weights(name: str) -> None:
     config = config_of(name)
     moe_layers = config.num_hidden_layers - config.first_k_dense_replace
-    with fake_gpus("1GiB", "1GiB"):
-        ours = AutoModelForCausalLM.from_pretrained(
-            None, gguf_path=gguf_path(name), config=config, kt_gpu_experts=moe_layers
-        )
+    ours = load(gguf_path(name), 2, config=config, kt_gpu_experts=moe_layers)
     assert not any(row.operation == "experts_cpu" for row in ours.kt_report.rows)
     ids = random_tokens(40)
     expected = dequantized_model(gguf_path(name), config)(ids).logits
@@ -148,8 +147,8 @@ def test_in_bfloat16_the_distance_to_exact_arithmetic_is_no_larger_than_on_the_c
 def test_delays_of_streams_change_no_bit(gguf_file: Callable[[str], Path]) -> None:
     ids, found = random_tokens(8), []
     for seed in range(3):
-        with fake_gpus("1GiB", "1GiB", longest_delay_s=0.002 * (seed > 0), seed=seed):
-            model = AutoModelForCausalLM.from_pretrained(None, gguf_path=gguf_file("v3-F32"), kt_gpu_experts=1)
+        delays = {"longest_delay_s": 0.002 * (seed > 0), "seed": seed}
+        model = load(gguf_file("v3-F32"), 2, kt_gpu_experts=1, delays=delays)
         out = model(ids, use_cache=True)
         after = model(ids[:, :1], past_key_values=out.past_key_values).logits
         found.append(torch.cat((out.logits, after), dim=1))

@@ -47,6 +47,29 @@ TEST(each_task_runs_once_at_any_number_of_threads) {
   }
 }
 
+// Threads spin for 50 ms then, and for 0.1 ms otherwise; a test that was itself held up looks again.
+TEST(threads_stay_awake_while_a_step_is_in_flight_and_sleep_afterwards) {
+  using Clock = std::chrono::steady_clock;
+  if (std::thread::hardware_concurrency() < 2) return;
+  const Machine machine({2});
+  tkt::set_thread_count(2);
+  bool was_in_time = false;
+  for (int attempt = 0; attempt < 100 && !was_in_time; ++attempt) {
+    tkt::begin_step();
+    const auto begin = Clock::now();
+    parallel_for(2, [](int64_t) {});
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    const int sleeping = tkt::sleeping_threads();
+    was_in_time = Clock::now() - begin < std::chrono::milliseconds(10);
+    tkt::end_step();
+    CHECK(!was_in_time || sleeping == 0) << "but " << sleeping << " sleep";
+  }
+  for (int ms = 0; ms < 10000 && tkt::sleeping_threads() == 0; ++ms) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  CHECK(tkt::sleeping_threads() == 1) << "but " << tkt::sleeping_threads();
+}
+
 TEST(several_callers_at_once_each_get_all_their_tasks) {
   const Machine machine({8});
   tkt::set_thread_count(4);

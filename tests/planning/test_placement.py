@@ -95,9 +95,23 @@ def test_room_for_the_cache_of_each_layer_and_for_buffers_is_kept() -> None:
     assert placed([enough - 1], needs)["lm_head"] == "cpu"
 
 
-def test_several_gpus_share_the_layers_by_their_memory_in_order() -> None:
-    assert layers_of(placed([100, 100, 100])) == ["cuda:0"] * 2 + ["cuda:1"] * 2 + ["cuda:2"] * 2
-    assert layers_of(placed([200, 100])) == ["cuda:0"] * 4 + ["cuda:1"] * 2
+def test_balanced_gpus_share_the_layers_by_their_memory_in_order() -> None:
+    assert layers_of(placed([100] * 3, mode="balanced")) == ["cuda:0"] * 2 + ["cuda:1"] * 2 + ["cuda:2"] * 2
+    assert layers_of(placed([200, 100], mode="balanced")) == ["cuda:0"] * 4 + ["cuda:1"] * 2
+
+
+def test_left_to_us_a_gpu_is_used_only_if_it_holds_more_layers_or_experts() -> None:
+    def used(gpus: list[int], **options: Any) -> set[str]:
+        return {device for device in placed(gpus, **options).values() if device != "cpu"}
+
+    everything = FAST * LAYERS + HEAD + EXPERTS * (LAYERS - DENSE)
+    assert used([everything, everything]) == {"cuda:0"}
+    assert used([everything - 1, everything]) == {"cuda:0", "cuda:1"}
+    assert used([100, 100, 100]) == {"cuda:0"}  # none has room for experts
+    assert used([100, 200, 100]) == {"cuda:0", "cuda:1"}
+    assert used([100, 100], cpu_layers=LAYERS) == {"cuda:0"}
+    assert used([100, 100], cpu_layers=LAYERS - 1) == {"cuda:0", "cuda:1"}
+    assert used([50, 50, 50]) == {"cuda:0", "cuda:1"}
 
 
 def test_shares_give_way_where_only_full_gpus_hold_everything() -> None:

@@ -143,7 +143,7 @@ def test_bytes_read_per_token_are_those_of_the_active_experts(v2_lite: Path) -> 
 def test_the_cache_holds_latents_on_the_device_of_each_layers_attention(v2_lite: Path) -> None:
     values = 27 * 1000 * (512 + 64)
     assert use_of(on("cpu", v2_lite, context=1000), "cpu").kv_cache == 4 * values
-    shared = on("4x24GiB", v2_lite, context=1000)
+    shared = on("4x24GiB", v2_lite, context=1000, device_map="balanced")
     assert use_of(shared, "cpu").kv_cache == 0
     assert sum(use.kv_cache for use in shared.devices) == 2 * values
     assert all(use.kv_cache for use in shared.devices if use.device != "cpu")

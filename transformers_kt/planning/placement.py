@@ -20,8 +20,10 @@ from transformers_kt.text import LAYER, layer_number
 BALANCED = "balanced"
 BALANCED_LOW_0 = "balanced_low_0"
 SEQUENTIAL = "sequential"
-AUTOMATIC_DEVICE_MAPS = ("auto", BALANCED, BALANCED_LOW_0, SEQUENTIAL)
-"""What ``device_map=`` may say to leave the choice to us, as accelerate names it. "auto" is "balanced"."""
+FEWEST = "auto"
+AUTOMATIC_DEVICE_MAPS = (FEWEST, BALANCED, BALANCED_LOW_0, SEQUENTIAL)
+"""What ``device_map=`` may say to leave the choice to us, as accelerate names it. "auto" is "balanced" over as few GPUs
+as hold as much as all would: layers follow each other, so that more GPUs bring memory and no speed."""
 
 
 _EXPERTS = re.compile(r".*\.experts$")
@@ -61,7 +63,7 @@ def auto_device_map(
     hardware: Hardware,
     needs: FastMemory,
     *,
-    mode: str = BALANCED,
+    mode: str = FEWEST,
     cpu_layers: int | None = None,
 ) -> dict[str, str]:
     """Module prefix to device, as accelerate has it; the longest prefix decides.
@@ -74,9 +76,10 @@ def auto_device_map(
     if not gpus:
         return {"": cpu}
     units = _units(sizes, needs)
-    places, with_experts = _places(
-        units, [max(0, nbytes - needs.buffers) for nbytes in hardware.gpus], mode, cpu_layers
-    )
+    free = [max(0, nbytes - needs.buffers) for nbytes in hardware.gpus]
+    places, with_experts = _places(units, free, BALANCED if mode == FEWEST else mode, cpu_layers)
+    if mode == FEWEST:
+        places, with_experts = _places_on_fewest(units, free, cpu_layers, (places, with_experts))
     device_map = {}
     for unit, place in zip(units, places, strict=True):
         device_map[unit.name] = cpu if place is None else gpus[place]
@@ -132,6 +135,26 @@ def _places(
         return places, everything
     places = _spread(_costs(units, ()), free, mode, may_overflow=False)
     return places, _experts_that_fit(units, places, free)
+
+
+def _places_on_fewest(
+    units: Sequence[_Unit], free: Sequence[int], cpu_layers: int | None, on_all: tuple[list[int | None], set[str]]
+) -> tuple[list[int | None], set[str]]:
+    """As `_places` on the first few GPUs, as soon as they hold as much as ``on_all``, which is on all of them."""
+
+    def held(places: Sequence[int | None], with_experts: set[str]) -> tuple[int, int, int]:
+        used = [0] * len(free)
+        for cost, place in zip(_costs(units, with_experts), places, strict=True):
+            if place is not None:
+                used[place] += cost
+        overfull = sum(max(0, use - nbytes) for use, nbytes in zip(used, free, strict=True))
+        return -overfull, len(places) - places.count(None), len(with_experts)
+
+    for count in range(1, len(free)):
+        found = _places(units, free[:count], BALANCED, cpu_layers)
+        if held(*found) >= held(*on_all):
+            return found
+    return on_all
 
 
 def _spread(costs: Sequence[int], free: Sequence[int], mode: str, *, may_overflow: bool) -> list[int | None]:

@@ -21,6 +21,7 @@ from torch.nn.modules import module as torch_module
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+import transformers_kt._C as _C
 from transformers_kt.backends import schemas as ops
 from transformers_kt.backends.gpu import operations
 from transformers_kt.backends.gpu.device import Work
@@ -117,7 +118,11 @@ class _Hybrid:
         step.take(asked.positions, asked.mask[:, 0], earlier)
         if self._uses_graphs and not step.is_captured and kept.batch <= self._most_captured:
             self._uses_graphs = step.capture()
-        return step.run(asked.x, asked.call), step.gives_normed
+        _C.begin_step()  # the CPU's threads stay awake while the GPU computes what comes before their experts
+        try:
+            return step.run(asked.x, asked.call), step.gives_normed
+        finally:
+            _C.end_step()
 
     def _tokens(
         self, asked: _Asked, layers: Mapping[int, DeviceLayer], keys: GrowingLayers, earlier: int
