@@ -40,7 +40,7 @@ ARCHITECTURES = (80, 86, 89, 90, 120)
 MOST_SHARED = 99 << 10  # bytes a block may have on consumer cards (sm_86, 89, 120)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _LOADS = r"ld\.global[.\w]*|cp\.async\.c[ag]"  # .cg always takes 16 bytes
-_COUNTS = ("tokens", "blocks", "top_k", "heads", "splits", "values")
+_COUNTS = ("tokens", "blocks", "top_k", "heads", "splits", "values", "lengths_stride", "ranges_stride")
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
 
 

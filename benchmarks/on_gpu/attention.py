@@ -67,7 +67,7 @@ def _measure_prompt(setting: Setting, tokens: int) -> None:
     latents, ropes = setting.values(1, tokens, latent), setting.values(1, tokens, rope)
     ends = torch.arange(1, tokens + 1, dtype=torch.int32, device=latents.device)
     visible = torch.stack((torch.zeros_like(ends), ends), dim=-1).unsqueeze(0)
-    absorbed = partial(operations.attend, query, latents, ropes, visible, setting.device)
+    absorbed = partial(operations.attend, query, latents, ropes, visible)
     seconds = setting.seconds([absorbed], is_captured=False)
     setting.report.add("Attention of a prompt", {"tokens": tokens, "how": "absorbed, torch", "ms": seconds * 1e3})
     q, k, v = (setting.values(1, heads, tokens, width) for width in (nope + rope, nope + rope, value))

@@ -49,15 +49,30 @@ def experts(device: FakeDevice, tokens: int) -> list[torch.Tensor]:
     return [*staging, operations.mix_experts(x, staging.ids, staging.weights, gate, up, down)]
 
 
-def attention(device: FakeDevice, tokens: int) -> list[torch.Tensor]:
-    query, latents, ropes = values(2, tokens, 3, 32 + 16), values(2, 20, 32), values(20, 2, 16).transpose(0, 1)
-    ends = torch.arange(20 - tokens + 1, 21, dtype=torch.int32).expand(2, tokens)
-    visible = torch.stack((torch.tensor([[0], [4]], dtype=torch.int32).expand(2, tokens), ends), dim=-1)
-    return [operations.attend(query, latents, ropes, visible, device)]
+def steps(device: FakeDevice, rows: int) -> list[torch.Tensor]:
+    """A token a row: norms, rotation and appending, then attention over what is there, MLPs between."""
+    latents, ropes = values(rows, 20, 32), values(20, rows, 16).transpose(0, 1).contiguous()
+    table, key, query = values(rows, 16), values(rows, 32 + 16), values(rows, 24)
+    places = torch.tensor([9, 4, 10], dtype=torch.int32).repeat(rows, 1)
+    lengths, ranges = places[:, 0], places[:, 1:]
+    normed = operations.norm_rope_append(
+        query, values(24), key, values(32), 1e-6, table, lengths, latents, ropes, device
+    )
+    heads = values(rows, 3, 32), values(rows, 3, 24)[..., :16]
+    assert normed is not None
+    return [normed, operations.attend_once(*heads, table, latents, ropes, ranges, 0.25, device)]
+
+
+def feed_forward(device: FakeDevice, tokens: int) -> list[torch.Tensor]:
+    gate, up, down = (matrix(device, 1, *shape) for shape in ((32, HIDDEN), (32, HIDDEN), (HIDDEN, 32)))
+    residual, normed = values(tokens, HIDDEN), torch.empty(tokens, HIDDEN)
+    out = operations.swiglu(residual, gate, up, down)
+    operations.add_rms_norm(residual, out, values(HIDDEN), 1e-6, normed, device)
+    return [out, residual, normed]
 
 
 @pytest.mark.parametrize("tokens", [1, 10])
-@pytest.mark.parametrize("compute", [products, norm, experts, attention], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("compute", [products, norm, experts, steps, feed_forward], ids=lambda each: each.__name__)
 def test_by_kernels_an_operation_gives_what_its_plain_form_does(
     compute: Callable[[FakeDevice, int], list[torch.Tensor]], tokens: int
 ) -> None:

@@ -38,9 +38,11 @@ class DeviceMatrix:
     def nbytes(self) -> int:
         return self.panels.nbytes
 
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` (..., cols) of any float dtype times the only matrix -> float32 (..., rows)."""
-        return self._product(self.panels[0], x.reshape(-1, self.cols)).reshape(*x.shape[:-1], self.rows)
+    def multiply(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """``x`` (..., cols) of any float dtype times the only matrix -> float32 (..., rows); into ``out`` (tokens,
+        rows), with any stride of tokens, if there is one."""
+        product = self._product(self.panels[0], x.reshape(-1, self.cols), out)
+        return product.reshape(*x.shape[:-1], self.rows)
 
     def multiply_chosen(self, index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """``x`` (tokens, cols) times the matrix that ``index``, int64 (1,) on the device, names -> float32 (tokens,
@@ -83,10 +85,11 @@ class DeviceMatrix:
 
         return self.type_name in KINDS
 
-    def _product(self, panels: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def _product(self, panels: torch.Tensor, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """``x`` (tokens, cols) times the matrix of ``panels`` -> float32 (tokens, rows)."""
         x = x.to(self.device.activations).contiguous()
-        out = torch.empty((len(x), self.rows), dtype=torch.float32, device=x.device)
+        if out is None:
+            out = torch.empty((len(x), self.rows), dtype=torch.float32, device=x.device)
         if not self.has_kernels:
             return plain.linear(panels, self.type_name, x, out)
         from transformers_kt.backends.triton import gemm, gemv

@@ -33,6 +33,18 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, device: Device) 
     return plain.rms_norm(rows, weight, eps, out).view(x.shape)
 
 
+def add_rms_norm(
+    residual: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, device: Device
+) -> None:
+    """``residual`` float32 (rows, n) += ``added``, in place; ``out`` = its norm."""
+    if device.has_kernels:
+        from transformers_kt.backends.triton import norm as kernels
+
+        kernels.add_rms_norm(residual, [added], weight, eps, out)
+    else:
+        plain.add_rms_norm(residual, [added], weight, eps, out)
+
+
 def rope_table(positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float) -> torch.Tensor:
     """``positions`` (...), ``inv_freq`` float32 (d/2,) -> float32 (..., d): cosines, then sines."""
     angles = positions.unsqueeze(-1).float() * inv_freq
@@ -46,7 +58,17 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 def swiglu(x: torch.Tensor, gate: DeviceMatrix, up: DeviceMatrix, down: DeviceMatrix) -> torch.Tensor:
     """``x`` (tokens, hidden) -> float32 (tokens, hidden)."""
-    return down.multiply(functional.silu(gate.multiply(x)) * up.multiply(x))
+    device, width = gate.device, gate.rows
+    x = x.to(device.activations)
+    both = torch.empty((len(x), 2 * width), dtype=torch.float32, device=x.device)
+    gate.multiply(x, both[:, :width])
+    up.multiply(x, both[:, width:])
+    out = torch.empty((len(x), width), dtype=device.activations, device=x.device)
+    if device.has_kernels:
+        from transformers_kt.backends.triton import swiglu as kernels
+
+        return down.multiply(kernels.swiglu(both, out))
+    return down.multiply(plain.swiglu(both, out))
 
 
 def stage(
@@ -97,52 +119,80 @@ def mix_experts(
     return out
 
 
-def attend(
-    query: torch.Tensor, latents: torch.Tensor, ropes: torch.Tensor, visible: torch.Tensor, device: Device
+def norm_rope_append(
+    query: torch.Tensor | None,
+    query_norm: torch.Tensor | None,
+    key: torch.Tensor,
+    key_norm: torch.Tensor,
+    eps: float,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    latents: torch.Tensor,
+    ropes: torch.Tensor,
+    device: Device,
+) -> torch.Tensor | None:
+    """`plain.norm_rope_append`; the normed query, in the dtype of activations, if there is one."""
+    out = None if query is None else torch.empty(query.shape, dtype=device.activations, device=query.device)
+    arguments = (query, query_norm, out, key, key_norm, eps, table, lengths, latents, ropes)
+    if device.has_kernels:
+        from transformers_kt.backends.triton import norm_rope_append as kernels
+
+        kernels.norm_rope_append(*arguments)
+    else:
+        plain.norm_rope_append(*arguments)
+    return out
+
+
+def attend_once(
+    query: torch.Tensor,
+    query_rope: torch.Tensor,
+    table: torch.Tensor,
+    latents: torch.Tensor,
+    ropes: torch.Tensor,
+    ranges: torch.Tensor,
+    scale: float,
+    device: Device,
 ) -> torch.Tensor:
+    """Absorbed MLA of one token a sequence: `plain.mla_decode`, with ranges that are read on the device alone. Behind
+    the keys that they show there may be anything, also NaN. Float32 (rows, heads, latent)."""
+    (rows, heads, latent_dim), keys = query.shape, latents.shape[1]
+    out = query.new_empty((rows, heads, latent_dim), dtype=torch.float32)
+    if not device.has_kernels:
+        return plain.mla_decode(query, query_rope, table, latents, ropes, ranges, scale, 1, out, out)
+    from transformers_kt.backends.triton import mla_decode as kernels
+
+    processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
+    splits = kernels.splits_for(rows, heads, keys, processors)
+    scratch = query.new_empty(kernels.scratch_floats(rows, heads, latent_dim, splits), dtype=torch.float32)
+    return kernels.mla_decode(query, query_rope, table, latents, ropes, ranges, scale, splits, scratch, out)
+
+
+def attend(query: torch.Tensor, latents: torch.Tensor, ropes: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
     """Absorbed MLA: ``query`` (batch, tokens, heads, latent + rope), times the softmax scale, over ``latents`` (batch,
     keys, latent) and ``ropes`` (batch, keys, rope) -> float32 (batch, tokens, heads, latent).
 
     ``visible`` is int32 (batch, tokens, 2): ranges [start, end) of keys, or bool (batch, tokens, keys). A query that
-    sees no key gets zeros. Ranges of single tokens are read on the device alone.
+    sees no key gets zeros.
     """
     batch, tokens, heads, _ = query.shape
     keys, latent_dim = latents.shape[1:]
-    if tokens == 1 and visible.dtype != torch.bool:
-        return _attend_once(query, latents, ropes, visible, device)
     out = torch.empty((batch, tokens, heads, latent_dim), dtype=torch.float32, device=query.device)
     step = max(1, _SCORES // (batch * heads * keys))
-    key = torch.arange(keys, device=query.device)
     for first in range(0, tokens, step):
         q = query[:, first : first + step].to(latents.dtype)
-        seen = visible[:, first : first + step]
-        if seen.dtype != torch.bool:
-            seen = (key >= seen[..., :1]) & (key < seen[..., 1:])
+        hidden = ~seen_keys(visible[:, first : first + step], keys).repeat_interleave(heads, dim=1)
         rows = q.flatten(1, 2)
         scores = torch.bmm(rows[..., :latent_dim], latents.transpose(1, 2)).float()
         scores += torch.bmm(rows[..., latent_dim:], ropes.transpose(1, 2)).float()
-        hidden = ~seen.repeat_interleave(heads, dim=1)
         shares = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1).masked_fill_(hidden, 0.0)
         context = torch.bmm(shares.to(latents.dtype), latents).float()
         out[:, first : first + step] = context.view(batch, -1, heads, latent_dim)
     return out
 
 
-def _attend_once(
-    query: torch.Tensor, latents: torch.Tensor, ropes: torch.Tensor, ranges: torch.Tensor, device: Device
-) -> torch.Tensor:
-    """Of one token a sequence. Behind the keys that ``ranges`` shows there may be anything, also NaN."""
-    batch, _, heads, _ = query.shape
-    keys, latent_dim = latents.shape[1:]
-    out = query.new_empty((batch, heads, latent_dim), dtype=torch.float32)
-    of_latents, of_ropes = torch.split(query[:, 0], [latent_dim, ropes.shape[-1]], dim=-1)
-    shown = ranges[:, 0].contiguous()
-    if not device.has_kernels:
-        return plain.mla_decode(of_latents, of_ropes, None, latents, ropes, shown, 1.0, 1, out, out).unsqueeze(1)
-    from transformers_kt.backends.triton import mla_decode as kernels
-
-    processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
-    splits = kernels.splits_for(batch, heads, keys, processors)
-    scratch = query.new_empty(kernels.scratch_floats(batch, heads, latent_dim, splits), dtype=torch.float32)
-    kernels.mla_decode(of_latents, of_ropes, None, latents, ropes, shown, 1.0, splits, scratch, out)
-    return out.unsqueeze(1)
+def seen_keys(visible: torch.Tensor, keys: int) -> torch.Tensor:
+    """``visible`` as of `attend` -> bool (batch, tokens, keys)."""
+    if visible.dtype == torch.bool:
+        return visible
+    key = torch.arange(keys, device=visible.device)
+    return (key >= visible[..., :1]) & (key < visible[..., 1:])

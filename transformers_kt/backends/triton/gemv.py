@@ -54,7 +54,7 @@ def gemv(
     (tokens, rows), splits = out.shape, len(partial)
     _launch(panels, type_name, x, partial, (len(panels), splits, 1), (tokens, rows), (x.stride(0), 0), (rows, 0))
     values = tokens * rows
-    add_splits[(triton.cdiv(values, 1024),)](partial, out, values, splits, SIZE=1024)
+    add_splits[(triton.cdiv(values, 1024),)](partial, out, values, rows, splits, out.stride(0), SIZE=1024)
     return out
 
 
@@ -110,13 +110,13 @@ def warps(type_name: str) -> int:
 
 
 @triton.jit
-def add_splits(partial, out, values, splits, SIZE: tl.constexpr):
+def add_splits(partial, out, values, rows, splits, out_stride, SIZE: tl.constexpr):
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     mask = at < values
     total = tl.zeros((SIZE,), tl.float32)
     for split in range(splits):
         total += tl.load(partial + split * values + at, mask=mask, other=0.0)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + at // rows * out_stride + at % rows, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit

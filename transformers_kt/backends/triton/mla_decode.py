@@ -62,6 +62,7 @@ def mla_decode(
         query_rope.stride(0),
         query_rope.stride(1),
         table.stride(0),
+        ranges.stride(0),
         latents.stride(0),
         latents.stride(1),
         ropes.stride(0),
@@ -95,6 +96,7 @@ def mla_splits(
     query_rope_stride,
     query_rope_head_stride,
     table_stride,
+    ranges_stride,
     latents_batch,
     latents_key,
     ropes_batch,
@@ -110,8 +112,8 @@ def mla_splits(
     number = tl.program_id(1) * TILE_HEADS + tl.arange(0, TILE_HEADS)
     is_head = number < tokens * heads
     row, head = batch * tokens + number // heads, number % heads
-    first = tl.load(ranges + 2 * row, mask=is_head, other=1 << 30)
-    end = tl.load(ranges + 2 * row + 1, mask=is_head, other=0)
+    first = tl.load(ranges + row * ranges_stride, mask=is_head, other=1 << 30)
+    end = tl.load(ranges + row * ranges_stride + 1, mask=is_head, other=0)
     lowest, highest = tl.min(first, axis=0), tl.max(end, axis=0)
     latent, rope, key_of_tile = tl.arange(0, LATENT), tl.arange(0, ROPE), tl.arange(0, TILE_KEYS)
     # Runs of whole tiles, so that a split starts on a tile whatever the length.

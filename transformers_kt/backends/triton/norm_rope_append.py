@@ -50,6 +50,7 @@ def norm_rope_append(
         query_out.stride(0),
         key.stride(0),
         rope_table.stride(0),
+        lengths.stride(0),
         latents.stride(0),
         latents.stride(1),
         ropes.stride(0),
@@ -80,6 +81,7 @@ def norm_rope_append_kernel(
     query_out_stride,
     key_stride,
     table_stride,
+    lengths_stride,
     latents_batch,
     latents_key,
     ropes_batch,
@@ -93,7 +95,7 @@ def norm_rope_append_kernel(
         _norm(query + row * query_stride, query_norm, query_out + row * query_out_stride, query_dim, eps, QUERY)
     else:
         sequence = row // tokens
-        at = (tl.load(lengths + sequence) + row % tokens).to(tl.int64)
+        at = (tl.load(lengths + sequence * lengths_stride) + row % tokens).to(tl.int64)
         to = latents + sequence.to(tl.int64) * latents_batch + at * latents_key
         _norm(key + row * key_stride, key_norm, to, latent_dim, eps, LATENT)
         pair = tl.arange(0, PAIRS)

@@ -235,14 +235,10 @@ def attend_tokens(
 def attend_step(layer: DeviceLayer, lane: Lane, keys: Sequence[torch.Tensor]) -> None:
     """The same for one new token a row: how many keys there are, and which are seen, is read on the device."""
     b = lane.own
-    x = layer.input_norm.on_device(b.residual).unsqueeze(1)
-    table, held = b.table.unsqueeze(1), [states[:, 0] for states in keys]
-    rows = torch.arange(b.rows, device=x.device)
-    for states, new in zip(held, layer.attention.new_keys(x, table), strict=True):
-        states[rows, b.lengths.long()] = new[:, 0].to(states.dtype)
-    _add_attention(layer, b, layer.attention.attend(x, table, held[0], held[1], b.ranges.unsqueeze(1)))
+    x = layer.input_norm.on_device(b.residual)
+    latents, ropes = (states[:, 0] for states in keys)
+    _add_attention(layer, b, layer.attention.step(x, b.table, b.lengths, b.ranges, latents, ropes))
 
 
 def _add_attention(layer: DeviceLayer, b: Buffers, out: torch.Tensor) -> None:
-    b.residual.add_(out.view(b.rows, -1))
-    b.normed.copy_(layer.post_norm.on_device(b.residual))
+    layer.post_norm.add_on_device(b.residual, out.view(b.rows, -1), b.normed)

@@ -52,21 +52,75 @@ class KtGpuMlaAttention(OnDevice, KtMlaAttention):
         """``x`` (batch, tokens, hidden) over ``latents`` (batch, keys, latent) and ``ropes`` (batch, keys, rope), of
         which ``visible`` says what is seen as in `operations.attend`: float32 (batch, tokens, hidden)."""
         batch, tokens, _hidden = x.shape
-        heads, nope, value = (self._dims[key] for key in ("heads", "nope_dim", "value_dim"))
-        if "q_a_proj.weight" in self._matrices:
-            compressed = self._matrices["q_a_proj.weight"].multiply(x)
+        compressed = self._matrices["q_a_proj.weight"].multiply(x) if self._compresses_queries else None
+        if compressed is not None:
             norm = self._norms["q_a_layernorm.weight"]
             compressed = operations.rms_norm(compressed, norm, self._dims["norm_eps"], self.device)
-            query = self._matrices["q_b_proj.weight"].multiply(compressed)
-        else:
-            query = self._matrices["q_proj.weight"].multiply(x)
-        plain, rotary = torch.split(query.view(batch, tokens, heads, -1), [nope, self.rope_dim], dim=-1)
-        absorbed = self._matrices["k_b"].multiply_each(plain.flatten(0, 1)).view(batch, tokens, heads, -1)
-        rotary = operations.rotate(rotary, table)
-        scaled = torch.cat((absorbed, rotary), dim=-1) * self._dims["softmax_scale"]
-        contexts = operations.attend(scaled, latents, ropes, visible, self.device)
-        values = self._matrices["v_b"].multiply_each(contexts.flatten(0, 1)).view(batch, tokens, heads * value)
+        plain, rotary = self._queries(x if compressed is None else compressed)
+        if tokens == 1 and visible.dtype != torch.bool:
+            values = self._attend_once(plain[:, 0], rotary[:, 0], table[:, 0], latents, ropes, visible[:, 0])
+            return self._matrices["o_proj.weight"].multiply(values).unsqueeze(1)
+        absorbed = self._matrices["k_b"].multiply_each(plain.flatten(0, 1)).view(batch, tokens, plain.shape[2], -1)
+        scaled = torch.cat((absorbed, operations.rotate(rotary, table)), dim=-1) * self._dims["softmax_scale"]
+        contexts = operations.attend(scaled, latents, ropes, visible)
+        values = self._matrices["v_b"].multiply_each(contexts.flatten(0, 1)).view(batch, tokens, -1)
         return self._matrices["o_proj.weight"].multiply(values)
+
+    def step(
+        self,
+        x: torch.Tensor,
+        table: torch.Tensor,
+        lengths: torch.Tensor,
+        ranges: torch.Tensor,
+        latents: torch.Tensor,
+        ropes: torch.Tensor,
+    ) -> torch.Tensor:
+        """One new token a row, all on the device: ``x`` (rows, hidden), ``table`` float32 (rows, rope). Its keys are
+        appended to ``latents`` (rows, capacity, latent) and ``ropes`` (rows, capacity, rope) at int32 ``lengths``
+        (rows,), then it attends to those that int32 ``ranges`` (rows, 2) shows. Float32 (rows, hidden)."""
+        x = x.to(self.device.activations)
+        compressed = self._matrices["q_a_proj.weight"].multiply(x) if self._compresses_queries else None
+        normed = operations.norm_rope_append(
+            compressed,
+            self._norms.get("q_a_layernorm.weight"),
+            self._matrices["kv_a_proj_with_mqa.weight"].multiply(x),
+            self._norms["kv_a_layernorm.weight"],
+            self._dims["norm_eps"],
+            table,
+            lengths,
+            latents,
+            ropes,
+            self.device,
+        )
+        plain, rotary = self._queries(x if normed is None else normed)
+        values = self._attend_once(plain, rotary, table, latents, ropes, ranges)
+        return self._matrices["o_proj.weight"].multiply(values)
+
+    @property
+    def _compresses_queries(self) -> bool:
+        return "q_a_proj.weight" in self._matrices
+
+    def _queries(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``x`` (..., hidden), or what queries are compressed to -> (..., heads, nope), (..., heads, rope)."""
+        role = "q_b_proj.weight" if self._compresses_queries else "q_proj.weight"
+        query = self._matrices[role].multiply(x).view(*x.shape[:-1], self._dims["heads"], -1)
+        nope, rotary = torch.split(query, [self._dims["nope_dim"], self.rope_dim], dim=-1)
+        return nope, rotary
+
+    def _attend_once(
+        self,
+        plain: torch.Tensor,
+        rotary: torch.Tensor,
+        table: torch.Tensor,
+        latents: torch.Tensor,
+        ropes: torch.Tensor,
+        ranges: torch.Tensor,
+    ) -> torch.Tensor:
+        """Of queries (rows, heads, nope) and (rows, heads, rope), not turned yet: float32 (rows, heads x value)."""
+        absorbed = self._matrices["k_b"].multiply_each(plain)
+        scale = self._dims["softmax_scale"]
+        contexts = operations.attend_once(absorbed, rotary, table, latents, ropes, ranges, scale, self.device)
+        return self._matrices["v_b"].multiply_each(contexts).flatten(1)
 
     def forward(
         self,

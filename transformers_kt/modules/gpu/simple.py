@@ -90,6 +90,10 @@ class KtGpuRMSNorm(OnDevice, KtRMSNorm):
         """float32 (..., hidden) -> float32 (..., hidden)"""
         return operations.rms_norm(x, self.weight, self.eps, self.device)
 
+    def add_on_device(self, residual: torch.Tensor, added: torch.Tensor, out: torch.Tensor) -> None:
+        """``residual`` float32 (rows, hidden) += ``added``; ``out`` is its norm."""
+        operations.add_rms_norm(residual, added, self.weight, self.eps, out, self.device)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with self.device.current():
             return self.on_device(self._taken(as_float32(x))).cpu()
