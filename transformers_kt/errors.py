@@ -48,5 +48,9 @@ class InputError(KtError, ValueError):
     """Input to a loaded model is out of range: a token id, a position past the model's limit."""
 
 
+class ServerBusyError(KtError, RuntimeError):
+    """As many requests wait as the server lets; the status code is 503."""
+
+
 class UnsupportedOperationError(KtError, NotImplementedError):
     """Something an ordinary transformers model can do and a GGUF-backed one cannot: training, ``save_pretrained``."""

@@ -23,7 +23,7 @@ pytest.importorskip("uvicorn", reason="the extra serve brings what transformers'
 from server_load import MODEL, Server, put_under_load, server  # noqa: E402
 
 QUESTIONS = [f"What is {left} + {right}?" for left, right in ((486, 57), (1, 2), (999, 999), (64, 64))]
-WAITING = 3
+AT_ONCE, WAITING = 4, 1
 END_OF_SENTENCE = 1
 ENDLESS: dict[str, Any] = {"max_tokens": 1500, "logit_bias": {str(END_OF_SENTENCE): -100}}
 """An answer that only its length ends; seconds, where others take tenths."""
@@ -31,7 +31,8 @@ ENDLESS: dict[str, Any] = {"max_tokens": 1500, "logit_bias": {str(END_OF_SENTENC
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Server]:
-    with server("--max-waiting", str(WAITING), "--api-key", "sesame", api_key="sesame") as started:
+    limits = ("--max-batch", str(AT_ONCE), "--max-waiting", str(WAITING), "--cache-gb", "0.06")
+    with server(*limits, "--api-key", "sesame", api_key="sesame") as started:
         yield started
 
 
@@ -78,10 +79,44 @@ def test_a_second_turn_is_given_the_answer_and_not_the_thoughts(served: Server) 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 7}], ids=["greedy", "seeded"])
 def test_answers_given_at_once_are_those_given_alone(served: Server, options: dict[str, Any]) -> None:
     alone = [whole(served.ask(question, **options)) for question in QUESTIONS]
-    with ThreadPoolExecutor(WAITING + 1) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         assert list(pool.map(lambda question: whole(served.ask(question, **options)), QUESTIONS)) == alone
         streams = pool.map(lambda question: joined(served.ask(question, stream=True, **options)), QUESTIONS)
         assert list(streams) == alone
+    counts = served.metrics()
+    passes, sequences = (counts[f"transformers_kt_sequences_per_pass_{what}"] for what in ("count", "sum"))
+    assert sequences > passes, "none was computed with another"
+
+
+def test_what_an_earlier_prompt_began_with_is_not_computed_again(served: Server) -> None:
+    question = f"{QUESTIONS[0]} {QUESTIONS[3]}"
+    first, *others = (served.ask(question, max_tokens=20) for _ in range(3))
+    stream = list(served.ask(question, max_tokens=20, stream=True))
+    usages = [answer.usage for answer in (first, *others, stream[-1])]
+    cached = [usage.prompt_tokens_details.cached_tokens for usage in usages]
+    # All but the last, which has to be computed.
+    assert cached[0] < cached[1] == cached[2] == cached[3] == usages[0].prompt_tokens - 1
+    assert [whole(answer) for answer in others] == [whole(first)] * 2
+
+
+def test_metrics_count_what_was_answered(served: Server) -> None:
+    before = served.metrics()
+    answer = served.ask(QUESTIONS[0])
+    with pytest.raises(openai.BadRequestError):
+        served.ask("What is 1 + 2? " * 400)
+    after = served.metrics()
+
+    def added(name: str) -> float:
+        return after[f"transformers_kt_{name}"] - before[f"transformers_kt_{name}"]
+
+    assert added('requests_total{outcome="answered"}') == added("time_to_first_token_seconds_count") == 1
+    assert added("prompt_tokens_total") == answer.usage.prompt_tokens
+    assert added("cached_tokens_total") == answer.usage.prompt_tokens_details.cached_tokens
+    assert added("generated_tokens_total") == answer.usage.completion_tokens
+    assert added("time_per_token_seconds_count") == answer.usage.completion_tokens - 1
+    assert after["transformers_kt_requests_running"] == after["transformers_kt_requests_waiting"] == 0
+    assert 0 < after["transformers_kt_kept_bytes"] <= 6e7
+    assert after["process_resident_memory_bytes"] == pytest.approx(served.rss, rel=0.1)
 
 
 def test_seeds_are_heard_and_do_not_outlast_their_request(served: Server) -> None:
@@ -155,8 +190,10 @@ def seconds_to_answer(served: Server, **options: Any) -> float:
 
 def test_streams_that_are_left_free_the_server_which_refuses_more_than_may_wait(served: Server) -> None:
     a_hundred_tokens_s = seconds_to_answer(served, **{**ENDLESS, "max_tokens": 100})
-    streams = [served.ask(question, stream=True, **ENDLESS) for question in QUESTIONS]  # one more than may wait
-    with pytest.raises(openai.InternalServerError, match=f"one request is answered and {WAITING} wait") as refused:
+    streams = [served.ask(question, stream=True, **ENDLESS) for question in (*QUESTIONS, QUESTIONS[0])]
+    with pytest.raises(
+        openai.InternalServerError, match=f"{AT_ONCE} requests are answered and {WAITING} wait"
+    ) as refused:
         served.ask(QUESTIONS[1])
     assert (refused.value.status_code, refused.value.response.headers["retry-after"]) == (503, "1")
     assert served.health() == 200
@@ -169,7 +206,7 @@ def test_streams_that_are_left_free_the_server_which_refuses_more_than_may_wait(
         with contextlib.suppress(openai.InternalServerError):  # until the server has seen it
             assert whole(served.ask(QUESTIONS[1]))[1].endswith("= 3")
             break
-    assert time.monotonic() - start < 20 * a_hundred_tokens_s, "what was left was computed: 60 times a hundred tokens"
+    assert time.monotonic() - start < 20 * a_hundred_tokens_s, "what was left was computed: 75 times a hundred tokens"
 
 
 def test_a_client_that_gives_up_waiting_frees_the_server(served: Server) -> None:
@@ -194,12 +231,16 @@ def test_without_the_key_there_is_nothing_but_health(served: Server) -> None:
         urllib.request.urlopen(f"{served.url}/v1/models", timeout=10)
 
 
+def memory_beside_kept_keys(served: Server) -> float:
+    return served.rss - served.metrics()["transformers_kt_kept_bytes"]
+
+
 def test_memory_stays_as_it_is_under_load(served: Server) -> None:
     """make load-server does it for longer: 547.9 MB after the first hundred requests, 548.2 after four."""
-    put_under_load(served, 16, WAITING + 1)
-    before = served.rss
-    put_under_load(served, 32, WAITING + 1)
-    assert served.rss - before < 4e6
+    put_under_load(served, 24, AT_ONCE)
+    before = memory_beside_kept_keys(served)
+    put_under_load(served, 32, AT_ONCE)
+    assert memory_beside_kept_keys(served) - before < 4e6
 
 
 def test_a_server_that_is_stopped_gives_answers_their_time_and_ends() -> None:

@@ -40,6 +40,15 @@ class Server(NamedTuple):
         messages = [{"role": "user", "content": question}]
         return self.client.chat.completions.create(model=MODEL, messages=messages, **{"temperature": 0, **options})
 
+    def metrics(self) -> dict[str, float]:
+        """What the server counts: a name with its labels -> value."""
+        request = urllib.request.Request(
+            f"{self.url}/metrics", headers={"Authorization": f"Bearer {self.client.api_key}"}
+        )
+        lines = urllib.request.urlopen(request, timeout=10).read().decode().splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
     def health(self) -> int:
         return int(urllib.request.urlopen(f"{self.url}/health", timeout=10).status)
 
@@ -115,14 +124,15 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
-    with server() as served:
+    with server("--cache-gb", "0.05") as served:
         for number in range(asked.rounds):
             start = time.monotonic()
             answers = put_under_load(served, asked.requests, asked.at_once)
             left = answers.count("left")
             print(
                 f"round {number + 1}: {asked.requests} requests, {asked.at_once} at a time, {left} left by their "
-                f"clients, {time.monotonic() - start:.1f} s, {served.rss / 1e6:.1f} MB resident",
+                f"clients, {time.monotonic() - start:.1f} s, {served.rss / 1e6:.1f} MB resident, of which "
+                f"{served.metrics()['transformers_kt_kept_bytes'] / 1e6:.1f} MB are kept keys",
                 flush=True,
             )
 

@@ -16,7 +16,16 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def _ours(
     rules: RulesOption = None,
     threads: ThreadsOption = None,
-    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait while one is answered.")] = 64,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests that are answered at once, as one batch.")] = 16,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait while so many are answered.")] = 64,
+    cache_gb: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Memory for keys: of requests being answered, and of earlier ones, which are used again where a "
+            "prompt begins alike. Default: a quarter of what is free once the model is loaded.",
+        ),
+    ] = None,
     shutdown_seconds: Annotated[
         int, typer.Option(min=0, help="Time that answers are given to end when the server is stopped.")
     ] = 10,
@@ -32,6 +41,7 @@ def serve_command(context: typer.Context) -> None:
 
     This is `transformers serve`, and takes its options.
     """
+    from transformers_kt.integration.batching import Limits
     from transformers_kt.integration.serving import KtServe, require_server
 
     require_server()
@@ -42,12 +52,15 @@ def serve_command(context: typer.Context) -> None:
         """Answer requests over HTTP, as OpenAI's API has them. MODEL is a GGUF file, a folder or hub repository with
         one, "folder:file.gguf" or "org/repo:file.gguf".
 
-        This is `transformers serve`, one request after the other, with some options more: those down to --api-key.
+        This is `transformers serve`, with some options more: those down to --api-key. Requests that come at once are
+        computed together, and each is answered as if it came alone.
         """
         set_environment(options.pop("rules"), options.pop("threads"))
         if options["host"] not in _LOOPBACK and options["api_key"] is None:
             print(f"transformers-kt: whoever reaches {options['host']} can use this: no --api-key", file=sys.stderr)
-        KtServe(**options)
+        gigabytes = options.pop("cache_gb")
+        cache_bytes = None if gigabytes is None else int(gigabytes * 1e9)
+        KtServe(limits=Limits(options.pop("max_batch"), options.pop("max_waiting"), cache_bytes), **options)
 
     model, *others = stock.values()
     merged = {option.name: option for option in (model, *ours.values(), *others)}

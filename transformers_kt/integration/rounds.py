@@ -59,15 +59,15 @@ class Rounds:
     A prompt is computed in pieces, one between two rounds of the others: so long nobody waits longer than for one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_pass: Callable[[int], None] = lambda together: None) -> None:
+        """``on_pass`` is told of each pass for how many threads it was."""
+        self._on_pass = on_pass
         self._lock = threading.Lock()  # of the two below; all else belongs to whoever has the turn
         self._ready: deque[_Seat] = deque()
         self._is_idle = True
         self._calls: list[_Seat] = []
         self._pieces: deque[_Seat] = deque()
         self._piece_was_last = False
-        self.most_together = 0
-        """Passes that were computed as one, at most so far."""
 
     @contextmanager
     def taking_part(self, seed: int | None = None) -> Iterator[Callable[[], bool]]:
@@ -146,10 +146,11 @@ class Rounds:
             groups.setdefault(seat.compute, []).append(seat)
         for compute, group in groups.items():
             assert compute is not None
-            self.most_together = max(self.most_together, len(group))
             try:
                 for seat, result in zip(group, compute([seat.call for seat in group]), strict=True):
                     seat.result = result
+                if group[0].begins_pass:
+                    self._on_pass(len(group))
             except BaseException as error:
                 if len(group) == 1:
                     group[0].error = error

@@ -174,6 +174,7 @@ def _is_plain(model: Any, input_ids: Any, kwargs: dict[str, Any]) -> bool:
         return False
     config = model.config
     options = {"return_dict": config.return_dict, **kwargs}
+    options.pop("tokenizer", None)  # which generate() takes for stop strings, and hands on
     if not options.pop("return_dict") or any(value is not None and value is not False for value in options.values()):
         return False
     return ops.computes_at_once() and not any(getattr(config, output, False) for output in RECORDED)

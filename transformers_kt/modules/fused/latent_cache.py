@@ -388,6 +388,33 @@ def expected_length(cache: Cache) -> int:
     return int(getattr(cache, "kt_expected_length", 0))
 
 
+def copied_states(cache: Any) -> list[list[torch.Tensor]] | None:
+    """Keys and values of each layer without room for more; None where a layer is no `LatentCacheLayer`."""
+    is_plain = type(cache) is DynamicCache and not cache.offloading
+    if not is_plain or any(type(layer) is not LatentCacheLayer for layer in cache.layers):
+        return None
+    return [[states.clone() for states in layer.own_states()] for layer in cache.layers]
+
+
+def cache_of(all_states: list[list[torch.Tensor]], tokens: int) -> DynamicCache:
+    """A cache with a copy of the first ``tokens`` of what `copied_states` gave."""
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = LatentCacheLayer
+    for keys, values in all_states:
+        layer = LatentCacheLayer()
+        layer.update(keys[:, :, :tokens], values[:, :, :tokens])
+        cache.layers.append(layer)
+    return cache
+
+
+def break_ring(cache: Any) -> None:
+    """Part the layers of ``cache``, which may be None, from their group, which knows them: without that ring of
+    references their memory is free as soon as nobody holds them, and not at the next collection."""
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, LatentCacheLayer):
+            layer.leave_group()
+
+
 def growing_layer(cache: Any, layer_idx: int, batch: int, kind: Kind = FLOATS) -> LatentCacheLayer | None:
     """The layer of ``cache`` that keys of `batch` sequences can be written into; None: use its `update`."""
     # A subclass may do more in its update than its layers do in theirs.
