@@ -60,10 +60,18 @@ class DeviceMatrix:
 
         if len(x) <= gemv.MOST_ROWS:
             return gemv.gemv_per_head(self.panels, self.type_name, x, out)
-        count, each, _ = self.panels.shape
-        weights = self._weights(self.panels.flatten(0, 1), count * each * PANEL_ROWS)
-        weights = weights.view(count, each * PANEL_ROWS, self.cols)[:, : self.rows]
+        weights = self.weights(0, len(self.panels))
         return out.copy_(torch.bmm(x.transpose(0, 1), weights.transpose(1, 2)).transpose(0, 1))
+
+    def weights(self, first: int, stop: int) -> torch.Tensor:
+        """(stop - first, rows, cols) of matrices ``first`` to ``stop``, in the dtype of activations."""
+        (count, each, _), panels = self.panels[first:stop].shape, self.panels[first:stop].flatten(0, 1)
+        rows = count * each * PANEL_ROWS
+        if self.has_kernels:
+            weights = self._weights(panels, rows)
+        else:
+            weights = dequantize(panels, self.type_name, rows, self.cols).to(self.device.activations)
+        return weights.view(count, each * PANEL_ROWS, self.cols)[:, : self.rows]
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """float32 (n, cols): the rows that ``rows``, int64 (n,) on the device, names. Whole panels are decoded."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from transformers_kt.backends.gpu import operations
+from transformers_kt.backends.gpu.expanded_attention import attend_expanded, is_less_work
 from transformers_kt.backends.gpu.matrices import DeviceMatrix, upload
 from transformers_kt.gguf.reader import TensorInfo
 from transformers_kt.modules.base import TensorData, as_float32
@@ -19,7 +20,7 @@ from transformers_kt.planning.operations import OPERATIONS
 
 
 class KtGpuMlaAttention(OnDevice, KtMlaAttention):
-    """`KtMlaAttention` on a GPU, where its latents lie too. Absorbed for prompts as for single tokens."""
+    """`KtMlaAttention` on a GPU, where its latents lie too: absorbed for few tokens, expanded for prompts."""
 
     operation = OPERATIONS["attention_gpu"]
     _matrices: Mapping[str, DeviceMatrix]
@@ -60,11 +61,15 @@ class KtGpuMlaAttention(OnDevice, KtMlaAttention):
         if tokens == 1 and visible.dtype != torch.bool:
             values = self._attend_once(plain[:, 0], rotary[:, 0], table[:, 0], latents, ropes, visible[:, 0])
             return self._matrices["o_proj.weight"].multiply(values).unsqueeze(1)
-        absorbed = self._matrices["k_b"].multiply_each(plain.flatten(0, 1)).view(batch, tokens, plain.shape[2], -1)
-        scaled = torch.cat((absorbed, operations.rotate(rotary, table)), dim=-1) * self._dims["softmax_scale"]
-        contexts = operations.attend(scaled, latents, ropes, visible)
-        values = self._matrices["v_b"].multiply_each(contexts.flatten(0, 1)).view(batch, tokens, -1)
-        return self._matrices["o_proj.weight"].multiply(values)
+        rotary, scale = operations.rotate(rotary, table), self._dims["softmax_scale"]
+        k_b, v_b = self._matrices["k_b"], self._matrices["v_b"]
+        if is_less_work(tokens, self.latent_dim, k_b.cols, v_b.rows):
+            values = attend_expanded(plain, rotary, latents, ropes, visible, k_b, v_b, scale)
+        else:
+            absorbed = k_b.multiply_each(plain.flatten(0, 1)).view(batch, tokens, plain.shape[2], -1)
+            contexts = operations.attend(torch.cat((absorbed, rotary), dim=-1) * scale, latents, ropes, visible)
+            values = v_b.multiply_each(contexts.flatten(0, 1))
+        return self._matrices["o_proj.weight"].multiply(values.reshape(batch, tokens, -1))
 
     def step(
         self,
