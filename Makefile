@@ -13,18 +13,20 @@ TORCH_INSTALL ?= torch==2.13.0 --no-deps --extra-index-url https://download.pyto
 TRANSFORMERS ?= 5.24.0
 
 CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp)
-OTHER_CXX_FILES := $(wildcard tests/native/*.h tests/native/*.cpp tools/wheel/*.cpp) benchmarks/limits.cpp
+OTHER_CXX_FILES := $(wildcard tests/native/*.h tests/native/*.cpp tests/fuzz/*.cpp tools/wheel/*.cpp) benchmarks/limits.cpp
 
 .DELETE_ON_ERROR:
-.PHONY: help demo chat test fuzz-files test-native test-triton test-gpu compile-kernels lint bench bench-models wheel \
-    bench-gpu test-wheel test-recipes load-server check-forecast clean
+.PHONY: help demo chat test fuzz-files fuzz-reader fuzz-native test-native test-triton test-gpu compile-kernels lint bench \
+    bench-models wheel bench-gpu test-wheel test-recipes load-server check-forecast clean
 
 help:
 	@echo "make demo         set up .venv, then watch the bundled model think and answer"
 	@echo "make chat         talk to it"
 	@echo "make test         run the tests"
 	@echo "make test-native  run tests/native under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
-	@echo "make fuzz-files   try 20,000 damaged files"
+	@echo "make fuzz-files   try 20,000 damaged files, each in a process of its own"
+	@echo "make fuzz-reader  run atheris on the reader of files for half an hour; FUZZ_SECONDS=60 for a minute"
+	@echo "make fuzz-native  run libFuzzer on the C++ code likewise, under sanitizers; needs clang"
 	@echo "make test-triton  run the tests of GPU kernels, interpreted where there is no GPU"
 	@echo "make test-gpu     run the tests that need a GPU"
 	@echo "make compile-kernels  compile the GPU kernels for GPUs that need not be here"
@@ -63,9 +65,23 @@ test-transformers-%: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet transformers==$*
 	$(BIN)/python -m pytest tests/families tests/integration tests/models tests/modules tests/planning
 
-# The tests try 2,000 of them.
+# The tests try 150 of them.
 fuzz-files: $(VENV)/.installed-test
 	PYTHONPATH=tests/support $(BIN)/python tests/support/damaged_files.py
+
+# What they find is written to build/fuzz, beside the inputs that reached something new.
+FUZZ_SECONDS ?= 1800
+FUZZ_LIMITS = -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=1024 -malloc_limit_mb=200 -timeout=300 -print_final_stats=1
+
+fuzz-reader: $(VENV)/.installed-fuzz
+	mkdir -p build/fuzz
+	$(BIN)/python tests/fuzz/reader.py build/fuzz/reader -max_len=60000 -artifact_prefix=build/fuzz/reader- $(FUZZ_LIMITS)
+
+fuzz-native: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" cmake --preset fuzz --log-level=WARNING
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset fuzz
+	mkdir -p build/fuzz/native
+	build/native-fuzz/fuzz_entry_points build/fuzz/native -max_len=4096 -len_control=0 -artifact_prefix=build/fuzz/native- $(FUZZ_LIMITS)
 
 test-recipes: $(VENV)/.installed-test $(VENV)/.installed-recipes
 	$(BIN)/python -m pytest tests/test_recipes.py

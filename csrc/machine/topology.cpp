@@ -14,6 +14,9 @@
 namespace tkt {
 namespace {
 
+// Of a list in sysfs: far above any machine, and a file is opened for each number of some.
+constexpr int kMostListed = 1 << 16;
+
 std::string first_line(const std::string& path) {
   std::ifstream file(path);
   std::string line;
@@ -31,7 +34,7 @@ std::set<int> numbers_in(const std::string& list) {
     if (!(ends >> first)) continue;
     int last = first;
     if (ends.peek() == '-' && !(ends.ignore() >> last)) last = first;
-    for (int number = first; number <= last; ++number) numbers.insert(number);
+    for (int number = std::max(first, 0); number <= std::min(last, kMostListed); ++number) numbers.insert(number);
   }
   return numbers;
 }

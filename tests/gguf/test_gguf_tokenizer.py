@@ -336,7 +336,7 @@ def test_no_pre_tokenizer_loses_text(pre: str, text: str) -> None:
         ("tokenizer.ggml.model", "llama"),
         ("tokenizer.ggml.model", None),
         ("tokenizer.ggml.pre", "tekken"),
-        ("tokenizer.ggml.pre", "deepseek-r1-qwen"),
+        ("tokenizer.ggml.pre", "llama-bpe"),
         ("tokenizer.ggml.pre", None),
         ("tokenizer.ggml.pre", np.array([1, 2])),
     ],

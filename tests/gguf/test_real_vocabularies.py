@@ -27,6 +27,7 @@ CASES = [
     ("deepseek-v4", "joyai-llm"),
     ("llama3", "glm4"),
     ("gpt-4o", "kanana2"),
+    ("qwen2.5", "deepseek-r1-qwen"),
 ]
 KIMI_CUTS = "|".join(
     [  # as tokenization_kimi.py of Kimi-K2 has them
@@ -79,7 +80,9 @@ def original(name: str) -> Tokenizer:
     path = FOLDER / f"{name}.json"
     if not path.exists():
         pytest.skip(f"{path.name} was not fetched: run tools/fetch_tokenizers.py")
-    return Tokenizer.from_file(str(path))
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.normalizer = None  # only Qwen's has one, and llama.cpp's rules of its name do not
+    return tokenizer
 
 
 def metadata(tokenizer: Tokenizer, pre: str, padding: int = 16) -> dict[str, Any]:
@@ -128,14 +131,13 @@ def test_hard_lines_have_the_same_ids_and_the_same_text(
 def test_every_id_and_joined_pairs_of_them_are_the_same_text(
     pair: tuple[str, Tokenizer, PreTrainedTokenizerFast],
 ) -> None:
-    name, theirs, ours = pair
+    _, theirs, ours = pair
     count = theirs.get_vocab_size(with_added_tokens=True)
     assert len(ours) == count
     for number in range(count + 16):  # the last of them are rows that no token has
         assert ours.decode([number]) == decoded(theirs, [number]), number
-        if name != "deepseek-v4":  # which shares the name of R1's, and has ordinary tokens that R1 lacks
-            kept = ours.decode([number], skip_special_tokens=True)
-            assert kept == theirs.decode([number], skip_special_tokens=True), number
+        kept = ours.decode([number], skip_special_tokens=True)
+        assert kept == theirs.decode([number], skip_special_tokens=True), number
     generator = random.Random(1)
     for _ in range(LINES):
         ids = generator.choices(range(count), k=2)

@@ -106,9 +106,10 @@ class _Vocabulary:
         ]
         tokenizer.pre_tokenizer = PreTokenizers([*cuts, ByteLevel(add_prefix_space=False, use_regex=False)])
         tokenizer.decoder = decoders.ByteLevel()
+        text_tokens = self._rules.text_tokens_of(self.ids)
         tokenizer.add_tokens(
             [
-                AddedToken(token, special=kind == _CONTROL and token not in self._rules.text_tokens, normalized=False)
+                AddedToken(token, special=kind == _CONTROL and token not in text_tokens, normalized=False)
                 for token, kind in zip(self.tokens, types, strict=True)
                 if kind in (_CONTROL, _USER_DEFINED) and token
             ]

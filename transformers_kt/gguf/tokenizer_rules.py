@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 
@@ -11,12 +11,18 @@ class TokenizerRules(NamedTuple):
 
     ``cuts`` are the expressions that cut text before the merges apply, in order. With ``ignore_merges`` a piece that is
     a token is taken whole, whatever the merges make of it. ``text_tokens`` are tokens that belong to the text: the
-    converter calls all that look like "<|...|>" control, and skip_special_tokens drops those.
+    converter calls all that look like "<|...|>" control, and skip_special_tokens drops those. ``text_tokens_beside``
+    are more of them, in vocabularies that have a certain other token.
     """
 
     cuts: tuple[str, ...]
     ignore_merges: bool = False
     text_tokens: frozenset[str] = frozenset()
+    text_tokens_beside: Mapping[str, frozenset[str]] = {}
+
+    def text_tokens_of(self, vocabulary: Collection[str]) -> frozenset[str]:
+        more = (tokens for beside, tokens in self.text_tokens_beside.items() if beside in vocabulary)
+        return self.text_tokens.union(*more)
 
 
 SINGLE_DIGITS = r"\p{N}"

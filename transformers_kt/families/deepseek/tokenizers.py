@@ -34,15 +34,22 @@ def _words(but: str = "") -> str:
     return f"{before}{capitals}*{small}+{_CONTRACTION}?|{before}{capitals}+{small}*{_CONTRACTION}?"
 
 
-# Of speakers, of tools and of filling in the middle: no special ones in the tokenizer.json of V3 and R1.
+# Of speakers, of tools and of filling in the middle: no special ones in the tokenizer.json of V3 and R1. V4's, which
+# shares their name, adds those of searches, repositories and tables.
 _TEXT_TOKENS = frozenset(
     f"<\uff5c{name}\uff5c>".replace(" ", "\u2581")
     for name in (
         *("User", "Assistant", "fim hole", "fim begin", "fim end"),
         *("tool calls begin", "tool calls end", "tool call begin", "tool call end", "tool sep"),
         *("tool outputs begin", "tool outputs end", "tool output begin", "tool output end"),
+        *("begin of repo name", "end of repo name", "begin of file name", "end of file name"),
+        *("begin of file", "end of file", "place holder for copy", "place holder for pointer replace"),
+        *("begin sys", "end sys", "latest_reminder", "action", "query", "authority", "domain", "task", "political"),
+        *("entity", "title", "safety", "answer", "search", "search begin", "search end", "extracted_url", "read_url"),
+        *("image2", "table", "/td", "td", "/tr", "tr"),
     )
 )
+_OF_V4 = "\uff5cDSML\uff5c"
 _V3 = TokenizerRules(
     (
         r"\p{N}{1,3}",
@@ -52,6 +59,7 @@ _V3 = TokenizerRules(
         "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
     ),
     text_tokens=_TEXT_TOKENS,
+    text_tokens_beside={_OF_V4: frozenset({"<|EOT|>"})},
 )
 # As in tokenization_kimi.py, which the models bring, with the tokens that their config does not call special.
 _KIMI = TokenizerRules(
@@ -91,6 +99,13 @@ TOKENIZERS: Mapping[str, TokenizerRules] = {
     "glm4": TokenizerRules(
         (rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}",),
         ignore_merges=True,
+    ),
+    # R1 distilled into Qwen, whose vocabulary it has.
+    "deepseek-r1-qwen": TokenizerRules(
+        (rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}",),
+        text_tokens=_TEXT_TOKENS.union(
+            *({f"<|fim_{name}|>"} for name in ("prefix", "middle", "suffix", "pad")), {"<|repo_name|>", "<|file_sep|>"}
+        ),
     ),
     "kimi-k2": _KIMI,
     "youtu": _YOUTU,
