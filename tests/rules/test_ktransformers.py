@@ -109,6 +109,18 @@ def test_a_file_of_theirs_on_the_cpu_gives_the_logits_of_auto(
         assert torch.equal(model(ids).logits, kt_model(small)(ids).logits)
 
 
+def test_a_linear_layer_that_is_to_be_torchs_is_dequantized_on_a_gpu_where_it_stands_alone() -> None:
+    def asked(op: str, device: str) -> dict[str, Any]:
+        return their_rule(linear(generate_device=device, generate_op=op), name=r"lm_head$|_proj$")
+
+    found = places(plan_of([asked("KLinearTorch", "cuda:1")], "v3"))
+    assert found["lm_head"] == "torch cuda:1"
+    assert places(plan_of([asked("KLinearMarlin", "cuda:1")], "v3"))["lm_head"] == "linear_gpu cuda:1"
+    assert places(plan_of([asked("KLinearTorch", "cpu")], "v3"))["lm_head"] == "linear_cpu cpu"
+    whole = places(plan_of([asked("KLinearTorch", "cuda:0")], "v3"))
+    assert whole["model.layers.5.self_attn"] == "attention_gpu cuda:0"
+
+
 def test_one_gpu_has_all_of_v3_but_experts_and_embedding() -> None:
     found = plan_of(path_of("v3-one-gpu"), "v3")
     assert Counter(f"{entry.op} {entry.device}" for entry in found.entries) == {
@@ -293,8 +305,8 @@ def test_loading_says_once_what_rules_asked_for_and_did_not_get(
     model = AutoModelForCausalLM.from_pretrained(
         None, gguf_path=gguf_file("v3-like-Q4_K_M"), kt_rules=path_of("v3-one-gpu"), device_map="cpu"
     )
-    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("transformers_kt")]
-    assert said.splitlines()[1:] == list(model.kt_report.notes) != []
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("transformers_kt")]
+    assert [line for message in said for line in message.splitlines()[1:]] == list(model.kt_report.notes) != []
 
 
 def test_rules_of_both_forms_keep_to_their_own() -> None:

@@ -60,6 +60,9 @@ RANDOM_FILES = {
     # Small enough for stock transformers to keep up.
     "small-v3-F32": RandomFile("v3_narrow", {"num_hidden_layers": 3}),
     "small-v3-mixed": RandomFile("v3_narrow", {"num_hidden_layers": 3}, types=_MIXED),
+    # Layers up to those that KTransformers' files put on a last GPU.
+    "deep-v3-F32": RandomFile("v3_narrow", {"num_hidden_layers": 32}),
+    "deep-v2-F32": RandomFile("v2_lite_like", {"num_hidden_layers": 31, "first_k_dense_replace": 1}),
     "small-v2-F32": RandomFile("v2_lite_like", {"num_hidden_layers": 3, "first_k_dense_replace": 1}),
 }
 GOLDEN_FILES = {name: _GOLDEN / f"{name}.gguf" for name in ("v3-like-Q4_K_M", "v2-lite-like-Q4_K_M")}

@@ -136,6 +136,7 @@ _OPS = {
         "QuantizedLinearTorch",
     ),
 }
+_DEQUANTIZING_OPS = ("KLinearTorch", "QuantizedLinearTorch")
 _CPU_OPS = ("KExpertsCPU", "MLPCPUExperts", "KLinearCPUInfer")
 _NO_OP = (None, "None")
 # Names of 0.1 for kwargs -> those since.
@@ -144,11 +145,13 @@ _BACKENDS = ("llamafile", "AMXInt8", "AMXInt4", "AMXBF16")
 
 
 class Replacement(NamedTuple):
-    """What a rule of theirs asks for: ``kind`` is "default" where the module stays and is only placed."""
+    """What a rule of theirs asks for: ``kind`` is "default" where the module stays and is only placed. One that
+    ``dequantizes`` wants a linear layer on a GPU in bfloat16."""
 
     kind: str
     device: str
     notes: tuple[str, ...]
+    dequantizes: bool
 
 
 def stock_class(name: str, where: str) -> str:
@@ -180,7 +183,8 @@ def read_replacement(replace: Mapping[str, Any], where: str) -> Replacement:
     )
     never_generates = "generate_op" in kwargs and kwargs["generate_op"] in _NO_OP
     device = (prefill if never_generates and prefill else generate) or _DEFAULT_DEVICES.get(kind, DEFAULT_DEVICE)
-    return Replacement(kind, device, tuple(_notes(kwargs, kind, device, prefill)))
+    op = kwargs.get("prefill_op" if never_generates else "generate_op")
+    return Replacement(kind, device, tuple(_notes(kwargs, kind, device, prefill)), op in _DEQUANTIZING_OPS)
 
 
 def _check_keys(replace: Mapping[str, Any], kwargs: Mapping[str, Any], where: str) -> None:
@@ -208,7 +212,11 @@ def _notes(kwargs: Mapping[str, Any], kind: str, device: str, prefill: str | Non
     """What of ``kwargs`` has no meaning here, and what it becomes."""
     notes = []
     op = kwargs.get("generate_op")
-    if kind in _OPS and op not in (*_NO_OP, *(_CPU_OPS if device == CPU else ())):
+    if op in _DEQUANTIZING_OPS and device != CPU:
+        notes.append(
+            f"generate_op {op} -> bfloat16 where a linear layer stands by itself, else as its whole is computed"
+        )
+    elif kind in _OPS and op not in (*_NO_OP, *(_CPU_OPS if device == CPU else ())):
         notes.append(f"generate_op {op} -> our {kind} operation of the device, on the weights as the file has them")
     if "generate_op" in kwargs and op in _NO_OP:
         notes.append("generate_op None -> generates where it prefills")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from transformers_kt.errors import RuleError
@@ -20,7 +20,7 @@ Operations: TypeAlias = "Mapping[str, Sequence[str]]"
 DeviceMap: TypeAlias = "Mapping[str, str]"
 """Prefixes of module paths -> device, as accelerate has them: the longest that fits decides, "" is the rest."""
 
-_ROTARY = "rotary"
+_LINEAR, _ROTARY = "linear", "rotary"
 _NO_ROTARY = "transformers has one rotary embedding per model, not one in every attention"
 
 
@@ -117,9 +117,15 @@ class Planner:
         self._decided: set[int] = set()
 
     def plan(self) -> Plan:
-        entries = tuple(part.entry for part in self._visit(self._root, None))
+        entries = tuple(self._dequantized(part.entry) for part in self._visit(self._root, None))
         notes = self._notes([entry.module for entry in entries[:3]])
         return Plan(entries, self._list.source, notes, self._list.rules)
+
+    def _dequantized(self, entry: PlanEntry) -> PlanEntry:
+        """Torch's linear layer in place of ours, where a rule asks for it and no coarser operation took the layer."""
+        asks = entry.rule is not None and self._list.rules[entry.rule - 1].dequantizes
+        is_alone = entry.device != CPU and entry.op == _op(_LINEAR, entry.device)
+        return replace(entry, op=TORCH) if asks and is_alone else entry
 
     def _visit(self, site: Site, inherited: _Inherited | None) -> list[_Part]:
         if not site.holds_tensors:

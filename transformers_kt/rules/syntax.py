@@ -34,7 +34,7 @@ class Rule:
 
     ``number`` counts from 1 in the order of precedence, through all files. ``op`` is "auto", "torch", or a kind
     ("experts"), of which ``device`` chooses the backend. ``device`` is None where the rule names none. ``theirs``: the
-    rule is in KTransformers' language.
+    rule is in KTransformers' language; where a linear layer on a GPU that ``dequantizes`` becomes torch's.
     """
 
     number: int
@@ -47,6 +47,7 @@ class Rule:
     recursive: bool
     theirs: bool = False
     notes: tuple[str, ...] = ()
+    dequantizes: bool = False
 
     @property
     def label(self) -> str:
@@ -84,7 +85,7 @@ def validated_rule(item: Item, number: int, operations: Collection[str]) -> Rule
     recursive = value.get("recursive", True)
     if not isinstance(recursive, bool):
         raise RuleError(f"{label}, recursive is {brief(recursive)}; true or false is expected")
-    op, device, theirs, notes = _replacement(replace, label, operations)
+    op, device, theirs, notes, dequantizes = _replacement(replace, label, operations)
     return Rule(
         number,
         place,
@@ -96,6 +97,7 @@ def validated_rule(item: Item, number: int, operations: Collection[str]) -> Rule
         recursive,
         theirs,
         notes,
+        dequantizes,
     )
 
 
@@ -106,19 +108,19 @@ def everything_auto() -> Rule:
 
 def _replacement(
     replace: Any, label: str, operations: Collection[str]
-) -> tuple[str, str | Spread | None, bool, tuple[str, ...]]:
-    """Op, device, whether it is KTransformers' language, and notes."""
+) -> tuple[str, str | Spread | None, bool, tuple[str, ...], bool]:
+    """Op, device, whether it is KTransformers' language, notes, and whether a linear layer is dequantized."""
     if isinstance(replace, str):
         replace = {"op": replace}
     require_keys(replace, _REPLACE_KEYS, f"{label}, replace", "replace")
     if replace.keys() & _THEIRS:
         found = ktransformers.read_replacement(replace, label)
-        return found.kind, found.device, True, found.notes
+        return found.kind, found.device, True, found.notes, found.dequantizes
     if not replace:
         raise RuleError(f"{label}, replace names neither op nor device; {_known_ops(operations)}")
     op, its_device = _op(replace.get("op", AUTO), label, operations)
     if "device" not in replace:
-        return op, its_device, False, ()
+        return op, its_device, False, (), False
     device = parse_spread(replace["device"])
     if device is None:
         hint = nearest(replace["device"], [CPU, "cuda"])
@@ -130,7 +132,7 @@ def _replacement(
         raise RuleError(
             f"{label}, replace puts {replace['op']} on {replace['device']}; leave the device out, or write op: {op}"
         )
-    return op, device, False, ()
+    return op, device, False, (), False
 
 
 def _op(op: Any, label: str, operations: Collection[str]) -> tuple[str, str | None]:

@@ -144,7 +144,8 @@ class FakeDevice(Device):
         self.has_kernels = has_kernels
         self._seeds = random.Random(seed)
         self._taken = 0
-        self._known: set[int] = set()  # addresses of what captured work may touch
+        self._held: set[int] = set()  # addresses of storages
+        self._pinned: set[int] = set()
         self._lock = threading.RLock()  # memory can be given back by a garbage collection wherever it was taken
 
     @override
@@ -164,13 +165,17 @@ class FakeDevice(Device):
         return _FakeGraph(Capture(work, self._is_known, has_kernels=self.has_kernels))
 
     def _is_known(self, address: int) -> bool:
-        return address in self._known or is_codebook(address)
+        return address in self._held or address in self._pinned or is_codebook(address)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether it lies in the memory of this device, of which on a GPU the host reads nothing without waiting."""
+        return tensor.untyped_storage().data_ptr() in self._held
 
     @override
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         refuse_while_capturing("pinned memory is asked for")
         tensor = torch.empty(tuple(shape), dtype=dtype)
-        self._take(tensor, 0)
+        self._take(tensor, self._pinned, 0)
         return poisoned(tensor)
 
     @override
@@ -181,20 +186,20 @@ class FakeDevice(Device):
             if nbytes > self.free_bytes():
                 raise self._out_of_memory(f"{format_bytes(nbytes)} are needed")
             tensor = torch.empty(tuple(shape), dtype=dtype)
-            self._take(tensor, nbytes)
+            self._take(tensor, self._held, nbytes)
         return poisoned(tensor)
 
-    def _take(self, tensor: torch.Tensor, nbytes: int) -> None:
+    def _take(self, tensor: torch.Tensor, addresses: set[int], nbytes: int) -> None:
         storage = tensor.untyped_storage()
         with self._lock:
             self._taken += nbytes
-            self._known.add(storage.data_ptr())
-        weakref.finalize(storage, self._give_back, storage.data_ptr(), nbytes)
+            addresses.add(storage.data_ptr())
+        weakref.finalize(storage, self._give_back, addresses, storage.data_ptr(), nbytes)
 
-    def _give_back(self, address: int, nbytes: int) -> None:
+    def _give_back(self, addresses: set[int], address: int, nbytes: int) -> None:
         with self._lock:
             self._taken -= nbytes
-            self._known.discard(address)
+            addresses.discard(address)
 
     @override
     def free_bytes(self) -> int:

@@ -225,6 +225,7 @@ class GrowingLayers:
         self.batch: int = states[0].shape[0]
         self.kinds = [(keys.dtype, keys.device) for keys in states]
         self._room = 0
+        self._loan: Loan | None = None  # known to be that of all layers
         self._packed: _C.KeyBuffers | None = None
 
     @property
@@ -238,15 +239,20 @@ class GrowingLayers:
     @property
     def loan(self) -> Loan | None:
         """What all layers live in, where that is lent."""
+        if self._loan is not None:
+            return self._loan
         loans = [layer._loan for layer in self._living()]
         return loans[0] if all(loan is loans[0] for loan in loans) else None
 
     def settle(self, loan: Loan) -> None:
         """Moves all layers into its buffers, which have room for as many tokens as are to come."""
+        if self._loan is loan:
+            return
         living = self._living()
         for layer, buffers in zip(living, loan.buffers, strict=True):
             layer.settle(buffers, loan)
         self._begin_with([[*buffers] for buffers in loan.buffers], living)
+        self._loan = loan
 
     def grow(self, tokens: int) -> None:
         """Takes in `tokens` more, whose rows at the end of the `buffers` the caller has to fill."""
@@ -262,7 +268,7 @@ class GrowingLayers:
         self.length += tokens
 
     def _begin_with(self, buffers: list[list[torch.Tensor]], layers: list[LatentCacheLayer]) -> None:
-        self.buffers = buffers
+        self.buffers, self._loan = buffers, None
         self._room = min(buffer.shape[-2] for pair in buffers for buffer in pair)
         self._packed = None
         for layer in layers:
@@ -291,7 +297,7 @@ class GrowingLayers:
         return self._packed
 
     def dissolve(self) -> None:
-        living = self._living()
+        living, self._loan = self._living(), None
         for layer in living:
             layer.own_states()
         for layer in living:
