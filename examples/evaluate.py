@@ -1,9 +1,9 @@
 """lm-evaluation-harness on a model from a GGUF file, with the task in examples/sums.
 
     pip install lm_eval
-    python examples/evaluate.py [BATCH SIZE]
+    python examples/evaluate.py [BATCH SIZE ...]
 
-Numbers are the same, bit by bit, for every batch size. From the command line, without this file:
+Numbers are the same, bit by bit, for every batch size, "auto" too. From the command line, without this file:
 transformers-kt run lm_eval --model hf --model_args pretrained=FOLDER,gguf_file=FILE --include_path examples/sums ...
 """
 
@@ -26,12 +26,10 @@ folder = Path(__file__).parent / "sums"
 os.chdir(folder)  # the task names its questions by a path from here
 model = AutoModelForCausalLM.from_pretrained(bundled_model(), kt_rules="auto")
 tokenizer = AutoTokenizer.from_pretrained(bundled_model())
-size = sys.argv[1] if len(sys.argv) > 1 else "4"
-harness = HFLM(model, tokenizer=tokenizer, batch_size=size, max_batch_size=8)
 tasks = TaskManager(include_path=str(folder), include_defaults=False)
-result = lm_eval.simple_evaluate(harness, tasks=["sums", "first_step"], task_manager=tasks, bootstrap_iters=0)
-for name, samples in result["samples"].items():
-    print(name, json.dumps([sample["resps"] for sample in samples]))
-print(
-    {name: {key: value for key, value in numbers.items() if "," in key} for name, numbers in result["results"].items()}
-)
+for size in sys.argv[1:] or ["4"]:
+    # "auto" tries batches of this length to see how large a batch may be.
+    harness = HFLM(model, tokenizer=tokenizer, batch_size=size, max_batch_size=8, max_length=256)
+    found = lm_eval.simple_evaluate(harness, tasks=["sums", "first_step"], task_manager=tasks, bootstrap_iters=0)
+    said = {name: [sample["resps"] for sample in samples] for name, samples in found["samples"].items()}
+    print(json.dumps([said, found["results"]], default=float))
