@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import transformers_kt._C as _C
 from transformers_kt import plan
 from transformers_kt.assets import bundled_model
-from transformers_kt.cli import alternating, build_app, timing
+from transformers_kt.cli import alternating, bench_report, build_app, pictures, timing
 from transformers_kt.cli import bench as module
 from transformers_kt.cli.alternating import LLAMA_CPP
 from transformers_kt.cli.bench import _Work, bench
@@ -207,6 +207,26 @@ def test_a_picture_is_written_for_few_and_for_many_settings(tmp_path: Path) -> N
         path = tmp_path / f"{len(settings)}.png"
         BenchReport("m", {"CPU": "x"}, 1, {1: Limits(1.0, 1.0)}, figures).plot(str(path))
         assert path.stat().st_size > 1000
+
+
+def test_the_legend_of_all_engines_lies_within_the_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    figures = [
+        Figure(engine, 2, 1, prompt, 0 if prompt is None else None, (5.0,), None, None)
+        for engine in (OURS, *alternating.LLAMA_CPP_WAYS.values())
+        for prompt in (20, None)
+    ]
+    made: list[Any] = []
+
+    def new_figure(*args: Any, **options: Any) -> Any:
+        made.append(pictures.new_figure(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(bench_report, "new_figure", new_figure)
+    BenchReport("m", {"CPU": "x"}, 1, {2: Limits(1.0, 1.0)}, figures).plot(str(tmp_path / "x.png"))
+    ((drawn, _),) = made
+    box, whole = drawn.legends[0].get_window_extent(), drawn.bbox
+    assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+    assert whole.width == 800
 
 
 def test_the_peer_imports_nothing_but_the_standard_library() -> None:

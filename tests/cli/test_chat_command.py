@@ -70,6 +70,10 @@ def test_a_conversation_in_a_terminal(tmp_path: Path) -> None:
     assert re.search(STATISTICS, asked(child, '"""'))
     asked(child, f"/save {talk}")
     assert json.loads(talk.read_text())[-2]["content"] == "What is\n12 + 5?"
+    child.sendline("What is \\")
+    assert re.search(STATISTICS, asked(child, "30 + 4?"))
+    asked(child, f"/save {talk}")
+    assert json.loads(talk.read_text())[-2]["content"] == "What is \n30 + 4?"
     assert "answers" in asked(child, "/stats")
     assert "/retry" in asked(child, "/help")
     assert "/sav is no command (did you mean '/save'?)" in asked(child, "/sav")

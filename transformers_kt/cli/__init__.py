@@ -45,7 +45,8 @@ def build_app() -> typer.Typer:
 
     app = typer.Typer(
         name="transformers-kt",
-        help="Run large language models from GGUF files, which hold quantized weights, on this machine.",
+        help="Run large language models on this machine from GGUF files: a model in one file, with its numbers stored "
+        "in few bits (quantized).",
         no_args_is_help=True,
         add_completion=False,
         rich_markup_mode="markdown",  # lines of a paragraph are one

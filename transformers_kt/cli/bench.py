@@ -188,7 +188,11 @@ def bench_command(
     ] = None,
     llama_python: Annotated[
         str,
-        typer.Option(metavar="INTERPRETER", help="The Python that has llama-cpp-python; this one if not given."),
+        typer.Option(
+            metavar="INTERPRETER",
+            show_default=False,
+            help="The Python that has llama-cpp-python; this one if not given.",
+        ),
     ] = sys.executable,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of tables.")] = False,
@@ -196,8 +200,8 @@ def bench_command(
 ) -> None:
     """Measure how fast MODEL reads prompts and answers on this machine, and what bounds it.
 
-    The model is loaded, and asked for random tokens. Speeds are tokens per second; the limit is what the memory or the
-    multipliers of this machine, measured in the same rounds, allow at most.
+    The model is loaded, and asked for random tokens (a word has one or two). Speeds are tokens per second; the limit is
+    what the memory or the multipliers of this machine, measured in the same rounds, allow at most.
     """
     if png is not None:
         require_plot(png)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 OURS = "transformers_kt"
 _MOST_BESIDE = 4  # settings whose names fit under half of a picture
+_LEGEND_COLUMNS = 3  # what fits beside each other
 
 
 class Setting(NamedTuple):
@@ -180,7 +181,7 @@ def _legend(figure: Any, engines: Sequence[str]) -> None:
     handles: list[Any] = [Patch(color=f"C{number}", label=engine) for number, engine in enumerate(engines)]
     handles.append(Line2D([], [], color="black", linestyle="", marker=".", label="a round"))
     handles.append(Line2D([], [], color="black", linewidth=1.5, label="limit of this machine"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), _LEGEND_COLUMNS), frameon=False)
 
 
 def _shown(number: float) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from transformers_kt.cli.models import located
+from transformers_kt.cli.models import MODEL_HELP, located
 from transformers_kt.errors import InputError
 from transformers_kt.planning.costs import DEFAULT_CONTEXT
 from transformers_kt.planning.plan import plan
@@ -19,7 +19,10 @@ OPTIONS = {"gpus": "--gpu", **{argument: f"--{argument.replace('_', '-')}" for a
 
 
 def plan_command(
-    model: Annotated[str, typer.Argument(help="Folder or hub id with the config, or a GGUF file.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} With --gguf-path: the folder or hub id with its config."),
+    ],
     gguf_path: Annotated[
         str | None, typer.Option(help="The weights: file, folder, any shard, or hub org/repo:file.gguf.")
     ] = None,
@@ -54,7 +57,8 @@ def plan_command(
 ) -> None:
     """Show what loading MODEL would do: which operation computes what, where, in how much memory, and how fast.
 
-    Reads headers only. Neither the weights nor the hardware that is named need be there in full.
+    Reads headers only. Neither the weights nor the hardware that is named need be there in full. Routed experts are the
+    parts of a layer of which each token takes a few.
     """
     if plot is not None:
         require_plot(plot)

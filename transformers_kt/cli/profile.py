@@ -47,7 +47,7 @@ def profile_command(
 ) -> None:
     """Count how often MODEL chooses each of its routed experts on some texts, and write that as a small JSON.
 
-    Everything is computed on the CPU.
+    Routed experts are the parts of a layer of which each token takes a few. Everything is computed on the CPU.
     """
     if not output.parent.is_dir():
         raise InputError(f"--output {output}: there is no folder {output.parent}")
