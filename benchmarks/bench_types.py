@@ -38,7 +38,8 @@ class Engine:
 
     def __init__(self, process: subprocess.Popen[str], name: str) -> None:
         self._process, self._name = process, name
-        self._line()
+        while self._line() != "ready\n":  # but for what its libraries print while they load
+            pass
 
     def _line(self) -> str:
         assert self._process.stdout is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -85,10 +86,12 @@ def measured(generate: Generate, settings: argparse.Namespace) -> dict[str, list
 
 def take_turns(generate: Generate) -> None:
     """Each line of stdin is a number of prompt tokens; the answer: seconds to the first token, and the gaps."""
-    print("ready", flush=True)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # where ik_llama.cpp talks while it computes
+    print("ready", file=answers, flush=True)
     for seed, line in enumerate(sys.stdin, 2):
         run = generate(random_tokens(int(line), seed))
-        print(json.dumps([run.first, run.gaps]), flush=True)
+        print(json.dumps([run.first, run.gaps]), file=answers, flush=True)
 
 
 def generate_of(model: Any, new_tokens: int, compiled: Callable[[], float] = lambda: 0.0) -> Generate:
