@@ -177,6 +177,69 @@ struct Avx2Primitives {
   }
   TKT_INLINE I lower_of_pairs(I a, I b) { return {of_pairs_8<0x88>(a.low, a.high), of_pairs_8<0x88>(b.low, b.high)}; }
   TKT_INLINE I upper_of_pairs(I a, I b) { return {of_pairs_8<0xdd>(a.low, a.high), of_pairs_8<0xdd>(b.low, b.high)}; }
+  // Likewise, where bit i of `where` is set for byte i of all.
+  TKT_INLINE I sub_bytes_of(uint64_t where, I a, I b, I otherwise) {
+    const __m256i places = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i each = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201));
+    const auto half = [=](uint64_t bits, __m256i from, __m256i less, __m256i kept) {
+      const __m256i mask = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int32_t>(bits)), places);
+      return _mm256_blendv_epi8(kept, _mm256_sub_epi8(from, less),
+                                _mm256_cmpeq_epi8(_mm256_and_si256(mask, each), each));
+    };
+    return {half(where, a.low, b.low, otherwise.low), half(where >> 32, a.high, b.high, otherwise.high)};
+  }
+  TKT_INLINE I load_two(const void* first, const void* second) {
+    return {_mm256_loadu_si256(static_cast<const __m256i*>(first)),
+            _mm256_loadu_si256(static_cast<const __m256i*>(second))};
+  }
+  TKT_INLINE I set_eight(uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f, uint64_t g,
+                         uint64_t h) {
+    const auto two = [](uint64_t low, uint64_t high) {
+      return _mm_set_epi64x(static_cast<long long>(high), static_cast<long long>(low));
+    };
+    return {_mm256_inserti128_si256(_mm256_castsi128_si256(two(a, b)), two(c, d), 1),
+            _mm256_inserti128_si256(_mm256_castsi128_si256(two(e, f)), two(g, h), 1)};
+  }
+  // Lane 4 n + i: the sum of lanes 4 n to 4 n + 3 of vector i.
+  TKT_INLINE I sums_of_fours(I a, I b, I c, I d) {
+    const auto half = [](__m256i p, __m256i q, __m256i r, __m256i s) {
+      return _mm256_hadd_epi32(_mm256_hadd_epi32(p, q), _mm256_hadd_epi32(r, s));
+    };
+    return {half(a.low, b.low, c.low, d.low), half(a.high, b.high, c.high, d.high)};
+  }
+  // Lane i of vector j becomes lane j of vector i.
+  TKT_INLINE void transpose_8(__m256i (&x)[8]) {
+    __m256i y[8];
+    TKT_UNROLL for (int i = 0; i < 8; i += 2) {
+      y[i] = _mm256_unpacklo_epi32(x[i], x[i + 1]);
+      y[i + 1] = _mm256_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    TKT_UNROLL for (int i = 0; i < 8; i += 4) {
+      x[i] = _mm256_unpacklo_epi64(y[i], y[i + 2]);
+      x[i + 1] = _mm256_unpackhi_epi64(y[i], y[i + 2]);
+      x[i + 2] = _mm256_unpacklo_epi64(y[i + 1], y[i + 3]);
+      x[i + 3] = _mm256_unpackhi_epi64(y[i + 1], y[i + 3]);
+    }
+    TKT_UNROLL for (int i = 0; i < 4; ++i) {
+      y[i] = _mm256_permute2x128_si256(x[i], x[i + 4], 0x20);
+      y[i + 4] = _mm256_permute2x128_si256(x[i], x[i + 4], 0x31);
+    }
+    TKT_UNROLL for (int i = 0; i < 8; ++i) x[i] = y[i];
+  }
+  TKT_INLINE void transpose(I (&x)[16]) {
+    __m256i quarters[4][8];
+    TKT_UNROLL for (int i = 0; i < 8; ++i) {
+      quarters[0][i] = x[i].low;
+      quarters[1][i] = x[i].high;
+      quarters[2][i] = x[i + 8].low;
+      quarters[3][i] = x[i + 8].high;
+    }
+    TKT_UNROLL for (int i = 0; i < 4; ++i) transpose_8(quarters[i]);
+    TKT_UNROLL for (int i = 0; i < 8; ++i) {
+      x[i] = {quarters[0][i], quarters[2][i]};
+      x[i + 8] = {quarters[1][i], quarters[3][i]};
+    }
+  }
   TKT_INLINE I max_i(I a, I b) { return {_mm256_max_epi32(a.low, b.low), _mm256_max_epi32(a.high, b.high)}; }
   TKT_INLINE I sub_i(I a, I b) { return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)}; }
   TKT_INLINE I mul_i(I a, I b) { return {_mm256_mullo_epi32(a.low, b.low), _mm256_mullo_epi32(a.high, b.high)}; }

@@ -106,6 +106,52 @@ struct Avx512Primitives {
     return _mm512_permutex2var_epi32(a, _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31),
                                      b);
   }
+  // Likewise, where bit i of `where` is set for byte i of all.
+  TKT_INLINE I sub_bytes_of(uint64_t where, I a, I b, I otherwise) {
+    return _mm512_mask_sub_epi8(otherwise, where, a, b);
+  }
+  TKT_INLINE I load_two(const void* first, const void* second) {
+    const __m256i lower = _mm256_loadu_si256(static_cast<const __m256i*>(first));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(lower), _mm256_loadu_si256(static_cast<const __m256i*>(second)),
+                              1);
+  }
+  TKT_INLINE I set_eight(uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f, uint64_t g,
+                         uint64_t h) {
+    const auto two = [](uint64_t low, uint64_t high) {
+      return _mm_set_epi64x(static_cast<long long>(high), static_cast<long long>(low));
+    };
+    const __m256i lower = _mm256_inserti128_si256(_mm256_castsi128_si256(two(a, b)), two(c, d), 1);
+    const __m256i upper = _mm256_inserti128_si256(_mm256_castsi128_si256(two(e, f)), two(g, h), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(lower), upper, 1);
+  }
+  // Lane 4 n + i: the sum of lanes 4 n to 4 n + 3 of vector i.
+  TKT_INLINE I sums_of_fours(I a, I b, I c, I d) {
+    const I ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    const I cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  }
+  // Lane i of vector j becomes lane j of vector i.
+  TKT_INLINE void transpose(I (&x)[16]) {
+    I y[16];
+    TKT_UNROLL for (int i = 0; i < 16; i += 2) {
+      y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+      y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    TKT_UNROLL for (int i = 0; i < 16; i += 4) {
+      x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+      x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+      x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+      x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+    }
+    TKT_UNROLL for (int i = 0; i < 4; ++i) {
+      const I lower_a = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88), lower_b = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+      const I upper_a = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd), upper_b = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+      x[i] = _mm512_shuffle_i32x4(lower_a, lower_b, 0x88);
+      x[i + 8] = _mm512_shuffle_i32x4(lower_a, lower_b, 0xdd);
+      x[i + 4] = _mm512_shuffle_i32x4(upper_a, upper_b, 0x88);
+      x[i + 12] = _mm512_shuffle_i32x4(upper_a, upper_b, 0xdd);
+    }
+  }
   TKT_INLINE I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
   TKT_INLINE I sub_i(I a, I b) { return _mm512_sub_epi32(a, b); }
   TKT_INLINE I mul_i(I a, I b) { return _mm512_mullo_epi32(a, b); }

@@ -22,6 +22,10 @@ constexpr bool has_grid(WeightType type) {
   return TKT_GRID_TYPES(TKT_OR) false;
 #undef TKT_OR
 }
+constexpr bool has_scales_of_16(WeightType type) {
+  return type != WeightType::kIQ3_S && type != WeightType::kIQ3_XXS && type != WeightType::kIQ2_XXS &&
+         type != WeightType::kIQ1_S;
+}
 constexpr bool has_eighths(WeightType type) { return type == WeightType::kIQ1_S || type == WeightType::kIQ1_M; }
 
 // Of each column of GridRows::signs, a bit.
@@ -52,18 +56,24 @@ TKT_INLINE V::I grid_signs(V::I stored) {
   }
 }
 
-template <WeightType type, int first>
-TKT_INLINE V::I signed_entries(V::I entries, V::I signs) {
-  V::I weights;
-  if constexpr (has_eighths(type)) {  // 8 w + 1, or 2 less
-    const V::I plus = V::or_i(V::and_i(V::template shift_left<3>(entries), V::set_i(static_cast<int32_t>(0xf8f8f8f8u))),
-                              V::set_i(0x01010101));
-    weights = V::template sub_bytes_where<first>(signs, plus, V::set_i(0x02020202), plus);
-  } else {
-    weights = V::template sub_bytes_where<first>(signs, V::set_i(0), entries, entries);
-  }
+// Of IQ1, 8 w + 1, which is 2 less where the sign is minus.
+TKT_INLINE V::I eighths(V::I entries) {
+  return V::or_i(V::and_i(V::template shift_left<3>(entries), V::set_i(static_cast<int32_t>(0xf8f8f8f8u))),
+                 V::set_i(0x01010101));
+}
+TKT_INLINE V::I with_offset(V::I weights) {
   if constexpr (V::kAddsIn16Bits) weights = V::and_i(weights, V::set_i(static_cast<int32_t>(kRowsKeptBits)));
   return V::xor_i(weights, V::set_i(static_cast<int32_t>(kRowsOffset)));
+}
+
+template <WeightType type, int first>
+TKT_INLINE V::I signed_entries(V::I entries, V::I signs) {
+  if constexpr (has_eighths(type)) {
+    const V::I plus = eighths(entries);
+    return with_offset(V::template sub_bytes_where<first>(signs, plus, V::set_i(0x02020202), plus));
+  } else {
+    return with_offset(V::template sub_bytes_where<first>(signs, V::set_i(0), entries, entries));
+  }
 }
 
 // 2 sc + 1 of sc in the lowest bits.
@@ -71,6 +81,22 @@ template <WeightType type>
 TKT_INLINE V::F odd_scale(V::I stored) {
   const V::I sc = V::and_i(stored, V::set_i(has_eighths(type) ? 7 : 15));
   return V::to_float(V::or_i(V::template shift_left<1>(sc), V::set_i(1)));
+}
+
+// Of the 16 columns first and last in 32.
+template <WeightType type>
+TKT_INLINE void grid_scales(const GridScales& grid, int j, V::F (&scales)[2]) {
+  if constexpr (type == WeightType::kIQ3_XXS || type == WeightType::kIQ2_XXS) {
+    scales[0] = scales[1] = odd_scale<type>(V::template shift_right<28>(V::load_i(grid.signs[j])));
+  } else if constexpr (type == WeightType::kIQ1_S) {
+    scales[0] = scales[1] = odd_scale<type>(V::template shift_right<12>(V::load_i(grid.signs[j])));
+  } else {
+    const V::I both = V::load_i(grid.scales[j]);
+    scales[0] = odd_scale<type>(both);
+    scales[1] = type == WeightType::kIQ3_S
+                    ? scales[0]
+                    : odd_scale<type>(V::template shift_right<type == WeightType::kIQ1_M ? 3 : 4>(both));
+  }
 }
 
 template <WeightType type, int R, int k>
@@ -86,21 +112,10 @@ template <WeightType type, int R>
 TKT_NOINLINE void unpack_grid(const GridRows& grid, UnpackedRows<R>& rows, int r) {
   V::store(rows.d[r], V::load(grid.d));
   for (int j = 0; j < 8; ++j) {
-    const V::I stored = V::load_i(grid.signs[j]);
     V::F scales[2];
-    if constexpr (type == WeightType::kIQ3_XXS || type == WeightType::kIQ2_XXS) {
-      scales[0] = scales[1] = odd_scale<type>(V::template shift_right<28>(stored));
-    } else if constexpr (type == WeightType::kIQ1_S) {
-      scales[0] = scales[1] = odd_scale<type>(V::template shift_right<12>(stored));
-    } else {
-      const V::I both = V::load_i(grid.scales[j]);
-      scales[0] = odd_scale<type>(both);
-      scales[1] = type == WeightType::kIQ3_S
-                      ? scales[0]
-                      : odd_scale<type>(V::template shift_right<type == WeightType::kIQ1_M ? 3 : 4>(both));
-    }
+    grid_scales<type>(grid, j, scales);
     for (int half = 0; half < 2; ++half) V::store(rows.scales[j * 2 + half][r], scales[half]);
-    unpack_entries<type, R, 0>(grid, j, grid_signs<type>(stored), rows, r);
+    unpack_entries<type, R, 0>(grid, j, grid_signs<type>(V::load_i(grid.signs[j])), rows, r);
   }
 }
 
@@ -129,17 +144,20 @@ static void unpack_rows_of(WeightType type, const DotArgs& args, int64_t block, 
   }
 }
 
-// sums = scale * dot of 16 columns, + that of the next 16.
-template <int T, int R, int half>
+// sums = scale * dot of kColumns columns, + that of the next 16 where kColumns is 16: the same number where both have
+// one scale, which is an integer.
+template <int kColumns, int T, int R, int half>
 TKT_INLINE void add_row_halves(V::F (&sums)[T][R], const UnpackedRows<R>& rows, int b,
                                const ActivationQ8* const (&act)[T]) {
+  constexpr int kGroups = kColumns / 4;
   V::I dot[T][R];
   V::I narrow[T][R];
   TKT_UNROLL for (int t = 0; t < T; ++t) {
-    const V::I start = V::template shift_left<kRowsOffsetLog2>(V::broadcast_i(&act[t][b].neg_sum16[half]));
+    const int32_t* neg_sum = kColumns == 32 ? &act[t][b].neg_sum : &act[t][b].neg_sum16[half];
+    const V::I start = V::template shift_left<kRowsOffsetLog2>(V::broadcast_i(neg_sum));
     TKT_UNROLL for (int r = 0; r < R; ++r) dot[t][r] = start;
   }
-  TKT_UNROLL for (int group = half * 4; group < half * 4 + 4; ++group) {
+  TKT_UNROLL for (int group = half * kGroups; group < (half + 1) * kGroups; ++group) {
     V::I w[R];
     TKT_UNROLL for (int r = 0; r < R; ++r) w[r] = V::load_i(rows.weights[b * 8 + group][r]);
     TKT_UNROLL for (int t = 0; t < T; ++t) {
@@ -154,10 +172,10 @@ TKT_INLINE void add_row_halves(V::F (&sums)[T][R], const UnpackedRows<R>& rows, 
       sums[t][r] = half == 0 ? V::mul(of_half, scale) : V::fma(of_half, scale, sums[t][r]);
     }
   }
-  if constexpr (half == 0) add_row_halves<T, R, 1>(sums, rows, b, act);
+  if constexpr ((half + 1) * kColumns < 32) add_row_halves<kColumns, T, R, half + 1>(sums, rows, b, act);
 }
 
-template <int T, int R>
+template <int kColumns, int T, int R>
 TKT_NOINLINE void dot_rows_tile(const UnpackedRows<R>& rows, const DotArgs& args, int64_t block, int blocks32,
                                 int token) {
   const ActivationQ8* act[T];
@@ -168,7 +186,7 @@ TKT_NOINLINE void dot_rows_tile(const UnpackedRows<R>& rows, const DotArgs& args
   }
   for (int b = 0; b < blocks32; ++b) {
     V::F sums[T][R];
-    add_row_halves<T, R, 0>(sums, rows, b, act);
+    add_row_halves<kColumns, T, R, 0>(sums, rows, b, act);
     TKT_UNROLL for (int t = 0; t < T; ++t) {
       const V::F d = V::set_f(act[t][b].d);
       TKT_UNROLL for (int r = 0; r < R; ++r) acc[t][r] = V::fma(sums[t][r], d, acc[t][r]);
@@ -188,26 +206,130 @@ TKT_NOINLINE void dot_rows_tile(const UnpackedRows<R>& rows, const DotArgs& args
 
 constexpr int kRowsTileTokens = 4;
 
+template <int kColumns, int R>
+static void dot_rows_tiles(const UnpackedRows<R>& rows, const DotArgs& args, int64_t block, int blocks32) {
+  int token = 0;
+  for (; token + kRowsTileTokens <= args.tokens; token += kRowsTileTokens) {
+    dot_rows_tile<kColumns, kRowsTileTokens, R>(rows, args, block, blocks32, token);
+  }
+  for (; token < args.tokens; ++token) dot_rows_tile<kColumns, 1, R>(rows, args, block, blocks32, token);
+}
+
 template <int R>
 static void dot_rows_of(WeightType type, const DotArgs& args) {
   const int blocks32 = info_of(type).block_elements / 32;
   UnpackedRows<R> rows;
   for (int64_t block = 0; block < args.blocks; ++block) {
     unpack_rows_of<R>(type, args, block, rows);
-    int token = 0;
-    for (; token + kRowsTileTokens <= args.tokens; token += kRowsTileTokens) {
-      dot_rows_tile<kRowsTileTokens, R>(rows, args, block, blocks32, token);
+    if (has_scales_of_16(type)) {
+      dot_rows_tiles<16, R>(rows, args, block, blocks32);
+    } else {
+      dot_rows_tiles<32, R>(rows, args, block, blocks32);
     }
-    for (; token < args.tokens; ++token) dot_rows_tile<1, R>(rows, args, block, blocks32, token);
   }
 }
 
+TKT_NOINLINE void gemv_rows(WeightType type, const GemvArgs& args);
+
 TKT_NOINLINE void dot_rows(WeightType type, const DotArgs& args) {
+  if (has_grid(type) && args.tokens == 1) {
+    for (int p = 0; p < args.panel_count; ++p) {
+      gemv_rows(type, {args.panels[p], 1, 0, args.blocks, args.activations[0], args.out + p * 16, args.prefetch});
+    }
+    return;
+  }
   if (args.panel_count == 2 && V::kTilePanels == 2) return dot_rows_of<V::kTilePanels>(type, args);
   for (int p = 0; p < args.panel_count; ++p) dot_rows_of<1>(type, one_panel(args, p));
 }
 
+// ---- One token ------------------------------------------------------------------------------------------------------
+
+// Bytes in L1 that only one token multiplies cost more than the products: places are looked up into registers, 64
+// columns of a row at a time, and what is lane = column becomes lane = row as sums of 16 columns, which are exact.
+
+template <class Block>
+TKT_INLINE V::I entries_of_64(const Block& block, const void* grid, int j) {
+  return V::set_eight(grid_entry(block, grid, j, 0), grid_entry(block, grid, j, 1), grid_entry(block, grid, j, 2),
+                      grid_entry(block, grid, j, 3), grid_entry(block, grid, j + 1, 0), grid_entry(block, grid, j + 1, 1),
+                      grid_entry(block, grid, j + 1, 2), grid_entry(block, grid, j + 1, 3));
+}
+
+// Dot products of 16 columns of a row, in the order of sums_of_fours. Unsigned weights: the sign goes to the
+// activation, or, in IQ1, the weights have an offset.
+template <WeightType type, class Block>
+TKT_INLINE V::I dots_of_row(const Block& block, const void* grid, const uint32_t (&signs)[8][kPanelRows], int row,
+                            const V::I (&act)[4]) {
+  V::I dots[4];
+  TKT_UNROLL for (int c = 0; c < 4; ++c) {
+    const uint64_t minus = signs[2 * c][row] | uint64_t{signs[2 * c + 1][row]} << 32;
+    V::I w = entries_of_64(block, grid, 2 * c);
+    V::I a = act[c];
+    if constexpr (has_eighths(type)) {
+      w = eighths(w);
+      w = with_offset(V::sub_bytes_of(minus, w, V::set_i(0x02020202), w));
+    } else {
+      a = V::sub_bytes_of(minus, V::set_i(0), a, a);
+    }
+    V::I narrow;
+    dots[c] = V::set_i(0);
+    accumulate<1, 0, 1>(dots[c], narrow, w, a);
+  }
+  return V::sums_of_fours(dots[0], dots[1], dots[2], dots[3]);
+}
+
+template <WeightType type, class Block>
+TKT_INLINE V::F add_grid_block(const Block* blocks, const void* grid, const ActivationQ8* act, V::F before) {
+  GridScales stored;
+  look_up_grid_scales(type, reinterpret_cast<const uint8_t*>(blocks), stored);
+  alignas(64) uint32_t signs[8][kPanelRows];
+  for (int j = 0; j < 8; ++j) V::store_i(signs[j], grid_signs<type>(V::load_i(stored.signs[j])));
+  V::I q[4];
+  TKT_UNROLL for (int c = 0; c < 4; ++c) q[c] = V::load_two(act[2 * c].q, act[2 * c + 1].q);
+  V::I dots[kPanelRows];
+  for (int row = 0; row < kPanelRows; ++row) dots[row] = dots_of_row<type>(blocks[row], grid, signs, row, q);
+  V::transpose(dots);
+
+  V::F acc = V::zero_f();
+  for (int j = 0; j < 8; ++j) {
+    V::F scales[2], parts[2];
+    grid_scales<type>(stored, j, scales);
+    for (int half = 0; half < 2; ++half) {
+      V::I dot = dots[4 * (j % 2 * 2 + half) + j / 2];
+      if constexpr (has_eighths(type)) {
+        dot = V::add_i(dot, V::template shift_left<kRowsOffsetLog2>(V::broadcast_i(&act[j].neg_sum16[half])));
+      }
+      parts[half] = V::to_float(dot);
+    }
+    const V::F sum = V::fma(parts[1], scales[1], V::mul(parts[0], scales[0]));
+    acc = V::fma(sum, V::set_f(act[j].d), acc);
+  }
+  return V::fma(V::load(stored.d), acc, before);
+}
+
+template <WeightType type, class Block>
+TKT_NOINLINE void gemv_grid(const GemvArgs& args) {
+  const void* grid = grid_of(type);
+  const ActivationQ8* act = reinterpret_cast<const ActivationQ8*>(args.activations);
+  for (int64_t p = 0; p < args.panel_count; ++p) {
+    const Block* blocks = reinterpret_cast<const Block*>(args.panels + p * args.panel_bytes);
+    V::F acc = V::zero_f();
+    for (int64_t block = 0; block < args.blocks; ++block) {
+      acc = add_grid_block<type>(blocks + block * kPanelRows, grid, act + block * 8, acc);
+    }
+    V::store(args.out + p * 16, acc);
+  }
+}
+
 TKT_NOINLINE void gemv_rows(WeightType type, const GemvArgs& args) {
+  switch (type) {
+#define TKT_CASE(name)      \
+  case WeightType::k##name: \
+    return gemv_grid<WeightType::k##name, Block##name>(args);
+    TKT_GRID_TYPES(TKT_CASE)
+#undef TKT_CASE
+    default:
+      break;
+  }
   for (int64_t p = 0; p < args.panel_count; ++p) {
     const uint8_t* panel = args.panels + p * args.panel_bytes;
     dot_rows_of<1>(type, {{panel, nullptr}, 1, args.blocks, &args.activations, 1, args.out + p * 16, args.prefetch});
