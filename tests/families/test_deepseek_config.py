@@ -417,6 +417,7 @@ def test_prediction_layers_are_no_layers(
     path = write_model(tmp_path / "m.gguf", facts, with_prediction_layer(shapes, 3) if has_tensors else shapes)
     config = config_from_gguf(GgufFile(path))
     assert config.num_hidden_layers == 3
+    assert has_tensors == any("from blk.3 on, are not loaded" in note for note in notes_from_gguf(GgufFile(path)))
     if isinstance(config, DeepseekV3Config):
         assert config.num_mtp_layers == 0
 

@@ -46,15 +46,46 @@ def random_blocks(name: str, rows: int, cols: int, seed: int = 0) -> np.ndarray:
 
 def set_finite_scales(name: str, blocks: np.ndarray, rng: np.random.Generator) -> None:
     """Small scales in ``blocks`` uint8 (rows, blocks, block bytes), in which everything else stays as it is."""
-    scales = rng.uniform(-0.02, 0.02, (*blocks.shape[:2], 2)).astype(np.float16)
-    for i, offset in enumerate(SCALE_OFFSETS[name]):
-        blocks[..., offset : offset + 2] = scales[..., i : i + 1].view(np.uint8)
+    set_scales(name, blocks, rng.uniform(-0.02, 0.02, (*blocks.shape[:2], 2)).astype(np.float16))
     if name == "MXFP4":
         blocks[..., 0] = rng.integers(110, 125, blocks.shape[:2])
+
+
+def set_scales(name: str, blocks: np.ndarray, scales: np.ndarray) -> None:
+    """float16 ``scales`` (rows, blocks, 2), of which most types have the first alone."""
+    for i, offset in enumerate(SCALE_OFFSETS[name]):
+        blocks[..., offset : offset + 2] = scales[..., i : i + 1].view(np.uint8)
     if name == "IQ1_M":  # a nibble of the f16 in the upper bits of each of 4 words
         bits = scales[..., 0].view(np.uint16)
         for i in range(4):
             blocks[..., 49 + 2 * i] = blocks[..., 49 + 2 * i] & 0x0F | ((bits >> (4 * i) & 15) << 4).astype(np.uint8)
+
+
+EDGES = [0.0, -0.0, 6e-8, -6e-8, 6.1e-5, -1.0, 65504.0, -65504.0, np.inf, -np.inf, np.nan]
+EDGES_OF_ONE_BYTE = [0, 1, 2, 126, 127, 128, 253, 254, 255]
+
+
+def edge_blocks(name: str, cols: int) -> np.ndarray:
+    """Rows of which each has one of `EDGES` for scales, or among random values, in its second block, and every other
+    pair of them in its first."""
+    _number, elements, nbytes = TYPES[name]
+    edges = np.array(EDGES, np.float16)
+    rows = len(EDGES) ** 2
+    data = random_blocks(name, rows, cols)
+    first, second = np.divmod(np.arange(rows), len(EDGES))
+    if name in FLOAT_TYPES:
+        values = gguf.quants.dequantize(data, gguf_type(name)).reshape(rows, cols)
+        values[:, [3, 70]] = np.stack((edges[first], edges[second]), axis=1)
+        return gguf.quants.quantize(values, gguf_type(name)).view(np.uint8).reshape(rows, -1)
+    blocks = data.reshape(rows, cols // elements, nbytes)
+    of_one_byte = {"MXFP4": 1, "NVFP4": 4}.get(name)
+    if of_one_byte is not None:
+        blocks[:, 1, :of_one_byte] = np.resize(EDGES_OF_ONE_BYTE, (rows, 1))
+    else:
+        pairs = np.stack((edges[first], edges[second]), axis=1)
+        set_scales(name, blocks[:, :1], pairs[:, None])
+        set_scales(name, blocks[:, 1:2], np.repeat(pairs[:, None, :1], 2, axis=2))
+    return data
 
 
 def packed(name: str, data: np.ndarray, cols: int, count: int = 1) -> _C.PackedMatrix:
@@ -85,11 +116,44 @@ def test_dequantization_equals_the_gguf_package(name: str) -> None:
     np.testing.assert_array_equal(got, expected.reshape(5, 512))
 
 
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 @pytest.mark.parametrize("name", TYPES)
-def test_scalar_products_equal_dequantized_weights_times_activations(name: str) -> None:
-    """Activations that int8 holds exactly, so that only the order of additions differs from a plain product."""
-    cols, rows = 512, 37
-    data = random_blocks(name, rows, cols)
+def test_edge_blocks_decode_as_in_the_gguf_package(name: str) -> None:
+    """Zero, negative, denormal and largest scales, and those that are infinite or no number: loading refuses these."""
+    data = edge_blocks(name, 512)
+    expected = gguf.quants.dequantize(data, gguf_type(name)).astype(np.float32).reshape(len(data), 512)
+    got = np.empty_like(expected)
+    _C.dequantize(TYPES[name][0], data.reshape(-1), got)
+    np.testing.assert_array_equal(got, expected)
+    assert np.isnan(got).any() or name in ("MXFP4", "NVFP4")
+
+
+@pytest.mark.parametrize("isa", VECTOR_ISAS)
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("tokens", [1, 3, 13])
+def test_products_of_edge_blocks_equal_the_scalar_reference(isa: str, name: str, tokens: int) -> None:
+    """Bit for bit, but for the bits of what is no number."""
+    matrix = packed(name, edge_blocks(name, 512), 512)
+    x = np.random.default_rng(tokens).standard_normal((tokens, 512)).astype(np.float32)
+    x[-1, :256] = 0
+    _C.select_isa("scalar")
+    expected = multiply(matrix, x)
+    _C.select_isa(isa)
+    got = multiply(matrix, x)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
+    numbers = ~np.isnan(expected)
+    np.testing.assert_array_equal(got[numbers].view(np.uint32), expected[numbers].view(np.uint32))
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+@pytest.mark.parametrize("has_edges", [False, True], ids=["random", "edges"])
+@pytest.mark.parametrize("name", TYPES)
+def test_scalar_products_equal_dequantized_weights_times_activations(name: str, has_edges: bool) -> None:
+    """Activations that int8 holds exactly, so that only the order of additions differs from a plain product. With a
+    weight that is infinite or no number the product is not finite."""
+    cols = 512
+    data = edge_blocks(name, cols) if has_edges else random_blocks(name, 37, cols)
+    rows = len(data)
     x = np.random.default_rng(1).integers(-127, 128, (3, cols)).astype(np.float32)
     x[:, ::32] = 127  # every block's largest value is 127: its scale is exactly 1
     weights = gguf.quants.dequantize(data, gguf_type(name)).astype(np.float64).reshape(rows, cols)
@@ -97,7 +161,11 @@ def test_scalar_products_equal_dequantized_weights_times_activations(name: str) 
     got = multiply(packed(name, data, cols), x)
     # Float additions over `cols` terms: error below cols * 2^-24 of the sum of magnitudes.
     bound = cols * 2.0**-24 * (np.abs(x).astype(np.float64) @ np.abs(weights).T)
-    assert np.all(np.abs(got - x.astype(np.float64) @ weights.T) <= bound)
+    finite = np.isfinite(weights).all(1)
+    assert np.all(np.abs(got - x.astype(np.float64) @ weights.T)[:, finite] <= bound[:, finite])
+    assert not np.isfinite(got[:, ~finite]).any()
+    assert finite.any()
+    assert has_edges or finite.all()
 
 
 @pytest.mark.parametrize("isa", VECTOR_ISAS)

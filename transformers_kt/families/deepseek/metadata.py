@@ -246,6 +246,11 @@ def _layer_count(facts: Facts) -> int:
         layers -= 1
     while layers > stated - prediction and f"blk.{layers - 1}.attn_norm.weight" not in facts.tensors:
         layers -= 1
+    if any(".nextn." in name for name in facts.tensors):
+        facts.remarks.append(
+            f"The layers that predict further tokens, from blk.{layers} on, are not loaded: transformers' models of "
+            "this kind have none."
+        )
     return layers
 
 
