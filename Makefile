@@ -92,7 +92,7 @@ load-server: $(VENV)/.installed-test
 
 # Kernels for GPUs, interpreted where there is none. Apart, because triton is a gigabyte.
 test-triton: $(VENV)/.installed-test $(VENV)/.installed-gpu
-	$(BIN)/python -m pytest tests/backends/test_triton_*.py
+	$(BIN)/python -m pytest tests/backends/test_triton_*.py tests/models/test_triton_*.py
 
 # TORCH_INSTALL= of a make before says which torch: that for CPUs, which is the default here, sees no GPU.
 test-gpu: $(VENV)/.installed-test $(VENV)/.installed-gpu
