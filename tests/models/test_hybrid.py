@@ -29,6 +29,7 @@ from transformers_kt.backends.gpu import fake
 from transformers_kt.backends.gpu.capture import HostReads
 from transformers_kt.errors import OutOfMemoryError, UnsupportedOperationError
 from transformers_kt.planning.costs import _CUDA_BYTES
+from transformers_kt.planning.decision import NO_GRAPHS
 
 LENGTHS = [1, 7, 64, 700]
 THEIRS = Path(__file__).parents[1] / "rules" / "ktransformers"
@@ -193,8 +194,9 @@ def test_graphs_change_no_bit_and_serve_the_next_call(
     path = bundled_model() if name == "tiny-r1" else gguf_path(name) if name in NAMES else gguf_file(name)
     options: dict[str, Any] = {"config": config_of(name)} if name in NAMES else {}
     eager, ours = (load(path, gpus, kt_gpu_experts=experts, kt_cuda_graph=on, **options) for on in (False, True))
+    assert (NO_GRAPHS in eager.kt_report.notes, NO_GRAPHS in ours.kt_report.notes) == (True, False)
     vocabulary = min(64, ours.config.vocab_size)
-    asked = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1, "output_logits": True}
+    asked = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": -1, "output_logits": True}
     for prompts in ([4], [3, 6, 2, 1]):
         ids, mask = left_padded([random_tokens(length, seed=length) % vocabulary for length in prompts])
         expected = eager.generate(ids, attention_mask=mask, return_dict_in_generate=True, **asked)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from transformers_kt.families.base import TensorSlot
     from transformers_kt.gguf.reader import TensorInfo
 
-# What CUDA itself takes on a card once a process computes there: context, libraries, workspaces.
+# What CUDA itself takes on a card once a process computes there: context, libraries, workspaces, captured steps. The
+# cache that is counted is the one that the model keeps, and the buffers of a step of eight tokens lie within those of a
+# prompt.
 _CUDA_BYTES = 512 << 20
 # Work buffers are for this many tokens at once, what generate(prefill_chunk_size=512) keeps longer prompts to.
 PREFILL_TOKENS = 512

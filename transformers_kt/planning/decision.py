@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from transformers_kt.rules import DeviceMap, Plan, RuleList
 
 
+NO_GRAPHS = "kt_cuda_graph=False: GPUs launch a decode step piece by piece"
+
+
 @dataclass(frozen=True, slots=True)
 class ModelRequest:
     """A model that is asked for, opened and read: all that a decision needs beside its tree and the machine.
@@ -83,11 +86,14 @@ class Decision:
     problems: tuple[UnsupportedTypeError, ...]
     all_attention_is_ours: bool
     file_notes: tuple[str, ...] = ()
+    uses_graphs: bool = True
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What of the file was taken for granted, and what rules ask for that becomes something else or nothing."""
-        return (*self.file_notes, *self.plan.notes)
+        """What of the file was taken for granted, what rules ask for that becomes something else or nothing, and what
+        GPUs do otherwise than by default."""
+        graphs = () if self.uses_graphs or not self.gpus else (NO_GRAPHS,)
+        return (*self.file_notes, *self.plan.notes, *graphs)
 
     @property
     def stored_bytes(self) -> int:
@@ -131,6 +137,7 @@ def decide(request: ModelRequest, tree: ModelTree, machine: Machine, needs: Fast
         _unsupported_types(assignments),
         first_of(plan, ATTENTION) is not None and not keeps_attention(tree, plan),
         request.notes,
+        request.placement.kt_cuda_graph,
     )
 
 
