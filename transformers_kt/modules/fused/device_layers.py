@@ -51,6 +51,11 @@ class DeviceLayer:
         self._hooks = [hooks for each in watched for hooks in (each._forward_hooks, each._forward_pre_hooks)]
 
     @property
+    def has_experts_in_ram(self) -> bool:
+        """Whether the host computes routed experts for it."""
+        return isinstance(self.feed_forward, SplitMoe) and not self.has_experts
+
+    @property
     def has_experts(self) -> bool:
         """Whether routed experts lie on the device."""
         if isinstance(self.feed_forward, SplitMoe):

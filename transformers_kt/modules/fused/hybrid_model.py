@@ -9,7 +9,8 @@ Layers on the CPU, and those that somebody watches with hooks, are called as mod
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -61,8 +62,9 @@ class _Hybrid:
         self.lanes = {
             name: Lane(device, config.hidden_size, self._top_k, model.rotary_emb) for name, device in devices.items()
         }
-        decides_on_host = any(layer.has_experts for layer in own)  # for more choices than a few
-        self._most_captured = operations.FEW_CHOICES // self._top_k if decides_on_host else MOST_KEPT_ROWS
+        self._waits_for_experts = any(layer.has_experts_in_ram for layer in own)
+        chooses_on_host = any(layer.has_experts for layer in own)  # where choices are more than a few
+        self._most_captured = operations.FEW_CHOICES // self._top_k if chooses_on_host else MOST_KEPT_ROWS
         self._store = KeyStore([(each.device, each.attention.latent_dim, each.attention.rope_dim) for each in own])
         self._steps: WeakKeyDictionary[KeptKeys, DecodeStep] = WeakKeyDictionary()
         self._uses_graphs = uses_graphs
@@ -104,6 +106,8 @@ class _Hybrid:
             return None
         loan, needed = keys.loan, keys.length + tokens
         if loan is None or loan.lender.capacity < needed:
+            if loan is not None:
+                loan.forfeit()  # what has become too small is not kept
             loan = self._store.lend(batch, needed, expected_length(asked.cache))
         keys.settle(loan)
         kept: KeptKeys = loan.lender
@@ -118,11 +122,8 @@ class _Hybrid:
         step.take(asked.positions, asked.mask[:, 0], earlier)
         if self._uses_graphs and not step.is_captured and kept.batch <= self._most_captured:
             self._uses_graphs = step.capture()
-        _C.begin_step()  # the CPU's threads stay awake while the GPU computes what comes before their experts
-        try:
+        with _threads_awake() if self._waits_for_experts else nullcontext():
             return step.run(asked.x, asked.call), step.gives_normed
-        finally:
-            _C.end_step()
 
     def _tokens(
         self, asked: _Asked, layers: Mapping[int, DeviceLayer], keys: GrowingLayers, earlier: int
@@ -137,6 +138,16 @@ class _Hybrid:
 
         all_layers = Pass(self.layers, layers, self.lanes, attend, asked.norm)
         return all_layers.run(asked.x, asked.call), all_layers.gives_normed
+
+
+@contextmanager
+def _threads_awake() -> Iterator[None]:
+    """The CPU's threads wait longer for work, while a GPU computes what comes before their experts."""
+    _C.begin_step()
+    try:
+        yield
+    finally:
+        _C.end_step()
 
 
 @dataclass

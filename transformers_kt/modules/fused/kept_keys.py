@@ -18,7 +18,8 @@ from transformers_kt.modules.fused.latent_cache import Loan
 _STEP = 256
 """Tokens of room are a multiple of it."""
 MOST_RESERVED = 32768
-"""Tokens that are reserved for a call that says it may become longer; a plan counts as many."""
+"""Tokens, of all sequences together, that are reserved for a call that says it may become longer; a plan counts as
+many."""
 
 KeySizes = Sequence[tuple[Device, int, int]]
 """Of each layer: where its keys lie, how wide its latents are, and its rotary keys."""
@@ -48,7 +49,7 @@ class KeyStore:
 
         Raises OutOfMemoryError.
         """
-        expected = min(expected, MOST_RESERVED)
+        expected = min(expected, MOST_RESERVED // batch)
         # Half again as much as is needed now where nothing is known: see `latent_cache`.
         wanted = _rounded(expected if expected >= tokens else tokens + tokens // 2)
         kept, self._idle = self._idle, None
