@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache, TextStreamer, pipeline
 
+import transformers_kt._C as _C
 from transformers_kt import plan
 from transformers_kt.assets import bundled_model
 from transformers_kt.backends import schemas
@@ -342,6 +343,11 @@ def test_layers_that_do_not_fit_lie_on_the_cpu_and_the_model_answers(
 def test_an_expert_that_fails_raises_itself_and_the_model_goes_on(
     gguf_file: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tokens: int
 ) -> None:
+    begun: list[None] = []
+    ended: list[None] = []
+    monkeypatch.setattr(fake.FakeDevice, "takes_cores", False)  # threads of the CPU are kept awake then
+    monkeypatch.setattr(_C, "begin_step", lambda: begun.append(None))
+    monkeypatch.setattr(_C, "end_step", lambda: ended.append(None))
     model = load(gguf_file("v3-F32"), 2, kt_gpu_experts=0)
     ids = random_tokens(6 + tokens)
     expected, cache = model(ids).logits, DynamicCache()
@@ -356,6 +362,7 @@ def test_an_expert_that_fails_raises_itself_and_the_model_goes_on(
         with pytest.raises(ValueError, match="the last expert fails"):
             model(ids[:, 6:], past_key_values=cache)
     assert cache.get_seq_length() == 6
+    assert len(begun) == len(ended) == (tokens == 1)
     torch.testing.assert_close(
         model(ids[:, 6:], past_key_values=cache).logits, expected[:, 6:], rtol=0, atol=FLOAT_TOLERANCE
     )

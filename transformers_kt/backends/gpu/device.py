@@ -81,6 +81,8 @@ class Device(ABC):
     torch_device: torch.device
     activations: torch.dtype
     has_kernels: bool
+    takes_cores = False
+    """Whether its work runs on the CPU's cores, as that of a fake does."""
 
     @abstractmethod
     def stream(self) -> Stream: ...

@@ -126,6 +126,8 @@ class FakeDevice(Device):
     bounds the pause before each piece of work, drawn from ``seed``.
     """
 
+    takes_cores = True
+
     def __init__(
         self,
         number: int,

@@ -62,7 +62,8 @@ class _Hybrid:
         self.lanes = {
             name: Lane(device, config.hidden_size, self._top_k, model.rotary_emb) for name, device in devices.items()
         }
-        self._waits_for_experts = any(layer.has_experts_in_ram for layer in own)
+        # Threads that wait for work hold cores, which nobody needs while a GPU computes.
+        self._keeps_awake = any(layer.has_experts_in_ram and not layer.device.takes_cores for layer in own)
         chooses_on_host = any(layer.has_experts for layer in own)  # where choices are more than a few
         self._most_captured = operations.FEW_CHOICES // self._top_k if chooses_on_host else MOST_KEPT_ROWS
         self._store = KeyStore([(each.device, each.attention.latent_dim, each.attention.rope_dim) for each in own])
@@ -122,7 +123,7 @@ class _Hybrid:
         step.take(asked.positions, asked.mask[:, 0], earlier)
         if self._uses_graphs and not step.is_captured and kept.batch <= self._most_captured:
             self._uses_graphs = step.capture()
-        with _threads_awake() if self._waits_for_experts else nullcontext():
+        with _threads_awake() if self._keeps_awake else nullcontext():
             return step.run(asked.x, asked.call), step.gives_normed
 
     def _tokens(
