@@ -17,15 +17,14 @@ from transformers.models.auto import modeling_auto
 
 from transformers_kt import errors
 
-# A name, and whether config.json and the tokenizer lie beside the file there.
-FORMS = {
-    "model.gguf": False,
-    "folder of a GGUF": False,
-    "folder of a model whose only weights are a GGUF": True,
-    "org/alone:model.gguf": False,
-    "org/alone": False,
-    "org/whole": True,
-}
+FORMS = (
+    "model.gguf",
+    "folder of a GGUF",
+    "folder of a model whose only weights are a GGUF",
+    "org/alone:model.gguf",
+    "org/alone",
+    "org/whole",
+)
 UNRECOGNIZED = r"Unrecognized configuration class .*; load AutoModelForCausalLM"
 HEADLESS = "which no GGUF of this architecture holds; load AutoModelForCausalLM"
 

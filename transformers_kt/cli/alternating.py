@@ -15,9 +15,8 @@ from transformers_kt.cli.inspect import inspect_model
 from transformers_kt.errors import InputError, UnsupportedOperationError
 
 LLAMA_CPP = "llama.cpp"
-
-
 LLAMA_CPP_WAYS = {True: f"{LLAMA_CPP} repacked", False: f"{LLAMA_CPP} tiled"}
+"""Whether weights are repacked at loading -> what that is called."""
 _VERSION = "from importlib.metadata import version; print(version('llama-cpp-python'))"
 
 

@@ -184,7 +184,8 @@ def bench_command(
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer: samples of each speed.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Times to measure everything; medians are shown.")] = 3,
     against: Annotated[
-        str | None, typer.Option(metavar="llama.cpp", help="Measure llama.cpp too, in turns, on the same file.")
+        str | None,
+        typer.Option(metavar="llama.cpp", help="Measure llama.cpp too, in both of its ways, on the same file."),
     ] = None,
     llama_python: Annotated[
         str,
