@@ -395,6 +395,8 @@ def test_an_output_matrix_of_its_own_or_the_embeddings(tmp_path: Path) -> None:
     assert config_from_gguf(GgufFile(write_model(tmp_path / "own.gguf"))).tie_word_embeddings is False
     del shapes["output.weight"]
     assert config_from_gguf(GgufFile(write_model(tmp_path / "tied.gguf", shapes=shapes))).tie_word_embeddings is True
+    # A vocabulary holds no tensors at all, which says nothing of a model's.
+    assert config_from_gguf(GgufFile(write_model(tmp_path / "vocab.gguf", shapes={}))).tie_word_embeddings is False
 
 
 def with_prediction_layer(shapes: dict[str, tuple[int, ...]], layer: int) -> dict[str, tuple[int, ...]]:

@@ -400,10 +400,10 @@ def _check_shards(files: Sequence[GgufFile]) -> None:
                         "shards it is, so the others are not found. Give all of them their own names again: "
                         f"NAME-{_stated_number(stated)}-of-{stated['split.count']:05}.gguf"
                     )
+                where = f"number {number + 1} of {len(files)} files" if len(files) > 1 else "the only file"
                 raise CheckpointError(
-                    f"{file.path}: {key} is {found}, {value} is expected: this is number {number + 1} of {len(files)} "
-                    f"files with {tensor_count} tensors in all. The shards are not of one model, or were renamed; get "
-                    "them again under their own names"
+                    f"{file.path}: {key} is {found}, {value} is expected: this is {where}, with {tensor_count} tensors "
+                    "in all. The shards are not of one model, or were renamed; get them again under their own names"
                 )
         for name in file.tensors:
             if name in seen:
