@@ -93,6 +93,19 @@ def test_saved_logits_give_the_same_report_and_hold_the_texts(bundled: Any, tmp_
     assert file.stat().st_size < 1.1 * 2 * 512 * tokens + 20_000
 
 
+def test_a_folders_own_weights_are_a_reference(
+    stock_model: Callable[[str], Any],
+    gguf_file: Callable[[str], Path],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    stock_model("small-v3-F32").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    report = transformers_kt.quality(gguf_file("small-v3-F32"), tmp_path, TEXTS["name"])
+    assert report.reference == f"{tmp_path.name} (transformers, float32)"
+    assert report.overall.kl_99 < KEPT_TOLERANCE
+
+
 def test_models_that_it_loads_are_not_in_memory_together(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Any]] = []
     stock = AutoModelForCausalLM.from_pretrained
@@ -132,6 +145,7 @@ def test_what_cannot_be_compared_is_refused_before_a_model_is_run(
         ("there is no folder", bundled, None, {"save_logits": tmp_path / "no" / "new.npz"}),
         ("is 0 tokens long", bundled, {"empty": ""}, {}),
         ("no text", bundled, [], {}),
+        ("None is no model", None, None, {}),
         ("context=2", bundled, None, {"context": 2}),
     ):
         with pytest.raises(InputError, match=match):

@@ -71,7 +71,10 @@ def config_of(name: str) -> PreTrainedConfig:
 
 def dequantized_model(path: Path, config: PreTrainedConfig) -> PreTrainedModel:
     """transformers' own model in float32 on the dequantized weights of ``path``, in eval mode."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, config.num_hidden_layers)
+    # GLM's indexer is called as DeepSeek-V3.2's, which the package does not know before 0.20.
+    has_indexer = config.model_type == "deepseek_v32"
+    architecture = gguf.MODEL_ARCH.GLM_DSA if has_indexer else gguf.MODEL_ARCH.DEEPSEEK2
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     weights = {
         tensor.name: torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
         for tensor in gguf.GGUFReader(path).tensors
@@ -96,6 +99,8 @@ def dequantized_model(path: Path, config: PreTrainedConfig) -> PreTrainedModel:
             state[key] = torch.cat([k_b.transpose(1, 2), v_b], dim=1).flatten(0, 1)
         elif key.endswith("e_score_correction_bias"):
             state[key] = take(key.removesuffix("_bias"), ".bias")
+        elif key.endswith(".bias"):
+            state[key] = take(key.removesuffix(".bias"), ".bias")
         else:
             state[key] = take(module)
     if weights:

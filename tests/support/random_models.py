@@ -1,4 +1,5 @@
-"""Tiny DeepSeek models with random weights, in shapes that differ: V3, V2, V2-Lite, GLM-4.7-Flash, Kimi-K2, Youtu-LLM.
+"""Tiny DeepSeek models with random weights, in shapes that differ: V3, V3.2, V2, V2-Lite, Moonlight, GLM-4.7-Flash,
+Kimi-K2, Youtu-LLM.
 
 All are float32, seeded, and scaled so that a comparison of logits means something: activations keep unit size through
 the layers, logits spread by about three, attention is neither flat nor one-hot, and every expert gets tokens. YaRN is
@@ -234,6 +235,31 @@ def youtu_like(seed: int = 0, **overrides: Any) -> YoutuForCausalLM:
     with torch.no_grad():  # as a head, for which they were far too large
         model.get_input_embeddings().weight.mul_(_GAINS["lm_head"] / math.sqrt(config.hidden_size))
     return model
+
+
+def moonlight_like(seed: int = 0, **overrides: Any) -> DeepseekV3ForCausalLM:
+    """Moonlight: V3's router without groups, full-rank queries, plain RoPE; 27 layers as in `v2_lite_like`."""
+    moonlight = {
+        "intermediate_size": 32,
+        "moe_intermediate_size": 96,
+        "num_hidden_layers": 27,
+        "first_k_dense_replace": 25,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "q_lora_rank": None,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.446,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+    }
+    return v3_like(seed, **{**moonlight, **overrides})
 
 
 def v2_like(seed: int = 0, **overrides: Any) -> DeepseekV2ForCausalLM:

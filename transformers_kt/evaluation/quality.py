@@ -25,6 +25,7 @@ from transformers_kt.evaluation.saved_logits import (
     write_logits,
 )
 from transformers_kt.modules.fused.cache_argument import CACHE_ARGUMENT
+from transformers_kt.text import brief
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,6 +117,11 @@ class _Side:
         if isinstance(model, str | os.PathLike):
             self.name = os.fspath(model)
             config = AutoConfig.from_pretrained(self.name, **self._options)
+        elif not hasattr(model, "config"):
+            raise InputError(
+                f"{brief(model)} is no model; one that is loaded, a file, a folder or a hub id is accepted, and as the "
+                "reference also a file that save_logits (--save-logits) wrote"
+            )
         else:
             self.name, config, self._loaded = str(model.config.name_or_path), model.config, model
         if tokenizer is None:
