@@ -227,8 +227,9 @@ def first_column(chunk, set_, K: tl.constexpr, KIND: tl.constexpr):
 @triton.jit
 def scale_and_minimum(panel, block, start, chunk, set_, K: tl.constexpr, lane, mask, KIND: tl.constexpr):
     """Scale and minimum of vector ``K`` of a set: float32 (chunks, sets, 16). Units of the block start at ``start``."""
+    # j is the part of a block with a scale of its own: the first column over 16 or 32, said so that no register spills.
     if KIND.name == "Q4_K" or KIND.name == "Q5_K":
-        j = 2 * chunk + K % 2  # of 32 columns
+        j = 2 * chunk + K % 2
         head = tl.load(panel + start + lane, mask=mask, other=0)
         low = tl.load(panel + start + 16 + lane, mask=mask, other=0)
         mid = tl.load(panel + start + 32 + lane, mask=mask, other=0)
@@ -241,13 +242,13 @@ def scale_and_minimum(panel, block, start, chunk, set_, K: tl.constexpr, lane, m
         d, dmin = half_bits(head), half_bits(head >> 16)
         return d * scale.to(tl.int32).to(tl.float32), dmin * minimum.to(tl.int32).to(tl.float32)
     elif KIND.name == "Q2_K":
-        j = first_column(chunk, set_, K, KIND) // 16
+        j = 4 * chunk + 2 * (K % 2) + set_ // 2
         head = tl.load(panel + start + lane, mask=mask, other=0)
         bytes_ = panel.to(tl.pointer_type(tl.uint8), bitcast=True)
         both = tl.load(bytes_ + (start + (1 + j // 4) * 16 + lane) * 4 + j % 4, mask=mask, other=0).to(tl.int32)
         return half_bits(head) * (both & 15).to(tl.float32), half_bits(head >> 16) * (both >> 4).to(tl.float32)
     elif KIND.name == "Q3_K":
-        j = first_column(chunk, set_, K, KIND) // 16
+        j = 4 * chunk + 2 * (K % 2) + set_
         byte = (8 * (j % 4)).to(tl.uint32)
         low = tl.load(panel + start + j // 4 % 2 * 16 + lane, mask=mask, other=0) >> byte
         high = tl.load(panel + start + 32 + lane, mask=mask, other=0) >> byte
@@ -267,7 +268,7 @@ def scale_and_minimum(panel, block, start, chunk, set_, K: tl.constexpr, lane, m
     else:
         scale = leading_scale(panel, block, lane, mask, KIND)
         if KIND.name == "Q6_K":
-            j = first_column(chunk, set_, K, KIND) // 16
+            j = 2 * (chunk // 2 * 4 + chunk % 2 + 2 * (K % 2)) + set_ // 2
             bytes_ = panel.to(tl.pointer_type(tl.int8), bitcast=True)
             own = tl.load(bytes_ + (start + j // 4 * 16 + lane) * 4 + j % 4, mask=mask, other=0)
             scale = scale * own.to(tl.float32)
