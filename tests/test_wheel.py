@@ -85,6 +85,11 @@ def test_the_environment_activates_the_installed_package(environment: Environmen
         assert (ran.stdout, ran.stderr) == (f"{value == '1'}\n", "")
 
 
+def test_the_command_is_installed(environment: Environment) -> None:
+    command = [environment.folder / "bin" / "transformers-kt", "--version"]
+    assert re.fullmatch(r"transformers-kt \d+\.\d+\.\d+\n", subprocess.check_output(command, text=True))
+
+
 def test_all_bundled_rules_are_installed(environment: Environment, tmp_path: Path) -> None:
     ran = environment.run("from transformers_kt.rules import bundled_rules; print(*bundled_rules())", tmp_path)
     assert set(ran.stdout.split()) == {path.stem for path in ROOT.glob("rules/*.yaml")}, ran.stderr
