@@ -115,6 +115,11 @@ class PackedMatrix:
     @property
     def nbytes(self) -> int: ...
     @property
+    def node_panels(self) -> list[tuple[int, npt.NDArray[np.uint8]]]:
+        """Of each NUMA node that has some: the first panel, and those of all matrices, uint8 (count, panels, panel
+        bytes). The memory of the matrix itself, which kernels read at any time: not to be written."""
+
+    @property
     def panels_of_nodes(self) -> list[tuple[int, int]]:
         """[first, end) of the panels on each NUMA node."""
 

@@ -643,6 +643,19 @@ void read_panels(const PackedMatrix& matrix, int64_t index, Bytes& out) {
   matrix.read_panels(index, to);
 }
 
+// Views of the memory itself, which they keep alive.
+py::list node_panels(const std::shared_ptr<PackedMatrix>& matrix) {
+  py::list views;
+  const py::object owner = py::cast(matrix);
+  for (int node = 0; node < matrix->nodes(); ++node) {
+    const PanelRange panels = matrix->panels_of_node(node);
+    if (panels.count() == 0) continue;
+    const std::vector<py::ssize_t> shape{matrix->count(), panels.count(), matrix->panel_bytes()};
+    views.append(py::make_tuple(panels.first, py::array_t<uint8_t>(shape, matrix->panel(0, panels.first), owner)));
+  }
+  return views;
+}
+
 py::tuple prefetch_names() {
   py::list names;
   for (const Prefetch strategy : kPrefetches) names.append(name_of(strategy));
@@ -724,6 +737,8 @@ PYBIND11_MODULE(_C, m) {
       .def_property(
           "prefetch", [](const PackedMatrix& w) { return name_of(w.prefetch()); }, &set_prefetch_op,
           "one of PREFETCHES; setting '' goes back to what suits the CPU and the kernels")
+      .def_property_readonly("node_panels", &node_panels,
+                             "of each node that has some: first panel, uint8 (count, panels, panel bytes)")
       .def_property_readonly("panels_of_nodes", [](const PackedMatrix& w) {
         std::vector<std::pair<int64_t, int64_t>> ranges;
         for (int node = 0; node < w.nodes(); ++node) {

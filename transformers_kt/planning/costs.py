@@ -25,6 +25,9 @@ _CUDA_BYTES = 512 << 20
 PREFILL_TOKENS = 512
 DEFAULT_CONTEXT = 32768
 """Tokens that GPUs keep room for where nothing is said, up to what the model takes."""
+RING_SLOTS = 3
+"""Through which experts in RAM go to a GPU for a long prompt: one is computed, one filled, and one between them."""
+_RING_SLOT_BYTES = 192 << 20  # 8 experts of V3 in Q4_K: the copy of one takes a millisecond, a launch some microseconds
 _CPU_FLOAT_BYTES = 4  # activations, cache and stock modules: float32 on the CPU, 16 bits on a GPU
 _GPU_FLOAT_BYTES = 2
 _EXPERT_ROLES = ("gate", "up", "down")
@@ -60,6 +63,16 @@ class Costs:
 
 def _float_bytes(device: str) -> int:
     return _CPU_FLOAT_BYTES if device == CPU else _GPU_FLOAT_BYTES
+
+
+def ring_slot_bytes(expert_bytes: int, experts: int) -> int:
+    """A slot of the ring for layers of so many experts: some whole ones."""
+    return expert_bytes * min(experts, max(1, _RING_SLOT_BYTES // expert_bytes))
+
+
+def ring_bytes(layers: Iterable[int], experts: int) -> int:
+    """What the ring takes on a GPU for ``layers``, the bytes of all experts of each."""
+    return RING_SLOTS * max((ring_slot_bytes(nbytes // experts, experts) for nbytes in layers), default=0)
 
 
 def gpu_bytes(slots: Iterable[TensorSlot], tensors: Mapping[str, TensorInfo], config: Any) -> dict[str, int]:

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,6 +103,11 @@ class Device(ABC):
     @abstractmethod
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Host memory that the device copies to and from while the host goes on."""
+
+    @abstractmethod
+    def register(self, memory: torch.Tensor) -> Work | None:
+        """Let the device copy from ``memory`` of the host as from `pinned`. Returns what ends that, to be called before
+        the memory goes; None where the system refuses."""
 
     @abstractmethod
     def free_bytes(self) -> int: ...
@@ -249,6 +255,18 @@ class CudaDevice(Device):
     @override
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+
+    @override
+    def register(self, memory: torch.Tensor) -> Work | None:
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        portable = 1  # for all GPUs
+        with self.current():
+            if int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, portable)) == 0:
+                return partial(runtime.cudaHostUnregister, memory.data_ptr())
+            # The error stays until somebody asks for it, which would be whoever launches the next kernel.
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device=self.torch_device)
+        return None
 
     @override
     def free_bytes(self) -> int:

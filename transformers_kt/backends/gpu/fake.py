@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from typing_extensions import override
@@ -123,7 +124,8 @@ class FakeDevice(Device):
     """A GPU that is not there: its tensors lie on the CPU, its streams are threads.
 
     It computes in float32, unless ``activations`` says otherwise, with the plain torch forms. ``longest_delay_s``
-    bounds the pause before each piece of work, drawn from ``seed``.
+    bounds the pause before each piece of work, drawn from ``seed``. ``registered`` is memory of the host, in bytes, and
+    nothing where it ``registers`` none.
     """
 
     takes_cores = True
@@ -137,6 +139,7 @@ class FakeDevice(Device):
         seed: int = 0,
         activations: torch.dtype = torch.float32,
         has_kernels: bool = False,
+        registers: bool = True,
     ) -> None:
         self.name = f"cuda:{number}"
         self.torch_device = torch.device("cpu")
@@ -144,6 +147,8 @@ class FakeDevice(Device):
         self.longest_delay_s = longest_delay_s
         self.activations = activations
         self.has_kernels = has_kernels
+        self.registers = registers
+        self.registered = 0
         self._seeds = random.Random(seed)
         self._taken = 0
         self._held: set[int] = set()  # addresses of storages
@@ -179,6 +184,16 @@ class FakeDevice(Device):
         tensor = torch.empty(tuple(shape), dtype=dtype)
         self._take(tensor, self._pinned, 0)
         return poisoned(tensor)
+
+    @override
+    def register(self, memory: torch.Tensor) -> Work | None:
+        if not self.registers:
+            return None
+        self.registered += memory.nbytes
+        return partial(self._unregister, memory.nbytes)
+
+    def _unregister(self, nbytes: int) -> None:
+        self.registered -= nbytes
 
     @override
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -44,6 +44,10 @@ class DeviceMatrix:
         product = self._product(self.panels[0], x.reshape(-1, self.cols), out)
         return product.reshape(*x.shape[:-1], self.rows)
 
+    def multiply_at(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """``x`` (tokens, cols) times matrix ``index`` -> float32 (tokens, rows)."""
+        return self._product(self.panels[index], x)
+
     def multiply_chosen(self, index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """``x`` (tokens, cols) times the matrix that ``index``, int64 (1,) on the device, names -> float32 (tokens,
         rows). The host reads no index.

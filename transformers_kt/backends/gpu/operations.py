@@ -72,17 +72,28 @@ def swiglu(x: torch.Tensor, gate: DeviceMatrix, up: DeviceMatrix, down: DeviceMa
 
 
 def stage(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, router: Router, staging: Staging, device: Device
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    router: Router,
+    staging: Staging,
+    device: Device,
+    resident: Resident | None = None,
 ) -> None:
     """Choose experts for ``x`` float32 (tokens, hidden), with ``weight`` float32 (experts, hidden), and write what
-    computes them needs to ``staging``, in pinned memory or on the device."""
+    computes them needs to ``staging``, in pinned memory or on the device; of those in slots to ``resident``."""
     logits = functional.linear(x, weight)
     if device.has_kernels:
         from transformers_kt.backends.triton import router_stage as kernels
 
-        kernels.router_stage(logits, bias, router, x, staging)
+        kernels.router_stage(logits, bias, router, x, staging, resident)
     else:
-        plain.router_stage(logits, bias, router, x, staging)
+        plain.router_stage(logits, bias, router, x, staging, resident)
+
+
+def expert(x: torch.Tensor, index: int, gate: DeviceMatrix, up: DeviceMatrix, down: DeviceMatrix) -> torch.Tensor:
+    """``x`` (tokens, hidden) through expert ``index`` -> float32 (tokens, hidden)."""
+    return down.multiply_at(index, functional.silu(gate.multiply_at(index, x)) * up.multiply_at(index, x))
 
 
 def mix_experts(
@@ -93,7 +104,10 @@ def mix_experts(
     up: DeviceMatrix,
     down: DeviceMatrix,
 ) -> torch.Tensor:
-    """``x`` (tokens, hidden) through the experts ``ids`` int32 (tokens, top_k), times ``weights`` -> float32."""
+    """``x`` (tokens, hidden) through the experts ``ids`` int32 (tokens, top_k), times ``weights`` -> float32.
+
+    An id of -1 adds nothing.
+    """
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     if ids.numel() <= FEW_CHOICES and up.type_name == gate.type_name:
         hidden = torch.empty((*ids.shape, gate.rows), dtype=torch.float32, device=x.device)
@@ -107,11 +121,12 @@ def mix_experts(
     if ids.numel() <= FEW_CHOICES:
         for token in range(len(x)):
             row = x[token : token + 1]
-            for own, weight in zip(torch.split(ids[token].long(), 1), weights[token], strict=True):
+            for index, weight in zip(torch.split(ids[token].long(), 1), weights[token], strict=True):
+                own = index.clamp(min=0)
                 hidden = functional.silu(gate.multiply_chosen(own, row)) * up.multiply_chosen(own, row)
-                out[token] += weight * down.multiply_chosen(own, hidden)[0]
+                out[token] += torch.where(index >= 0, weight * down.multiply_chosen(own, hidden)[0], 0.0)
         return out
-    for index in torch.unique(ids):
+    for index in torch.unique(ids[ids >= 0]):
         tokens, places = (ids == index).nonzero(as_tuple=True)
         rows, own = x[tokens], index.reshape(1)
         hidden = functional.silu(gate.multiply_chosen(own, rows)) * up.multiply_chosen(own, rows)
