@@ -58,6 +58,11 @@ def test_json_holds_what_the_report_holds() -> None:
         (("--device-map", '{"": "cpu", "lm_head": 1}'), {"device_map": {"": "cpu", "lm_head": 1}}),
         (("--kt-cpu-layers", "3"), {"kt_cpu_layers": 3}),
         (("--kt-gpu-experts", "1"), {"kt_gpu_experts": 1}),
+        (("--kt-gpu-experts", "0", "--kt-expert-slots", "2"), {"kt_gpu_experts": 0, "kt_expert_slots": 2}),
+        (
+            ("--kt-gpu-experts", "0", "--kt-expert-slots", "2MiB", "--kt-prefill-stream-tokens", "0"),
+            {"kt_gpu_experts": 0, "kt_expert_slots": "2MiB", "kt_prefill_stream_tokens": 0},
+        ),
         (("--context", "100"), {"context": 100}),
         (("--kt-rules", "cpu"), {"kt_rules": "cpu"}),
         (("--gpu", "none"), {"gpus": []}),
@@ -98,7 +103,7 @@ def test_a_command_line_that_is_not_understood_ends_with_2(args: tuple[str, ...]
 def test_help_names_every_option_of_plan() -> None:
     said = CliRunner().invoke(build_app(), ["plan", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).stdout
     options = {option for parameter in _parameters() for option in parameter.opts if option.startswith("--")}
-    assert len(options) == 11
+    assert len(options) == 14
     assert all(option in said for option in options)
 
 

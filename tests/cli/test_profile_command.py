@@ -14,7 +14,7 @@ from golden.reference import TINY_R1_NAME, config_of, dequantized_model, gguf_pa
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from transformers_kt.assets import bundled_model, profile_text
+from transformers_kt.assets import bundled_model, bundled_texts
 from transformers_kt.cli import build_app
 from transformers_kt.errors import InputError
 from transformers_kt.planning.expert_profile import ExpertProfile
@@ -69,11 +69,11 @@ def test_it_counts_the_choices_of_transformers_own_model_and_writes_them(tmp_pat
     assert said["layers"]["1"][busiest[0]] == max(said["layers"]["1"])
 
 
-def test_without_a_text_it_reads_the_bundled_one_in_pieces_that_fit_the_model(tmp_path: Path) -> None:
+def test_without_a_text_it_reads_the_bundled_ones(tmp_path: Path) -> None:
     out = tmp_path / "experts.json"
     profile("-o", str(out))
-    tokens = len(AutoTokenizer.from_pretrained(bundled_model())(profile_text(), verbose=False).input_ids)
-    assert ExpertProfile.read(out).tokens == tokens
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model())
+    assert ExpertProfile.read(out).tokens == sum(len(tokenizer(text).input_ids) for text in bundled_texts().values())
 
 
 def test_what_cannot_be_counted_or_written_is_refused_before_the_model_is_loaded(

@@ -493,7 +493,7 @@ DEFAULTS = {
     **dict.fromkeys(
         ("attn_implementation", "experts_implementation", "dtype", "torch_dtype", "gguf_file", "code_revision")
     ),
-    **dict.fromkeys(("kt_cpu_layers", "kt_gpu_experts", "kt_cuda_graph")),
+    **dict.fromkeys(request.KT_OPTIONS),
 }
 
 

@@ -16,16 +16,24 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("experts", [0, 1])
+@pytest.mark.parametrize(
+    "on_gpus",
+    [
+        {"kt_gpu_experts": 0},
+        {"kt_gpu_experts": 1},
+        {"kt_gpu_experts": 0, "kt_expert_slots": 2, "kt_prefill_stream_tokens": 16},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_the_distance_to_exact_arithmetic_is_no_larger_than_on_the_cpu(name: str, experts: int) -> None:
+def test_the_distance_to_exact_arithmetic_is_no_larger_than_on_the_cpu(name: str, on_gpus: dict[str, int]) -> None:
     """For a prompt, whose products are of many rows, and for tokens after it, whose products are of one."""
     config, path = config_of(name), gguf_path(name)
     ids = random_tokens(80)
     exact = dequantized_model(path, config)(ids).logits[0]
     distances = []
-    for options in ({"kt_gpu_experts": experts}, {"device_map": "cpu"}):
+    for options in (on_gpus, {"device_map": "cpu"}):
         model = AutoModelForCausalLM.from_pretrained(None, gguf_path=path, config=config, **options)
         out = model(ids[:, :50], use_cache=True)
         parts = [out.logits]

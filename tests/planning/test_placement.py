@@ -175,7 +175,7 @@ def test_a_number_that_the_model_has_no_layers_for_is_refused(cpu_layers: Any, g
 
 
 def placement_request(**options: Any) -> PlacementRequest:
-    asked = ("kt_rules", "device_map", "max_memory", "kt_cpu_layers", "kt_gpu_experts")
+    asked = ("kt_rules", "device_map", "max_memory")
     return PlacementRequest.read(**{**dict.fromkeys(asked), "kt_rules": "auto", **options})
 
 

@@ -36,6 +36,7 @@ from transformers_kt.errors import (
 from transformers_kt.families.deepseek.outline import SEEN
 from transformers_kt.gguf.reader import GgmlType
 from transformers_kt.planning import operations, stock_model
+from transformers_kt.planning.expert_profile import ExpertProfile
 from transformers_kt.text import layer_number
 
 ROOT = Path(__file__).parents[2]
@@ -470,3 +471,64 @@ def test_a_picture_without_matplotlib_is_refused_with_what_to_install(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UnsupportedOperationError, match=r"pip install 'transformers-kt-experts\[plot\]'"):
         plan(bundled_model(), gpus=[]).plot(tmp_path / "plan.png")
+
+
+# ---- Experts in RAM that a GPU computes too --------------------------------------------------------------------------
+
+
+def test_slots_take_what_is_asked_for_or_what_is_left_and_the_plan_says_so(r1: Path) -> None:
+    without = on("1x24GiB", r1, kt_gpu_experts=0)
+    of_all = sum(row.parts["routed experts"] for row in without.rows if "routed experts" in row.parts)
+    for asked, slots in ((2, 2), ("4GiB", 2), ("auto", 7)):
+        report = on("1x24GiB", r1, kt_expert_slots=asked)
+        assert layers_with_experts_on(report, "cpu") == list(range(3, 61))  # none of the layers is there whole
+        use, before = use_of(report, "cuda:0"), use_of(without, "cuda:0")
+        assert use.expert_slots == slots * of_all // 256
+        assert use.needed == before.needed + use.expert_slots
+        assert use.free >= 0
+        assert asked != "auto" or use.free < of_all // 256
+        note = next(note for note in report.notes if "lie in slots on cuda:0 too" in note)
+        assert note.startswith(f"model.layers.{{3-60}}.mlp.experts: {slots} of 256 experts of each lie in slots")
+        assert "slots" in next(line for line in str(report).splitlines() if line.startswith("device"))
+
+
+def test_the_ring_for_long_prompts_is_small_on_small_cards_and_counted_only_where_experts_lie_in_ram(
+    r1: Path, v2_lite: Path
+) -> None:
+    def buffers(machine: str, path: Path, **options: Any) -> int:
+        return int(use_of(on(machine, path, **options), "cuda:0").buffers)
+
+    for machine, most in (("1x24GiB", 605e6), ("too-little-ram", 4 * 2**30 / 20)):
+        ring = buffers(machine, r1) - buffers(machine, r1, kt_prefill_stream_tokens=0)
+        assert 3 * 24e6 <= ring <= most
+    everything = {"kt_gpu_experts": 26}
+    assert buffers("1x24GiB", v2_lite, **everything) == buffers(
+        "1x24GiB", v2_lite, **everything, kt_prefill_stream_tokens=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("machine", "options", "said"),
+    [
+        ("1x24GiB", {"kt_expert_slots": 257}, "a number from 0 to 256 is accepted: a layer has 256 experts"),
+        ("1x24GiB", {"kt_expert_slots": "1GiB"}, r"is 1.07 GB, but one expert of each of the 58 layers on cuda:0"),
+        ("1x24GiB", {"kt_expert_slots": -1}, "kt_expert_slots=-1; a number of experts for each layer, a size"),
+        ("1x24GiB", {"kt_expert_slots": True}, "kt_expert_slots=True"),
+        ("1x24GiB", {"kt_expert_slots": "some"}, "kt_expert_slots is 'some'; bytes or a size"),
+        ("cpu", {"kt_expert_slots": 2}, "kt_expert_slots=2 puts routed experts into the memory of GPUs, but there is"),
+        ("1x24GiB", {"kt_prefill_stream_tokens": -5}, "kt_prefill_stream_tokens=-5; the fewest tokens of a prompt"),
+        ("1x24GiB", {"kt_prefill_stream_tokens": 1.5}, "kt_prefill_stream_tokens=1.5"),
+    ],
+)
+def test_slots_that_cannot_be_are_refused(r1: Path, machine: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises((RuleError, UnsupportedOperationError), match=said):
+        on(machine, r1, **options)
+
+
+def test_a_profile_asks_for_what_is_left_and_has_to_be_of_the_model(r1: Path, v2_lite: Path, tmp_path: Path) -> None:
+    path = tmp_path / "experts.json"
+    ExpertProfile("r1", 32, 8, dict.fromkeys(range(3, 61), (1,) * 256)).write(path)
+    assert on("1x24GiB", r1, kt_expert_profile=path).rows == on("1x24GiB", r1, kt_expert_slots="auto").rows
+    assert not use_of(on("1x24GiB", r1, kt_expert_profile=path, kt_expert_slots=0), "cuda:0").expert_slots
+    with pytest.raises(InputError, match=r"made with r1, which has 58 layers of 256 .* has 26 layers of 64 routed"):
+        on("1x24GiB", v2_lite, kt_expert_profile=path)

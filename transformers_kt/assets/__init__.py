@@ -14,11 +14,6 @@ def bundled_model() -> Path:
     return Path(__file__).parent / "tiny-r1"
 
 
-def profile_text() -> str:
-    """Some of everything that people give to a language model: what `transformers-kt profile` reads by default."""
-    return (Path(__file__).parent / "profile.txt").read_text(encoding="utf-8")
-
-
 def bundled_texts() -> dict[str, str]:
     """Name -> a page of text to compare models on, written for this package: prose, an explanation, a program, letters
     in five languages."""

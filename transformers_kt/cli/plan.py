@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +14,10 @@ from transformers_kt.planning.costs import DEFAULT_CONTEXT
 from transformers_kt.planning.plan import plan
 from transformers_kt.planning.report import require_plot
 
-_ARGUMENTS = ("gguf_path", "kt_rules", "device_map", "ram", "context", "bandwidth", "kt_cpu_layers", "kt_gpu_experts")
+_ARGUMENTS = (
+    *("gguf_path", "kt_rules", "device_map", "ram", "context", "bandwidth", "kt_cpu_layers", "kt_gpu_experts"),
+    *("kt_expert_slots", "kt_expert_profile", "kt_prefill_stream_tokens"),
+)
 OPTIONS = {"gpus": "--gpu", **{argument: f"--{argument.replace('_', '-')}" for argument in _ARGUMENTS}}
 """Arguments of `plan`, as messages name them -> options of the command."""
 
@@ -52,6 +56,20 @@ def plan_command(
     kt_gpu_experts: Annotated[
         int | None, typer.Option(help="Give the routed experts of the last N layers that have some to the GPUs.")
     ] = None,
+    kt_expert_slots: Annotated[
+        str | None,
+        typer.Option(
+            help="Put so many experts of each layer into the memory of its GPU too: a number, a size on each GPU "
+            "such as 4GiB, or auto for what is left there."
+        ),
+    ] = None,
+    kt_expert_profile: Annotated[
+        Path | None, typer.Option(help="Which experts these are at first: a file of transformers-kt profile.")
+    ] = None,
+    kt_prefill_stream_tokens: Annotated[
+        int | None,
+        typer.Option(help="From how many tokens on experts in RAM go to the GPU for a prompt; 0 for never."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     plot: Annotated[str | None, typer.Option(help="Also write a picture to this file (.png, .svg, .pdf).")] = None,
 ) -> None:
@@ -73,6 +91,9 @@ def plan_command(
         bandwidth=bandwidth,
         kt_cpu_layers=kt_cpu_layers,
         kt_gpu_experts=kt_gpu_experts,
+        kt_expert_slots=_slots(kt_expert_slots),
+        kt_expert_profile=kt_expert_profile,
+        kt_prefill_stream_tokens=kt_prefill_stream_tokens,
     )
     print(json.dumps(report.to_dict(), indent=1) if as_json else report)
     if plot is not None:
@@ -86,6 +107,10 @@ def _device_map(text: str | None) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise InputError(f"--device-map {text!r} is no JSON: {error}") from None
+
+
+def _slots(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isascii() and text.isdecimal() else text
 
 
 def _sizes(text: str | None) -> list[str] | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from transformers_kt.assets import profile_text
+from transformers_kt.assets import bundled_texts
 from transformers_kt.cli import options
 from transformers_kt.cli.models import MODEL_HELP, located
 from transformers_kt.errors import InputError
@@ -38,7 +38,7 @@ def profile_command(
             metavar="[TEXT]...",
             exists=True,
             dir_okay=False,
-            help="Text files of the kind that the model is to read and write. Without any, a bundled one.",
+            help="Text files of the kind that the model is to read and write. Without any, four bundled pages.",
         ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("experts.json"),
@@ -47,11 +47,12 @@ def profile_command(
 ) -> None:
     """Count how often MODEL chooses each of its routed experts on some texts, and write that as a small JSON.
 
-    Routed experts are the parts of a layer of which each token takes a few. Everything is computed on the CPU.
+    Routed experts are the parts of a layer of which each token takes a few; kt_expert_profile= puts the most chosen ones
+    into the memory of a GPU. Everything is computed on the CPU.
     """
     if not output.parent.is_dir():
         raise InputError(f"--output {output}: there is no folder {output.parent}")
-    read = {str(path): _text_of(path) for path in texts or ()} or {"the bundled text": profile_text()}
+    read = {str(path): _text_of(path) for path in texts or ()} or bundled_texts()
     profile = _profile(model, gguf_path, threads, read)
     profile.write(output)
     print(_summary(profile, output))
@@ -134,4 +135,6 @@ def _summary(profile: ExpertProfile, output: Path) -> str:
         f"{profile.model}: {profile.tokens:,} tokens chose {profile.top_k} of {experts} experts in each of "
         f"{len(profile.counts)} layers; of these choices went to the"
     )
-    return rendered(heading, table, f"{output} is written.")
+    return rendered(
+        heading, table, f'{output} is written; from_pretrained(..., kt_expert_profile="{output}") reads it.'
+    )

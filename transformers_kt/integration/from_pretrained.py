@@ -172,7 +172,7 @@ def _load(
             raise UnsupportedOperationError(f"{key}= cannot be combined with a GGUF: {reason}. Leave it out")
     _refuse_adapter(request)
     placement = PlacementRequest.read(
-        request.rules, options.pop("device_map", None), options.pop("max_memory", None), *request.kt_options
+        request.rules, options.pop("device_map", None), options.pop("max_memory", None), **request.kt_options
     )
     _resolve_dtype(options)
     modules = _modules()

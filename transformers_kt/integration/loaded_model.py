@@ -20,7 +20,6 @@ from transformers_kt.integration.torch_threads import one_torch_thread
 from transformers_kt.modules.base import NotPickledAlone
 from transformers_kt.modules.fused.cache_argument import CACHE_ARGUMENT
 from transformers_kt.modules.fused.latent_cache import expect_length
-from transformers_kt.planning.request import KT_OPTIONS
 from transformers_kt.rules import TORCH
 
 if TYPE_CHECKING:
@@ -70,8 +69,7 @@ class Reload(NamedTuple):
 
     @classmethod
     def of(cls, call: Call, request: Request) -> Reload:
-        given = {name: value for name, value in zip(KT_OPTIONS, request.kt_options, strict=True) if value is not None}
-        source = {"gguf_path": request.gguf, "kt_rules": request.rules, **given, **request.hub}
+        source = {"gguf_path": request.gguf, "kt_rules": request.rules, **request.kt_options, **request.hub}
         kept = {name: value for name, value in call.options.items() if name != "output_loading_info"}
         return cls(call.cls.__module__, call.cls.__name__, (request.folder, *call.args), {**kept, **source})
 

@@ -134,6 +134,7 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         from transformers_kt.modules.fused.base_model import fuse_base_models
         from transformers_kt.modules.fused.decoder_layer import fuse_decoder_layers
         from transformers_kt.modules.fused.hybrid_model import fuse_hybrid_models
+        from transformers_kt.modules.gpu.ram_experts import share_with_gpus
 
         job, self._job = self._job, None
         decision, self._decision = self._decision, None
@@ -143,6 +144,9 @@ class KtHfQuantizer(HfQuantizer):  # type: ignore[misc]
         description = f"Loading {request.title} ({format_bytes(total)})"
         with transformers_logging.tqdm(total=total, desc=description, unit="B", unit_scale=True) as bar:
             rows = loading.fill(model, decision.assignments, request.checkpoint, bar, devices())
+        share_with_gpus(
+            model, decision.gpu_experts, request.placement.profile, request.placement.stream_tokens, devices()
+        )
         fuse_decoder_layers(model)
         fuse_base_models(model)
         fuse_hybrid_models(model, uses_graphs=request.placement.kt_cuda_graph)

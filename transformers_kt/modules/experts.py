@@ -41,6 +41,8 @@ class KtExperts(KtModule):
         super().__init__()
         self.num_experts = num_experts
         self._experts: Handle | None = None
+        self.on_gpu: Any = None
+        """`gpu.ram_experts.RamExperts` where a GPU computes some of them too: it is given them after loading."""
 
     @classmethod
     def from_module(cls, module: nn.Module, config: Any, name: str) -> Self:

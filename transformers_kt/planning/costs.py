@@ -16,6 +16,7 @@ from transformers_kt.rules.devices import CPU, gpu_name
 if TYPE_CHECKING:
     from transformers_kt.families.base import TensorSlot
     from transformers_kt.gguf.reader import TensorInfo
+    from transformers_kt.planning.gpu_experts import GpuExperts
 
 # What CUDA itself takes on a card once a process computes there: context, libraries, workspaces, captured steps. The
 # cache that is counted is the one that the model keeps, and the buffers of a step of eight tokens lie within those of a
@@ -28,6 +29,7 @@ DEFAULT_CONTEXT = 32768
 RING_SLOTS = 3
 """Through which experts in RAM go to a GPU for a long prompt: one is computed, one filled, and one between them."""
 _RING_SLOT_BYTES = 192 << 20  # 8 experts of V3 in Q4_K: the copy of one takes a millisecond, a launch some microseconds
+_RING_SLOTS_IN_GPU = 64  # at least: on a small card attention is worth more there
 _CPU_FLOAT_BYTES = 4  # activations, cache and stock modules: float32 on the CPU, 16 bits on a GPU
 _GPU_FLOAT_BYTES = 2
 _EXPERT_ROLES = ("gate", "up", "down")
@@ -39,6 +41,7 @@ class FastMemory:
 
     kv_cache_per_layer: int
     buffers: int  # of each GPU that is used
+    ring: int = 0  # of each GPU with layers whose experts lie in RAM
 
 
 class Costs:
@@ -65,14 +68,11 @@ def _float_bytes(device: str) -> int:
     return _CPU_FLOAT_BYTES if device == CPU else _GPU_FLOAT_BYTES
 
 
-def ring_slot_bytes(expert_bytes: int, experts: int) -> int:
-    """A slot of the ring for layers of so many experts: some whole ones."""
-    return expert_bytes * min(experts, max(1, _RING_SLOT_BYTES // expert_bytes))
-
-
-def ring_bytes(layers: Iterable[int], experts: int) -> int:
-    """What the ring takes on a GPU for ``layers``, the bytes of all experts of each."""
-    return RING_SLOTS * max((ring_slot_bytes(nbytes // experts, experts) for nbytes in layers), default=0)
+def ring_bytes(experts: Iterable[tuple[int, int]], gpus: Sequence[int]) -> int:
+    """What the ring takes on each of ``gpus``: of each layer the bytes of one expert, and how many it has. A slot holds
+    some whole ones."""
+    at_most = min(_RING_SLOT_BYTES, min(gpus, default=0) // _RING_SLOTS_IN_GPU)
+    return RING_SLOTS * max((nbytes * min(count, max(1, at_most // nbytes)) for nbytes, count in experts), default=0)
 
 
 def gpu_bytes(slots: Iterable[TensorSlot], tensors: Mapping[str, TensorInfo], config: Any) -> dict[str, int]:
@@ -129,6 +129,7 @@ def device_uses(
     hardware: Hardware,
     speeds: Bandwidths,
     costs: Costs,
+    gpu_experts: GpuExperts,
 ) -> tuple[DeviceUse, ...]:
     kv_caches = dict.fromkeys(hardware.capacities, 0)
     for assignment in assignments:
@@ -145,7 +146,8 @@ def device_uses(
                 capacity,
                 weights=sum(row.nbytes for row in own),
                 kv_cache=kv_caches[device],
-                buffers=costs.buffers(device) if own or device == CPU else 0,
+                expert_slots=gpu_experts.nbytes(device),
+                buffers=costs.buffers(device) + gpu_experts.ring.get(device, 0) if own or device == CPU else 0,
                 read_per_token=sum(row.read_per_token for row in own),
                 bandwidth=speeds.ram if device == CPU else speeds.gpu,
             )

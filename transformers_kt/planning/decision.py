@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from transformers_kt.errors import RuleError, UnsupportedOperationError, UnsupportedTypeError
 from transformers_kt.families.registry import family_of
 from transformers_kt.planning.assignments import Assignment, assign_tensors, first_of, keeps_attention, resolve_plan
-from transformers_kt.planning.costs import gpu_bytes
+from transformers_kt.planning.costs import gpu_bytes, ring_bytes
 from transformers_kt.planning.device_map import require_coverage
+from transformers_kt.planning.gpu_experts import GpuExperts, place_gpu_experts
 from transformers_kt.planning.hardware import MemoryLimit, require_memory
 from transformers_kt.planning.operations import ATTENTION
 from transformers_kt.planning.placement import auto_device_map, cpu_expert_layers
@@ -85,15 +86,16 @@ class Decision:
     weight_bytes: Mapping[str, int]
     problems: tuple[UnsupportedTypeError, ...]
     all_attention_is_ours: bool
+    gpu_experts: GpuExperts
     file_notes: tuple[str, ...] = ()
     uses_graphs: bool = True
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What of the file was taken for granted, what rules ask for that becomes something else or nothing, and what
-        GPUs do otherwise than by default."""
+        """What of the file was taken for granted, what rules ask for that becomes something else or nothing, what GPUs
+        do otherwise than by default, and which experts lie in slots."""
         graphs = () if self.uses_graphs or not self.gpus else (NO_GRAPHS,)
-        return (*self.file_notes, *self.plan.notes, *graphs)
+        return (*self.file_notes, *self.plan.notes, *graphs, *self.gpu_experts.notes)
 
     @property
     def stored_bytes(self) -> int:
@@ -113,7 +115,8 @@ class Decision:
         require_memory(self.weight_bytes.get(CPU, 0), title, free)
         for gpu in self.gpus:
             limit = MemoryLimit(on_gpus[gpu], f"memory of {gpu}")
-            require_memory(self.weight_bytes[gpu], f"the part of {title} on {gpu}", limit)
+            needed = self.weight_bytes[gpu] + self.gpu_experts.nbytes(gpu)
+            require_memory(needed, f"the part of {title} on {gpu}", limit)
 
 
 def decide(request: ModelRequest, tree: ModelTree, machine: Machine, needs: FastMemory) -> Decision:
@@ -129,16 +132,29 @@ def decide(request: ModelRequest, tree: ModelTree, machine: Machine, needs: Fast
     assignments = tuple(assign_tensors(plan, tree, family, request.slots, request.checkpoint.tensors))
     for assignment in assignments:
         assignment.require_supported(tree, request.config)
+    weights = _weight_bytes(assignments, request.config)
+    asked = request.placement
+    if asked.profile is not None:
+        asked.profile.require_fits(request.title, _experts_of_layers(request))
+    streams = asked.stream_tokens != 0
     return Decision(
         plan,
         device_map,
         assignments,
-        _weight_bytes(assignments, request.config),
+        weights,
         _unsupported_types(assignments),
         first_of(plan, ATTENTION) is not None and not keeps_attention(tree, plan),
+        place_gpu_experts(asked.slots, streams, assignments, weights, machine.hardware, needs),
         request.notes,
         request.placement.kt_cuda_graph,
     )
+
+
+def _experts_of_layers(request: ModelRequest) -> dict[int, int]:
+    """Decoder layer -> how many routed experts it has, of those that have some."""
+    experts = family_of(request.config).dims(request.config).experts
+    layers = (layer_number(slot.module) for slot in request.slots if slot.module.endswith(".experts"))
+    return dict.fromkeys(sorted({layer for layer in layers if layer is not None}), experts)
 
 
 def _resolve_device_map(
@@ -156,10 +172,9 @@ def _resolve_device_map(
         return dict(placement.device_map)
     if request.rules.source != AUTO:
         return None
-    with_experts = (layer_number(slot.module) for slot in request.slots if slot.module.endswith(".experts"))
-    moe_layers = sorted({layer for layer in with_experts if layer is not None})
+    experts = _experts_of_layers(request)
     cpu_layers = cpu_expert_layers(
-        family.dims(request.config).layers, moe_layers, placement.kt_cpu_layers, placement.kt_gpu_experts
+        family.dims(request.config).layers, list(experts), placement.kt_cpu_layers, placement.kt_gpu_experts
     )
     if placement.kt_gpu_experts and not hardware.gpus:
         raise UnsupportedOperationError(
@@ -168,7 +183,12 @@ def _resolve_device_map(
         )
     stored = gpu_bytes(request.slots, request.checkpoint.tensors, request.config)
     sizes = {owner: stored.get(owner, stored.get(f"model.{owner}", 0)) for owner in owners}
-    return auto_device_map(sizes, hardware, needs, mode=placement.device_map or AUTO, cpu_layers=cpu_layers)
+    if placement.stream_tokens != 0:
+        of_layers = [nbytes for module, nbytes in stored.items() if module.endswith(".experts")]
+        count = max(experts.values(), default=1)
+        needs = replace(needs, ring=ring_bytes(((nbytes // count, count) for nbytes in of_layers), hardware.gpus))
+    mode, has_slots = placement.device_map or AUTO, placement.slots.asks
+    return auto_device_map(sizes, hardware, needs, mode=mode, cpu_layers=cpu_layers, has_slots=has_slots)
 
 
 def _require_devices(plan: Plan, machine: Machine, by_map: bool) -> None:

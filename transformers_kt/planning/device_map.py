@@ -10,6 +10,8 @@ from typing import Any
 from typing_extensions import Self
 
 from transformers_kt.errors import RuleError, UnsupportedOperationError
+from transformers_kt.planning.expert_profile import ExpertProfile
+from transformers_kt.planning.gpu_experts import SlotRequest, read_stream_tokens
 from transformers_kt.planning.hardware import Hardware, MemoryLimit, parse_bytes
 from transformers_kt.planning.placement import AUTOMATIC_DEVICE_MAPS
 from transformers_kt.rules import AUTO
@@ -26,6 +28,10 @@ class PlacementRequest:
     max_memory: Mapping[str, int]
     kt_cpu_layers: int | None
     kt_gpu_experts: int | None
+    slots: SlotRequest
+    profile: ExpertProfile | None
+    stream_tokens: int | None
+    """Tokens of a prompt from which on its experts go to a GPU; 0 for never, None for what suits the model."""
     kt_cuda_graph: bool = True
 
     @classmethod
@@ -34,11 +40,17 @@ class PlacementRequest:
         kt_rules: Any,
         device_map: Any,
         max_memory: Any,
-        kt_cpu_layers: Any,
-        kt_gpu_experts: Any,
+        *,
+        kt_cpu_layers: Any = None,
+        kt_gpu_experts: Any = None,
+        kt_expert_slots: Any = None,
+        kt_expert_profile: Any = None,
+        kt_prefill_stream_tokens: Any = None,
         kt_cuda_graph: Any = None,
     ) -> Self:
-        """Raises `RuleError` for unknown or contradictory values, `UnsupportedOperationError` for disk."""
+        """Raises `RuleError` for unknown or contradictory values, `UnsupportedOperationError` for disk, and what
+        `ExpertProfile.read` raises."""
+        profile = None if kt_expert_profile is None else ExpertProfile.read(kt_expert_profile)
         if kt_cuda_graph is not None and type(kt_cuda_graph) is not bool:
             raise RuleError(
                 f"kt_cuda_graph={kt_cuda_graph!r}; True (the default) is accepted, and False, which launches the work "
@@ -49,6 +61,9 @@ class PlacementRequest:
             read_max_memory(max_memory),
             kt_cpu_layers,
             kt_gpu_experts,
+            SlotRequest.read(kt_expert_slots, has_profile=profile is not None),
+            profile,
+            read_stream_tokens(kt_prefill_stream_tokens),
             True if kt_cuda_graph is None else kt_cuda_graph,
         )
         number = next((key for key in ("kt_cpu_layers", "kt_gpu_experts") if getattr(request, key) is not None), None)

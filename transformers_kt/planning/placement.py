@@ -8,9 +8,11 @@ cannot serve: it needs torch and a model made of modules, where there are header
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
+from typing import TypeAlias
 
 from transformers_kt.errors import RuleError
 from transformers_kt.planning.costs import FastMemory
@@ -65,21 +67,25 @@ def auto_device_map(
     *,
     mode: str = FEWEST,
     cpu_layers: int | None = None,
+    has_slots: bool = False,
 ) -> dict[str, str]:
     """Module prefix to device, as accelerate has it; the longest prefix decides.
 
     ``sizes`` has every module that owns tensors, in the order of the forward pass, with its bytes on a GPU. ``mode`` is
     one of AUTOMATIC_DEVICE_MAPS. With ``cpu_layers`` the experts of just the layers before that number stay in RAM,
     whether the others fit or not. What does not fit on the GPUs is on the CPU, from the first layer that does not on.
+    With ``has_slots`` all experts stay in RAM where not all fit: slots hold the most chosen ones of every layer, which
+    is more of what tokens read than all of a few layers.
     """
     cpu, *gpus = hardware.capacities
     if not gpus:
         return {"": cpu}
     units = _units(sizes, needs)
     free = [max(0, nbytes - needs.buffers) for nbytes in hardware.gpus]
-    places, with_experts = _places(units, free, BALANCED if mode == FEWEST else mode, cpu_layers)
+    place_on = partial(_places, units, ring=needs.ring, cpu_layers=cpu_layers, has_slots=has_slots)
+    places, with_experts = place_on(free, BALANCED if mode == FEWEST else mode)
     if mode == FEWEST:
-        places, with_experts = _places_on_fewest(units, free, cpu_layers, (places, with_experts))
+        places, with_experts = _places_on_fewest(units, free, place_on, (places, with_experts), has_slots=has_slots)
     device_map = {}
     for unit, place in zip(units, places, strict=True):
         device_map[unit.name] = cpu if place is None else gpus[place]
@@ -122,25 +128,37 @@ def _units(sizes: Mapping[str, int], needs: FastMemory) -> list[_Unit]:
     return list(units.values())
 
 
+_Places: TypeAlias = "tuple[list[int | None], set[str]]"
+
+
 def _places(
-    units: Sequence[_Unit], free: Sequence[int], mode: str, cpu_layers: int | None
-) -> tuple[list[int | None], set[str]]:
+    units: Sequence[_Unit], free: Sequence[int], mode: str, *, ring: int, cpu_layers: int | None, has_slots: bool
+) -> _Places:
     """The GPU of each unit, None for the CPU, and the names of the layers whose experts lie there too."""
+    beside_ring = [max(0, nbytes - ring) for nbytes in free]
     if cpu_layers is not None:
         with_experts = {unit.name for unit in units if unit.layer >= cpu_layers}
-        return _spread(_costs(units, with_experts), free, mode, may_overflow=True), with_experts
+        are_all_there = all(unit.name in with_experts for unit in units if unit.experts)
+        room = free if are_all_there else beside_ring
+        return _spread(_costs(units, with_experts), room, mode, may_overflow=True), with_experts
     everything = {unit.name for unit in units}
     places = _spread(_costs(units, everything), free, mode, may_overflow=False)
     if None not in places:
         return places, everything
-    places = _spread(_costs(units, ()), free, mode, may_overflow=False)
-    return places, _experts_that_fit(units, places, free)
+    places = _spread(_costs(units, ()), beside_ring, mode, may_overflow=False)
+    return places, set() if has_slots else _experts_that_fit(units, places, beside_ring)
 
 
 def _places_on_fewest(
-    units: Sequence[_Unit], free: Sequence[int], cpu_layers: int | None, on_all: tuple[list[int | None], set[str]]
-) -> tuple[list[int | None], set[str]]:
-    """As `_places` on the first few GPUs, as soon as they hold as much as ``on_all``, which is on all of them."""
+    units: Sequence[_Unit],
+    free: Sequence[int],
+    place_on: Callable[[Sequence[int], str], _Places],
+    on_all: _Places,
+    *,
+    has_slots: bool,
+) -> _Places:
+    """As ``place_on`` says on the first few GPUs, as soon as they hold as much as ``on_all``, which is on all of them.
+    Slots take what memory there is, unless all experts lie on GPUs anyway."""
 
     def held(places: Sequence[int | None], with_experts: set[str]) -> tuple[int, int, int]:
         used = [0] * len(free)
@@ -151,8 +169,8 @@ def _places_on_fewest(
         return -overfull, len(places) - places.count(None), len(with_experts)
 
     for count in range(1, len(free)):
-        found = _places(units, free[:count], BALANCED, cpu_layers)
-        if held(*found) >= held(*on_all):
+        found = place_on(free[:count], BALANCED)
+        if held(*found) >= held(*on_all) and (found[1] or not has_slots):
             return found
     return on_all
 

@@ -49,14 +49,17 @@ def plan(
     bandwidth: float | Sequence[float] | str | None = None,
     kt_cpu_layers: int | None = None,
     kt_gpu_experts: int | None = None,
+    kt_expert_slots: int | str | None = None,
+    kt_expert_profile: str | os.PathLike[str] | None = None,
+    kt_prefill_stream_tokens: int | None = None,
     kt_cuda_graph: bool | None = None,
     **hub: Any,
 ) -> PlanReport:
     """What ``from_pretrained`` with the same arguments would do: which operation, where, in how much memory.
 
-    Only headers are read. ``model``, ``gguf_path``, ``kt_rules``, ``device_map``, ``max_memory``, ``kt_cpu_layers``,
-    ``kt_gpu_experts``, ``kt_cuda_graph`` and the options of the hub (``revision``, ``token``, ...) are those of
-    ``from_pretrained``; the model may be a GGUF file itself.
+    Only headers are read. ``model``, ``gguf_path``, ``device_map``, ``max_memory``, what begins with ``kt_`` and the
+    options of the hub (``revision``, ``token``, ...) are those of ``from_pretrained``; the model may be a GGUF file
+    itself.
 
     ``gpus`` (one size each: ``["24GiB", "24GiB"]``; ``[]`` for none) and ``ram`` ("512GiB" or bytes) describe the
     machine to plan for; what is left out is as here and now. ``context`` is the number of tokens to have room for, up
@@ -67,7 +70,17 @@ def plan(
     those the report lists as ``problems``.
     """
     kt_rules = rules_or_default(kt_rules)
-    placement = PlacementRequest.read(kt_rules, device_map, max_memory, kt_cpu_layers, kt_gpu_experts, kt_cuda_graph)
+    placement = PlacementRequest.read(
+        kt_rules,
+        device_map,
+        max_memory,
+        kt_cpu_layers=kt_cpu_layers,
+        kt_gpu_experts=kt_gpu_experts,
+        kt_expert_slots=kt_expert_slots,
+        kt_expert_profile=kt_expert_profile,
+        kt_prefill_stream_tokens=kt_prefill_stream_tokens,
+        kt_cuda_graph=kt_cuda_graph,
+    )
     hardware = placement.limited(described_hardware(gpus, ram, placement.max_memory))
     if type(context) is not int or context < 1:
         raise InputError(f"context={context!r}; a number of tokens, at least 1, is accepted")
@@ -92,7 +105,7 @@ def _report(
     request: ModelRequest, decision: Decision, hardware: Hardware, speeds: Bandwidths, costs: Costs, context: int
 ) -> PlanReport:
     rows = tuple(plan_row(request.config, assignment, costs) for assignment in decision.assignments)
-    devices = device_uses(decision.assignments, rows, hardware, speeds, costs)
+    devices = device_uses(decision.assignments, rows, hardware, speeds, costs, decision.gpu_experts)
     notes = (*_notes(devices, speeds), *decision.notes)
     problems = (*shortages(devices), *(f"Cannot be loaded: {problem}." for problem in decision.problems))
     return PlanReport(request.title, request.rules.source, context, rows, devices, notes, problems)

@@ -17,6 +17,7 @@ PARTS = {
     "attention": "#4c72b0",
     "dense and shared experts": "#55a868",
     "routed experts": "#dd8452",
+    "expert slots": "#ccb974",
     "embedding and head": "#8172b3",
     "KV cache": "#c44e52",
     "work buffers": "#937860",
@@ -51,13 +52,14 @@ class DeviceUse:
     capacity: int
     weights: int
     kv_cache: int
+    expert_slots: int
     buffers: int
     read_per_token: int
     bandwidth: float
 
     @property
     def needed(self) -> int:
-        return self.weights + self.kv_cache + self.buffers
+        return self.weights + self.kv_cache + self.expert_slots + self.buffers
 
     @property
     def free(self) -> int:
@@ -161,7 +163,8 @@ class PlanReport:
             if row.device == use.device:
                 for part, nbytes in row.parts.items():
                     parts[part] += nbytes
-        return {**parts, "KV cache": use.kv_cache, "work buffers": use.buffers, "free": max(0, use.free)}
+        others = {"KV cache": use.kv_cache, "expert slots": use.expert_slots, "work buffers": use.buffers}
+        return {**parts, **others, "free": max(0, use.free)}
 
     def _module_table(self) -> Any:
         numbers = ["memory", "per token"] if self.rules == AUTO else ["memory", "per token", "rule"]
@@ -179,11 +182,14 @@ class PlanReport:
         return table
 
     def _device_table(self) -> Any:
-        numbers = ("weights", "KV cache", "buffers", "needed", "there is", "left", "per token", "at")
+        has_slots = any(use.expert_slots for use in self.devices)
+        slots = ["slots"] if has_slots else []
+        numbers = ("weights", "KV cache", *slots, "buffers", "needed", "there is", "left", "per token", "at")
         table = new_table("device", *numbers, numbers=numbers)
         table.show_footer = False
         for use in self.devices:
-            sizes = (use.weights, use.kv_cache, use.buffers, use.needed, use.capacity)
+            own_slots = [use.expert_slots] if has_slots else []
+            sizes = (use.weights, use.kv_cache, *own_slots, use.buffers, use.needed, use.capacity)
             left = format_bytes(use.free) if use.free >= 0 else f"-{format_bytes(-use.free)}"
             speed = f"{format_bytes(int(use.bandwidth))}/s"
             table.add_row(use.device, *map(format_bytes, sizes), left, format_bytes(use.read_per_token), speed)

@@ -28,8 +28,11 @@ from transformers_kt.text import listed
 # Where from_pretrained looks for files. A GGUF is found by its own path, in a repository of its own.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _GGUF_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-KT_OPTIONS = ("kt_cpu_layers", "kt_gpu_experts", "kt_cuda_graph")
-"""What `PlacementRequest.read` takes beside rules, map and limits, in its order."""
+KT_OPTIONS = (
+    *("kt_cpu_layers", "kt_gpu_experts"),
+    *("kt_expert_slots", "kt_expert_profile", "kt_prefill_stream_tokens", "kt_cuda_graph"),
+)
+"""What `PlacementRequest.read` takes beside rules, map and limits."""
 NAME_OPTIONS = ("pretrained_model_name_or_path", "pretrained_model_name")
 """What from_pretrained calls its first argument."""
 SOURCE_OPTIONS = (
@@ -50,14 +53,13 @@ class Request:
     """What a call of from_pretrained asks of us.
 
     ``folder`` is the folder or hub id that has the config, None where the GGUF is all there is; ``hub`` says how to get
-    files from there, ``gguf_hub`` how to get the GGUF. ``kt_options`` are those of
-    KT_OPTIONS, None where they are not given.
+    files from there, ``gguf_hub`` how to get the GGUF. ``kt_options`` are those of KT_OPTIONS that are given.
     """
 
     folder: str | None
     gguf: str
     rules: KtRules
-    kt_options: tuple[Any, ...]
+    kt_options: Mapping[str, Any]
     hub: dict[str, Any]
     gguf_hub: dict[str, Any]
 
@@ -84,8 +86,9 @@ class Call(NamedTuple):
 
 def read_request(name: Any, options: Mapping[str, Any]) -> Request | None:
     """What ``from_pretrained(name, **options)`` asks of us; None if nothing."""
-    rules, kt_options = options.get("kt_rules"), tuple(options.get(key) for key in KT_OPTIONS)
-    asks = any(given is not None for given in (options.get("gguf_path"), rules, *kt_options))
+    rules = options.get("kt_rules")
+    kt_options = {key: options[key] for key in KT_OPTIONS if options.get(key) is not None}
+    asks = options.get("gguf_path") is not None or rules is not None or bool(kt_options)
     if not asks and not _is_for_us(name, options):
         return None
     hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
@@ -193,8 +196,7 @@ def request_after(failure: Exception, name: Any, options: Mapping[str, Any]) -> 
     model = _only_model(name, found, str(failure))
     if not has_config and not _is_of_known_architecture(name, {**options, "gguf_file": model}):
         return None
-    folder, kt_options = name if has_config else None, (None,) * len(KT_OPTIONS)
-    return Request(folder, f"{name}:{model}", rules_or_default(None), kt_options, hub, gguf_hub)
+    return Request(name if has_config else None, f"{name}:{model}", rules_or_default(None), {}, hub, gguf_hub)
 
 
 def _only_model(repo: str, found: HubFiles, without: str) -> str:

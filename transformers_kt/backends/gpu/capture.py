@@ -184,7 +184,9 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 def poisoned(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` filled with what no result can be made of: NaN, the smallest integer, or True."""
+    """``tensor`` filled with what no result can be made of: NaN, the smallest integer, True, bytes that are NaN."""
+    if tensor.dtype == torch.uint8:
+        return tensor.fill_(255)
     if tensor.is_floating_point():
         return tensor.fill_(float("nan"))
     return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).min)

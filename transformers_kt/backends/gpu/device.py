@@ -60,6 +60,10 @@ class Stream(ABC):
         """What is launched from here on starts after all that torch was given on its own current stream."""
 
     @abstractmethod
+    def keep(self, tensor: torch.Tensor) -> None:
+        """Memory of ``tensor`` goes to nobody else, once it is deleted, before the work launched until then is done."""
+
+    @abstractmethod
     def discard(self, tensor: torch.Tensor) -> None:
         """Nobody reads what ``tensor`` holds once the work launched so far is done. Fakes overwrite it."""
 
@@ -173,6 +177,10 @@ class _CudaStream(Stream):
     @override
     def follow_torch(self) -> None:
         self.stream.wait_stream(torch.cuda.current_stream(self._device.torch_device))
+
+    @override
+    def keep(self, tensor: torch.Tensor) -> None:
+        tensor.record_stream(self.stream)
 
     @override
     def discard(self, tensor: torch.Tensor) -> None:

@@ -15,18 +15,17 @@ import torch
 
 from transformers_kt.backends.gpu import operations
 from transformers_kt.backends.gpu.device import Device, Stream
-from transformers_kt.backends.gpu.expert_slots import Uploads
-from transformers_kt.backends.gpu.host_experts import HostExperts
+from transformers_kt.backends.gpu.host_experts import HostExperts, Uploads
 from transformers_kt.backends.gpu.matrices import DeviceMatrix
 from transformers_kt.backends.gpu.prefill_split import ring_steps
-from transformers_kt.planning.costs import RING_SLOTS, ring_slot_bytes
+from transformers_kt.planning.costs import RING_SLOTS
 
 
 class ExpertRing:
-    """Slots of ``slot_bytes`` each on ``device``, for the experts of any of its layers."""
+    """Slots on ``device``, ``nbytes`` in all: each is as large as an expert of any layer at least."""
 
-    def __init__(self, device: Device, layers: Sequence[HostExperts]) -> None:
-        slot_bytes = max(ring_slot_bytes(each.nbytes, each.count) for each in layers)
+    def __init__(self, device: Device, nbytes: int) -> None:
+        slot_bytes = nbytes // RING_SLOTS
         with torch.inference_mode(False):
             self._slots = [device.empty((slot_bytes,), torch.uint8) for _ in range(RING_SLOTS)]
         self._are_free = [device.event() for _ in self._slots]
@@ -35,8 +34,9 @@ class ExpertRing:
         self._next = 0
 
     @property
-    def nbytes(self) -> int:
-        return sum(slot.nbytes for slot in self._slots)
+    def memory(self) -> torch.Tensor:
+        """A slot that is free while nothing runs."""
+        return self._slots[0]
 
     def launch(
         self,
@@ -63,7 +63,7 @@ class ExpertRing:
             matrices = host.on_device(memory)
             uploads.stream.wait(self._are_free[step.slot])
             for place, expert in enumerate(step.experts):
-                host.copy(expert, [matrix.panels[place] for matrix in matrices], uploads.stream, uploads.pinned)
+                host.copy(expert, [matrix.panels[place] for matrix in matrices], uploads)
             uploads.stream.record(self._are_filled[step.slot])
             stream.wait(self._are_filled[step.slot])
             for place, expert in enumerate(step.experts):
@@ -92,6 +92,7 @@ class _Choices:
                     for make in (self._device.pinned, self._device.empty)
                 )
             self._room = count
+            stream.follow_torch()  # which may have used that memory before
         found = []
         for values, pinned, there in zip((rows, shares), self._pinned, self._there, strict=True):
             pinned[:count].numpy()[:] = values

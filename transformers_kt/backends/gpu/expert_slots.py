@@ -16,22 +16,10 @@ import numpy.typing as npt
 import torch
 
 from transformers_kt.backends.gpu import operations
-from transformers_kt.backends.gpu.device import Device, Stream
-from transformers_kt.backends.gpu.host_experts import HostExperts, PinnedBuffers
+from transformers_kt.backends.gpu.device import Stream
+from transformers_kt.backends.gpu.host_experts import HostExperts, Uploads
 from transformers_kt.backends.gpu.plain import Resident
 from transformers_kt.backends.gpu.slot_policy import UPLOADS_PER_TOKEN, Exchange, SlotPolicy
-
-
-class Uploads:
-    """What experts are copied to a device with: a stream beside that of the layers, and pinned memory."""
-
-    def __init__(self, device: Device) -> None:
-        self.stream, self.pinned = device.stream(), PinnedBuffers(device)
-        self.are_done = device.event()
-
-    def drain(self) -> None:
-        self.stream.record(self.are_done)
-        self.are_done.synchronize()
 
 
 class ExpertSlots:
@@ -60,7 +48,7 @@ class ExpertSlots:
     @property
     def experts(self) -> list[int]:
         """Those that lie in slots now, ascending."""
-        return sorted(int(expert) for expert in np.flatnonzero(self._table_on_host.numpy() >= 0))
+        return [int(expert) for expert in np.flatnonzero(self._table_on_host.numpy() >= 0)]
 
     def resident(self, ids: torch.Tensor, weights: torch.Tensor) -> Resident:
         """For the router: ``ids`` int32 and ``weights`` float32 (rows, top_k), on the device, are what it writes."""
@@ -73,30 +61,36 @@ class ExpertSlots:
     def note(self, staged: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> None:
         """Experts were chosen: ``staged`` for the CPU, -1 where ``slots`` says which slot computes."""
         table = self._table_on_host.numpy()
-        in_slot = np.full(len(self._policy.in_slots), -1)
-        in_slot[table[table >= 0]] = np.flatnonzero(table >= 0)
-        chosen = np.where(staged >= 0, staged, in_slot[slots])
+        there = np.flatnonzero(table >= 0)
+        expert_of = np.full(len(self._matrices[0].panels), -1)
+        expert_of[table[there]] = there
+        chosen = np.where(staged >= 0, staged, expert_of[slots])
         self._choices += np.bincount(chosen.reshape(-1), minlength=len(table))
 
-    def begin(self, choices: Sequence[int], tokens: int, stream: Stream, uploads: Uploads) -> None:
+    def begin(self, choices: Sequence[int], tokens: int, uploads: Uploads) -> None:
         """Fill the slots as after a text of so many ``tokens`` in which experts were chosen so often."""
         self._policy.observe(choices, tokens)
         self._launch(self._policy.exchanges(self._host.count), uploads)
-        self._enter(stream)
-        self._copy_table(stream)
+        self._enter(uploads.stream)
+        uploads.stream.copy(self._table, self._table_on_host)
+        uploads.wait()
 
     def turn(self, tokens: int, stream: Stream, uploads: Uploads) -> None:
         """``tokens`` of each sequence were computed on ``stream``, which is done: exchange experts before the next."""
-        self._enter(stream)
-        self._policy.observe(self._choices.tolist(), tokens)
+        entered = self._enter(stream)
+        self._policy.observe(self._choices, tokens)
         self._choices[:] = 0
-        self._launch(self._policy.exchanges(UPLOADS_PER_TOKEN * tokens), uploads)
-        self._copy_table(stream)
+        exchanges = self._policy.exchanges(UPLOADS_PER_TOKEN * tokens)
+        self._launch(exchanges, uploads)
+        if entered or exchanges:
+            stream.keep(self._table)
+            stream.copy(self._table, self._table_on_host)
 
     def _launch(self, exchanges: Sequence[Exchange], uploads: Uploads) -> None:
         """What leaves is no longer looked up; what comes is copied to where it was."""
         if not exchanges:
             return
+        uploads.stream.follow_torch()  # whose own stream cleared the table, and had the memory of the slots before
         table = self._table_on_host.numpy()
         for slot, expert, leaving in exchanges:
             if leaving is not None:
@@ -104,19 +98,18 @@ class ExpertSlots:
             to = [matrix.panels[slot] for matrix in self._matrices]
             for panels in to:
                 uploads.stream.discard(panels)
-            self._host.copy(expert, to, uploads.stream, uploads.pinned)
+            self._host.copy(expert, to, uploads)
+        uploads.stream.keep(self._memory)
         uploads.stream.record(self._is_uploaded)
         self._coming = list(exchanges)
 
-    def _enter(self, stream: Stream) -> None:
-        """What was copied since the last token is looked up from now on."""
+    def _enter(self, stream: Stream) -> bool:
+        """What was copied since the last token is looked up from now on; whether there is anything."""
         if not self._coming:
-            return
+            return False
         stream.wait(self._is_uploaded)
         table = self._table_on_host.numpy()
         for slot, expert, _ in self._coming:
             table[expert] = slot
         self._coming = []
-
-    def _copy_table(self, stream: Stream) -> None:
-        stream.copy(self._table, self._table_on_host)
+        return True

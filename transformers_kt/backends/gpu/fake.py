@@ -64,6 +64,7 @@ class _FakeStream(Stream):
                     work()
             except BaseException as error:  # as on a GPU, who waits next hears of it
                 self._failure = error
+            del work  # and the tensors that it holds, until the next comes
 
     def raise_failure(self) -> None:
         failure, self._failure = self._failure, None
@@ -97,6 +98,10 @@ class _FakeStream(Stream):
     @override
     def follow_torch(self) -> None:
         """Torch on the CPU is done when it returns."""
+
+    @override
+    def keep(self, tensor: torch.Tensor) -> None:
+        """Work that waits holds its tensors."""
 
     @override
     def discard(self, tensor: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ one of a few pinned buffers, and the device copies them from there.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ import transformers_kt._C as _C
 from transformers_kt.backends.gpu.device import Device, Event, Stream, Work
 from transformers_kt.backends.gpu.matrices import DeviceMatrix
 from transformers_kt.backends.gpu.panels import LAYOUTS, PANEL_ROWS
+from transformers_kt.backends.gpu.whole_blocks import make_codebook
 
 _PINNED_BUFFERS = 4
 """Of which the host fills one while others are copied."""
@@ -52,12 +54,27 @@ class PinnedBuffers:
         return self._buffers[self._next]
 
 
+class Uploads:
+    """What experts are copied to a device with: a stream beside that of the layers, and pinned memory."""
+
+    def __init__(self, device: Device) -> None:
+        self.stream, self.pinned = device.stream(), PinnedBuffers(device)
+        self.are_done = device.event()
+
+    def wait(self) -> None:
+        """Until all that was launched is done."""
+        self.stream.record(self.are_done)
+        self.are_done.synchronize()
+
+
 class HostExperts:
     """Gate, up and down of a layer's experts in RAM, as far as ``device`` copies them."""
 
     def __init__(self, experts: _C.Experts, device: Device) -> None:
         self.device = device
         self.matrices: Sequence[_C.PackedMatrix] = experts.matrices
+        for matrix in self.matrices:
+            make_codebook(matrix.type_name, device.torch_device)
         self._parts = [
             [(first, torch.from_numpy(panels)) for first, panels in matrix.node_panels] for matrix in self.matrices
         ]
@@ -88,36 +105,38 @@ class HostExperts:
             start = end
         return found
 
-    def register(self) -> bool:
-        """Whether the device copies from this memory by itself. The first call tries."""
+    def register(self, uploads: Uploads) -> bool:
+        """Whether the device copies from this memory by itself, with ``uploads``. The first call tries."""
         if not self.is_registered and not self._was_refused:
-            self.is_registered = self._register()
+            self.is_registered = self._register(uploads)
             self._was_refused = not self.is_registered
         return self.is_registered
 
-    def _register(self) -> bool:
+    def _register(self, uploads: Uploads) -> bool:
         ends: list[Work] = []
         parts = [panels for of_matrix in self._parts for _, panels in of_matrix]
         for panels in parts:
             end = self.device.register(panels)
             if end is None:
-                _end_all(ends, parts)
+                _end_all(ends, uploads, parts)
                 return False
             ends.append(end)
         # Before the memory goes, which `parts` keep until then.
-        weakref.finalize(self, _end_all, ends, parts)
+        weakref.finalize(self, _end_all, ends, uploads, parts)
         return True
 
-    def copy(self, expert: int, to: Sequence[torch.Tensor], stream: Stream, pinned: PinnedBuffers) -> None:
-        """Its gate, up and down to ``to``, uint8 (panels, panel bytes) on the device each, in order on ``stream``."""
+    def copy(self, expert: int, to: Sequence[torch.Tensor], uploads: Uploads) -> None:
+        """Its gate, up and down to ``to``, uint8 (panels, panel bytes) on the device each, in order."""
         for matrix, parts, panels in zip(self.matrices, self._parts, to, strict=True):
             if not self.is_registered:
-                pinned.copy(matrix, expert, panels, stream)
+                uploads.pinned.copy(matrix, expert, panels, uploads.stream)
                 continue
             for first, part in parts:
-                stream.copy(panels[first : first + part.shape[1]], part[expert])
+                uploads.stream.copy(panels[first : first + part.shape[1]], part[expert])
 
 
-def _end_all(ends: Sequence[Work], parts: Sequence[torch.Tensor]) -> None:
+def _end_all(ends: Sequence[Work], uploads: Uploads, parts: Sequence[torch.Tensor]) -> None:
+    with contextlib.suppress(Exception):  # of what was copied nobody wants to know any more
+        uploads.wait()
     for end in ends:
         end()

@@ -14,7 +14,7 @@ from itertools import accumulate
 @dataclass(frozen=True, slots=True)
 class PrefillRates:
     """What one expert takes, in seconds: on the CPU ``cpu_s`` and ``cpu_per_token_s`` for each of its tokens, or
-    ``link_s`` to be copied to the GPU, which computes it while the next one comes."""
+    ``link_s`` to be copied to the GPU, which computes one while the next comes."""
 
     cpu_s: float
     cpu_per_token_s: float
@@ -22,6 +22,10 @@ class PrefillRates:
 
     def cpu_seconds(self, tokens: int) -> float:
         return self.cpu_s + self.cpu_per_token_s * tokens
+
+    def scaled(self, factor: float) -> PrefillRates:
+        """Those of an expert that is so many times as large."""
+        return PrefillRates(factor * self.cpu_s, factor * self.cpu_per_token_s, factor * self.link_s)
 
 
 @dataclass(frozen=True, slots=True)

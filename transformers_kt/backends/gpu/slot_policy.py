@@ -7,9 +7,12 @@ a fixed choice, even the best for some text, is soon wrong for another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
+_EMPTY = -1
 _KEPT = 0.5 ** (1 / 256)
 """Of what a choice counts, after each token: half after 256."""
 _LEAD, _MARGIN = 1.5, 2.0
@@ -31,34 +34,37 @@ class SlotPolicy:
     """Slots of one layer, and how often its experts were chosen of late."""
 
     def __init__(self, experts: int, slots: int) -> None:
-        self.in_slots: list[int | None] = [None] * min(slots, experts)
-        self.counts = [0.0] * experts
+        self._counts = np.zeros(experts)
+        self._in_slots = np.full(min(slots, experts), _EMPTY)
 
-    def observe(self, choices: Sequence[int], tokens: int) -> None:
+    @property
+    def in_slots(self) -> list[int | None]:
+        """The expert of each slot; None where it is empty."""
+        return [None if expert == _EMPTY else int(expert) for expert in self._in_slots]
+
+    def observe(self, choices: npt.ArrayLike, tokens: int) -> None:
         """``choices`` are how often ``tokens`` that came one after the other chose each expert."""
         kept = _KEPT**tokens
         # Of many tokens the first have faded by the end of them: each counts as the mean of them all.
         weight = (1 - kept) / (1 - _KEPT) / tokens
-        self.counts = [kept * old + weight * new for old, new in zip(self.counts, choices, strict=True)]
+        self._counts *= kept
+        self._counts += weight * np.asarray(choices)
 
     def exchanges(self, most: int) -> list[Exchange]:
         """Up to ``most`` exchanges, the most wanted expert first; they count as done.
 
         Slots that are empty are filled before others change.
         """
-        there = {expert for expert in self.in_slots if expert is not None}
-        wanted = sorted((e for e in range(len(self.counts)) if e not in there), key=lambda e: -self.counts[e])
-        # The least chosen leaves first, and empty slots come before all.
-        places = sorted(range(len(self.in_slots)), key=self._count_in)
-        done = []
-        for expert, slot in zip(wanted[:most], places, strict=False):
-            leaving = self.in_slots[slot]
-            if self.counts[expert] <= (0.0 if leaving is None else _LEAD * self.counts[leaving] + _MARGIN):
+        done: list[Exchange] = []
+        while len(done) < most:
+            wanted = self._counts.copy()
+            wanted[self._in_slots[self._in_slots != _EMPTY]] = -1.0
+            expert = int(wanted.argmax())
+            held = np.where(self._in_slots == _EMPTY, -1.0, self._counts[self._in_slots])
+            slot = int(held.argmin())
+            leaving = int(self._in_slots[slot])
+            if wanted[expert] <= (0.0 if leaving == _EMPTY else _LEAD * held[slot] + _MARGIN):
                 break
-            self.in_slots[slot] = expert
-            done.append(Exchange(slot, expert, leaving))
+            self._in_slots[slot] = expert
+            done.append(Exchange(slot, expert, None if leaving == _EMPTY else leaving))
         return done
-
-    def _count_in(self, slot: int) -> float:
-        expert = self.in_slots[slot]
-        return -1.0 if expert is None else self.counts[expert]

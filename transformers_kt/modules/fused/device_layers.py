@@ -57,9 +57,11 @@ class DeviceLayer:
 
     @property
     def has_experts(self) -> bool:
-        """Whether routed experts lie on the device."""
+        """Whether routed experts lie on the device, or some of them do too."""
         if isinstance(self.feed_forward, SplitMoe):
-            return isinstance(self.feed_forward.experts, KtGpuExperts)
+            experts = self.feed_forward.experts
+            has_slots = experts.on_gpu is not None and experts.on_gpu.slots is not None
+            return has_slots or isinstance(experts, KtGpuExperts)
         return isinstance(self.feed_forward, KtGpuMoe)
 
     def _count_gate_hooks(self) -> int:

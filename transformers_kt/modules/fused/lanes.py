@@ -29,6 +29,9 @@ class Buffers:
             self.pinned_block, self.block = device.pinned(words, torch.float32), device.empty(words, torch.float32)
             self.places_on_host, self.places = (make((rows, 4), torch.int32) for make in (device.pinned, device.empty))
             self.table = device.empty((rows, rope), torch.float32)
+            self.slots = device.empty((rows, top_k), torch.int32)  # of experts in RAM that lie in slots too
+            self.slot_weights = device.empty((rows, top_k), torch.float32)
+            self.slots_on_host = device.pinned((rows, top_k), torch.int32)
         self.staged = Staging.of(self.pinned_block, rows, hidden, top_k)  # for experts on the CPU
         self.chosen = Staging.of(self.block, rows, hidden, top_k)  # for experts on the device
         # Of a step, whose rows are sequences: the token's position, the keys there are, the first it sees and the end.

@@ -21,11 +21,13 @@ from torch import nn
 
 from transformers_kt.backends.gpu import operations
 from transformers_kt.backends.gpu.device import Device, Launchable, Work
-from transformers_kt.backends.gpu.plain import Staging
+from transformers_kt.backends.gpu.expert_slots import ExpertSlots
+from transformers_kt.backends.gpu.plain import Resident, Staging
 from transformers_kt.modules.experts import KtExperts
 from transformers_kt.modules.fused.device_layers import DeviceLayer, SplitMoe
 from transformers_kt.modules.fused.lanes import Buffers, Lane
 from transformers_kt.modules.gpu.experts import KtGpuExperts
+from transformers_kt.modules.gpu.ram_experts import RamExperts
 from transformers_kt.modules.gpu.simple import KtGpuRMSNorm
 
 Attend = Callable[[DeviceLayer, Lane], Work]
@@ -125,9 +127,16 @@ class Pass:
             stretch.works.append(partial(_choose, feed_forward, b, b.chosen, lane.device))
             stretch.works += [partial(_add_experts, feed_forward.experts, b), *shared]
             return
-        # Where some of the experts lie in slots of the device, a table of them would be read here, and what it has
-        # would be computed beside the host.
-        stretch.works.append(partial(_choose, feed_forward, b, b.staged, lane.device))
+        on_gpu: RamExperts | None = feed_forward.experts.on_gpu
+        if on_gpu is None or on_gpu.slots is None:
+            stretch.works.append(partial(_choose, feed_forward, b, b.staged, lane.device))
+        else:
+            resident = on_gpu.slots.resident(b.slots, b.slot_weights)
+            stretch.works += [
+                partial(_choose, feed_forward, b, b.staged, lane.device, resident),
+                partial(_tell_slots, b),
+            ]
+            stretch.beside.append(partial(_add_resident, on_gpu.slots, b, resident))
         stretch.beside += shared
         stretch.experts = feed_forward.experts
         self.parts.append(Stretch(lane, None, works=[partial(_add_result, b)]))
@@ -170,21 +179,38 @@ class Pass:
                 lane.follow(part.before)
             part.launch()
             if part.experts is not None:
-                _compute_experts(part, part.experts)
+                _compute_experts(part, part.experts, is_prompt=x.shape[1] > 1)
             elif part.gives_states:
                 lane.wait()
                 x = b.host.reshape(x.shape).clone()
+        self._exchange_experts(x.shape[1])
         return x
 
+    def _exchange_experts(self, tokens: int) -> None:
+        """``tokens`` of each sequence are done, and so are all streams: other experts may go to slots."""
+        for part in self.parts:
+            if not isinstance(part, Stretch) or part.experts is None:
+                continue
+            on_gpu: RamExperts | None = part.experts.on_gpu
+            if on_gpu is not None and on_gpu.slots is not None:
+                on_gpu.slots.turn(tokens, part.lane.stream, on_gpu.stream.uploads)
 
-def _compute_experts(stretch: Stretch, experts: KtExperts) -> None:
+
+def _compute_experts(stretch: Stretch, experts: KtExperts, *, is_prompt: bool) -> None:
     lane, b = stretch.lane, stretch.lane.own
+    on_gpu: RamExperts | None = experts.on_gpu
     lane.stream.discard(b.result)  # of the layer before: it was added
     lane.stream.record(lane.staged)
     stretch.launch_beside()  # while the host waits and computes
     lane.staged.synchronize()
-    arrays = (each.numpy() for each in (b.staged.x, b.staged.ids.long(), b.staged.weights, b.result))
-    experts.routed.forward_routed(*arrays)
+    if on_gpu is not None and on_gpu.slots is not None:
+        on_gpu.slots.note(b.staged.ids.numpy(), b.slots_on_host.numpy())
+        lane.stream.discard(b.slots_on_host)
+    if on_gpu is not None and is_prompt and on_gpu.stream.takes(b.rows):
+        on_gpu.stream.compute(experts.routed, on_gpu.host, b.staged, b.result, b.normed, b.residual, lane.stream)
+    else:
+        arrays = (each.numpy() for each in (b.staged.x, b.staged.ids.long(), b.staged.weights, b.result))
+        experts.routed.forward_routed(*arrays)
     lane.stream.discard(b.pinned_block)
 
 
@@ -205,9 +231,17 @@ def _add_result(b: Buffers) -> None:
     b.residual.add_(b.routed)
 
 
-def _choose(moe: SplitMoe, b: Buffers, staging: Staging, device: Device) -> None:
+def _choose(moe: SplitMoe, b: Buffers, staging: Staging, device: Device, resident: Resident | None = None) -> None:
     bias = getattr(moe.gate, "e_score_correction_bias", None)
-    operations.stage(b.normed, moe.gate.weight, bias, moe.router, staging, device)
+    operations.stage(b.normed, moe.gate.weight, bias, moe.router, staging, device, resident)
+
+
+def _tell_slots(b: Buffers) -> None:
+    b.slots_on_host.copy_(b.slots, non_blocking=True)
+
+
+def _add_resident(slots: ExpertSlots, b: Buffers, resident: Resident) -> None:
+    b.residual.add_(slots.on_device(b.normed, resident))
 
 
 def _add_experts(experts: KtGpuExperts, b: Buffers) -> None:
