@@ -114,7 +114,7 @@ def _parameters() -> Any:
 
 def test_the_package_installs_the_command() -> None:
     pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert '[project.scripts]\ntransformers-kt = "transformers_kt.cli:main"\n' in pyproject
+    assert '[project.scripts]\ntransformers-kt = "_transformers_kt_command:main"\n' in pyproject
 
 
 @pytest.mark.parametrize(

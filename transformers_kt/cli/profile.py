@@ -47,8 +47,8 @@ def profile_command(
 ) -> None:
     """Count how often MODEL chooses each of its routed experts on some texts, and write that as a small JSON.
 
-    Routed experts are the parts of a layer of which each token takes a few; kt_expert_profile= puts the most chosen ones
-    into the memory of a GPU. Everything is computed on the CPU.
+    Routed experts are the parts of a layer of which each token takes a few. kt_expert_profile= puts the most chosen
+    ones into the memory of a GPU. Everything is computed on the CPU.
     """
     if not output.parent.is_dir():
         raise InputError(f"--output {output}: there is no folder {output.parent}")
