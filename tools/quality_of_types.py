@@ -42,11 +42,11 @@ FLOAT, F32, LOGITS, RESULTS = (
 DOCUMENT, PICTURE = ROOT / "docs" / "quality.md", ROOT / "docs" / "quality.png"
 BLOCK = 32  # weights that share a scale in most types
 SUMS, BATCH, TALKS, MAX_REPLY_TOKENS = 200, 50, 60, 128
-# Names of file types without those that only repack others, and without what no CPU kernel of llama.cpp reads.
+# The quantizer refuses NVFP4, and no package of Python dequantizes Q1_0.
 FILE_TYPES = [
     name.removeprefix("MOSTLY_")
     for name in gguf.LlamaFileType.__members__
-    if name.startswith("MOSTLY_") and name not in ("MOSTLY_Q1_0",)
+    if name.startswith("MOSTLY_") and name not in ("MOSTLY_NVFP4", "MOSTLY_Q1_0")
 ]
 
 
@@ -143,8 +143,9 @@ NOTES = """
   with 2 bits than one of 671 billion. Measure yours: `transformers-kt quality YOURS --against ITS-ORIGINAL`.
 - The float weights are those of the bundled file, each moved by up to half a step of a grid of 16 levels: what that
   file was made from is not kept, and its own weights would make Q4_K look lossless.
-- Types of two bits and less want to hear which inputs matter. They were told that all matter alike, so that published
-  files of these types, which were told better, lose less.
+- {importance} are made only where the quantizer
+  is told which inputs matter. It was told that all matter alike, and then searches longer than without: so these types
+  stand better here than Q2_K and Q3_K, to which nothing was told. Published files were told from real texts.
 - **Against llama.cpp**: on the same file we are nearer to float32 arithmetic with K and IQ types, and as near with
   Q8_0, Q4_0 and MXFP4, where both round activations alike ([models](models.md)). Two kinds of models llama.cpp computes
   otherwise than transformers does, also in F32: V2's group-limited routing (median KL 0.001 to 0.02 in random models)
@@ -182,10 +183,10 @@ def write_document() -> None:
                 f"{100 * found['sums']:.1f}",
             ]
         )
-    missing = [name for name in FILE_TYPES if name not in results]
-    notes = NOTES + (f"- Not measured yet: {', '.join(missing)}.\n" if missing else "")
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    DOCUMENT.write_text(HEADER + table + notes, encoding="utf-8")
+    DOCUMENT.write_text(
+        HEADER + table + NOTES.format(importance=", ".join(real_writers.NEED_IMPORTANCE)), encoding="utf-8"
+    )
     draw(results)
 
 

@@ -273,11 +273,14 @@ def measure(names: Sequence[str], interpreter: str) -> None:
             require_same_answer(source, stock, ours)
             cells = [name, layout, f"{worst:.0e}"]
             if layout == SHARDS:
-                cells.append("the same bits")
+                assert torch.equal(logits(ours), bits["F32"]), source
                 for file_type in SHARDED_TYPES:
                     assert torch.equal(logits(read(quantized(source, file_type))), bits[file_type]), (source, file_type)
-                rows.append(cells + ["the same bits" if each in SHARDED_TYPES else "" for each in TYPES])
+                rows.append(
+                    cells + ["the same bits" if each in ("F32", *SHARDED_TYPES) else "" for each in ("F32", *TYPES)]
+                )
                 continue
+            bits["F32"] = logits(ours)
             cells.append(_cell(reference, logits(ours), theirs[source]))
             for file_type in TYPES:
                 path = quantized(source, file_type)
