@@ -12,14 +12,19 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import pexpect
 import pytest
 
 openai = pytest.importorskip("openai", reason="the extra test brings OpenAI's client")
 pytest.importorskip("fastapi", reason="the extra serve brings what transformers' server needs")
 pytest.importorskip("uvicorn", reason="the extra serve brings what transformers' server needs")
 
+from hub_cache import Hub  # noqa: E402
+from openai import Stream  # noqa: E402
+from openai.types.chat import ChatCompletionChunk  # noqa: E402
 from server_load import MODEL, Server, put_under_load, server  # noqa: E402
 
 QUESTIONS = [f"What is {left} + {right}?" for left, right in ((486, 57), (1, 2), (999, 999), (64, 64))]
@@ -145,6 +150,44 @@ def test_an_answer_ends_before_its_stop_string(served: Server, stop: Any) -> Non
         assert (thoughts.rstrip(), content.rstrip(), reason) == expected
 
 
+# What Open WebUI 0.6 to 0.9 sends to an endpoint of OpenAI's API: a turn of the chat with the usage switch on, then its
+# own questions about the chat, for a title and for tags. From backend/open_webui/routers/tasks.py and openai.py; the
+# wording of the questions is ours.
+CHAT = [{"role": "user", "content": QUESTIONS[0]}]
+OPEN_WEBUI: dict[str, dict[str, Any]] = {
+    "chat": {"stream": True, "stream_options": {"include_usage": True}, "messages": CHAT, "temperature": 0, "seed": 1},
+    "title": {
+        "stream": False,
+        "messages": [
+            {"role": "user", "content": f"### Task:\nName this chat.\n<chat_history>\n{CHAT}\n</chat_history>"}
+        ],
+        "max_completion_tokens": 1000,
+    },
+    "tags": {"stream": False, "messages": [{"role": "user", "content": f"### Task:\nTag this chat: {CHAT}"}]},
+}
+
+
+def test_open_webui_finds_the_model_and_has_its_requests_answered(served: Server) -> None:
+    get, post = served.client.get, served.client.post
+    (model,) = get("/models", cast_to=dict[str, Any])["data"]
+    for kind, body in OPEN_WEBUI.items():
+        sent = {"model": model["id"], **body}
+        if body["stream"]:
+            answer = joined(
+                post(
+                    "/chat/completions",
+                    body=sent,
+                    cast_to=ChatCompletionChunk,
+                    stream=True,
+                    stream_cls=Stream[ChatCompletionChunk],
+                )
+            )
+            assert answer[1:] == ("486 + 57 = 543", "stop")
+        else:
+            (choice,) = post("/chat/completions", body=sent, cast_to=dict[str, Any])["choices"]
+            assert isinstance(choice["message"]["content"], str), kind
+
+
 def test_the_other_endpoints_answer(served: Server) -> None:
     text = served.client.completions.create(model=MODEL, prompt="What is 1 + 2?", max_tokens=5, temperature=0)
     assert (text.choices[0].finish_reason, text.usage.completion_tokens) == ("length", 5)
@@ -243,17 +286,41 @@ def test_memory_stays_as_it_is_under_load(served: Server) -> None:
     assert memory_beside_kept_keys(served) - before < 4e6
 
 
-def test_a_server_that_is_stopped_gives_answers_their_time_and_ends() -> None:
-    with server("--shutdown-seconds", "1") as stopped:
-        stream = iter(stopped.ask(QUESTIONS[0], stream=True, **ENDLESS))
-        next(stream)
-        stopped.process.send_signal(signal.SIGTERM)
-        start = time.monotonic()
-        with pytest.raises(openai.APIError):
-            for _chunk in stream:
-                pass
-        assert stopped.process.wait(30) in (0, -signal.SIGTERM)
-        assert time.monotonic() - start < 15
+@pytest.fixture(scope="module")
+def keyless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Its model has a name on the hub."""
+    folder = tmp_path_factory.mktemp("hub")
+    (weights,) = Path(MODEL).glob("*.gguf")
+    Hub(folder).put("org/tiny", weights, weights.name)
+    with server("--shutdown-seconds", "1", model=f"org/tiny:{weights.name}", hub=folder) as started:
+        yield started
+
+
+def test_transformers_chat_goes_over_two_turns(keyless: Server, tmp_path: Path) -> None:
+    """It sends no key. Its second turn holds the first answer: with thoughts in it, it would be another prompt."""
+    command = ["-m", "transformers.cli.transformers", "chat", keyless.model, keyless.url, "do_sample=False"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0"}  # else the hub's client asks no server, this one neither
+    chat = pexpect.spawn(
+        sys.executable, command, env=environment, timeout=120, encoding="utf-8", dimensions=(60, 200), cwd=tmp_path
+    )
+    chat.expect("already loaded")
+    for question, total in ((QUESTIONS[0], 543), (QUESTIONS[1], 3)):
+        chat.sendline(question)
+        chat.expect(rf"{question[8:-1].replace('+', '.')} = {total}\b")
+    chat.sendline("!exit")
+    chat.expect(pexpect.EOF)
+
+
+def test_a_server_that_is_stopped_gives_answers_their_time_and_ends(keyless: Server) -> None:
+    stream = iter(keyless.ask(QUESTIONS[0], stream=True, **ENDLESS))
+    next(stream)
+    keyless.process.send_signal(signal.SIGTERM)
+    start = time.monotonic()
+    with pytest.raises(openai.APIError):
+        for _chunk in stream:
+            pass
+    assert keyless.process.wait(30) in (0, -signal.SIGTERM)
+    assert time.monotonic() - start < 15
 
 
 @pytest.mark.parametrize(

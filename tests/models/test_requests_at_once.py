@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_kt.assets import bundled_model
+from transformers_kt.errors import ServerBusyError
+from transformers_kt.integration.batching import Batcher, Limits, Request
 from transformers_kt.integration.rounds import Rounds
 from transformers_kt.modules.fused.base_model import has_fast_path
 from transformers_kt.modules.gathering import computed
@@ -111,3 +114,61 @@ def test_one_that_fails_takes_no_other_with_it() -> None:
         with pytest.raises(ZeroDivisionError):
             answers[1].result(60)
     assert seen == [1, 3, 1, 1, 1]
+
+
+def asked(model: Any, batcher: Batcher, ids: torch.Tensor, new_tokens: int = 12) -> Request:
+    config = copy.deepcopy(model.generation_config)
+    config.update(**GREEDY, max_new_tokens=new_tokens)
+    request = Request(model, {"input_ids": ids}, config, None)
+    batcher.submit(request)
+    return request
+
+
+def test_what_is_used_again_changes_no_bit(model: Any) -> None:
+    vocab = model.config.vocab_size
+    long, other = (random_tokens(150, seed=seed) % vocab for seed in (1, 2))
+    prompts = [long[:, :140], torch.cat([long[:, :130], other[:, :30]], 1), long, other]
+    batcher = Batcher(model, Limits(cache_bytes=100_000_000))
+    requests = []
+    for prompt in prompts:
+        requests.append(asked(model, batcher, prompt))
+        found = requests[-1].done.result(60)
+        alone = model.generate(prompt, generation_config=requests[-1].config)
+        assert torch.equal(found.sequences, alone.sequences)
+        assert all(map(torch.equal, found.logits, alone.logits))
+    assert [request.reused for request in requests[:3]] == [0, 130, 140]
+    assert requests[3].reused < 10
+    batcher.kept.make_room(0)
+    assert batcher.kept.nbytes == 0
+    assert asked(model, batcher, long).reused == 0
+
+
+def test_requests_wait_for_memory_and_one_always_runs(kt_model: Callable[[str], Any]) -> None:
+    model = kt_model("v3-like-Q4_K_M")
+    batcher = Batcher(model, Limits(max_waiting=2, cache_bytes=1))
+    ids = random_tokens(20, seed=1)
+    requests = [asked(model, batcher, ids, 40) for _ in range(3)]
+    assert len(batcher.running) == 1
+    with pytest.raises(ServerBusyError, match="1 requests are answered and 2 wait"):
+        asked(model, batcher, ids)
+    requests[2].cancel()
+    assert requests[2].done.result(60) is None
+    first, second = (request.done.result(60).sequences for request in requests[:2])
+    assert torch.equal(first, second)
+    assert batcher.kept.nbytes == 0
+
+
+def test_a_model_that_is_watched_answers_one_after_the_other(
+    kt_model: Callable[[str], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = kt_model("v3-like-Q4_K_M")
+    handle = model.model.norm.register_forward_hook(lambda *_: None)
+    try:
+        batcher = Batcher(model, Limits())
+        requests = [asked(model, batcher, random_tokens(20, seed=1)) for _ in range(3)]
+        assert len(batcher.running) == 1
+        first, *others = (request.done.result(60).sequences for request in requests)
+    finally:
+        handle.remove()
+    assert "one after the other" in caplog.text
+    assert all(torch.equal(first, other) for other in others)

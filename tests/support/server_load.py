@@ -16,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import openai
@@ -30,6 +31,7 @@ class Server(NamedTuple):
     process: subprocess.Popen[str]
     client: openai.OpenAI
     url: str
+    model: str
 
     @property
     def rss(self) -> int:
@@ -38,7 +40,7 @@ class Server(NamedTuple):
 
     def ask(self, question: str, **options: Any) -> Any:
         messages = [{"role": "user", "content": question}]
-        return self.client.chat.completions.create(model=MODEL, messages=messages, **{"temperature": 0, **options})
+        return self.client.chat.completions.create(model=self.model, messages=messages, **{"temperature": 0, **options})
 
     def metrics(self) -> dict[str, float]:
         """What the server counts: a name with its labels -> value."""
@@ -54,13 +56,15 @@ class Server(NamedTuple):
 
 
 @contextlib.contextmanager
-def server(*options: str, api_key: str = "none") -> Iterator[Server]:
-    """`transformers-kt serve` with the bundled model; ends with it."""
+def server(*options: str, api_key: str = "none", model: str = MODEL, hub: Path | None = None) -> Iterator[Server]:
+    """`transformers-kt serve` with the model, the bundled one unless another is named; ends with it. ``hub`` is a
+    cache of the hub."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers_kt.cli", "serve", MODEL, "--port", str(port), *options]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "transformers_kt.cli", "serve", model, "--port", str(port), *options]
+    cache = {} if hub is None else {"HF_HUB_CACHE": str(hub)}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **cache}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     url = f"http://127.0.0.1:{port}"
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, timeout=120)
@@ -77,7 +81,7 @@ def server(*options: str, api_key: str = "none") -> Iterator[Server]:
         with ThreadPoolExecutor(1) as reader:
             reader.submit(process.stderr.read)
             try:
-                yield Server(process, client, url)
+                yield Server(process, client, url, model)
             finally:
                 process.send_signal(signal.SIGINT)
                 try:
@@ -107,7 +111,7 @@ def put_under_load(server: Server, requests: int, at_once: int) -> list[str]:
         if number % 4 == 3:  # leaves while it waits for the whole
             with contextlib.suppress(openai.APITimeoutError):
                 server.client.with_options(timeout=0.02).chat.completions.create(
-                    model=MODEL, messages=[{"role": "user", "content": question}], max_tokens=1000
+                    model=server.model, messages=[{"role": "user", "content": question}], max_tokens=1000
                 )
             return "left"
         content = str(server.ask(question, max_tokens=1000).choices[0].message.content)

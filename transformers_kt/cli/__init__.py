@@ -22,6 +22,7 @@ def build_app() -> typer.Typer:
     from transformers_kt.cli.ask import ask_command
     from transformers_kt.cli.bench import bench_command
     from transformers_kt.cli.chat import chat_command
+    from transformers_kt.cli.cost import cost_command
     from transformers_kt.cli.doctor import doctor_command
     from transformers_kt.cli.inspect import inspect_command
     from transformers_kt.cli.options import our_spelling
@@ -57,6 +58,7 @@ def build_app() -> typer.Typer:
     app.command("ask", no_args_is_help=True)(ask_command)
     app.command("inspect", no_args_is_help=True)(inspect_command)
     app.command("bench", no_args_is_help=True)(bench_command)
+    app.command("cost", no_args_is_help=True)(cost_command)
     app.command("quality", no_args_is_help=True)(quality_command)
     app.command("doctor")(doctor_command)
     app.command("plan", no_args_is_help=True)(plan_command)

@@ -49,7 +49,7 @@ def bench(
     ``against`` llama.cpp the rounds alternate; ``llama_python`` is the interpreter that has llama-cpp-python. Raises
     `InputError` or `UnsupportedOperationError` for what cannot be measured, and what loading raises.
     """
-    title, counts = _title(model), list(threads or [_C.thread_count()])
+    title, counts = title_of(model), list(threads or [_C.thread_count()])
     positions = plan(model, gpus=[], context=1 << 40).context
     longest = max([*prompts, *depths]) + new_tokens + 1
     if longest > positions:
@@ -98,7 +98,7 @@ def _ours(model: str, title: str, settings: Sequence[Setting], new_tokens: int, 
         Figure(OURS, *setting, tuple(found[setting]), *work.limit(setting, limits[setting.threads]))
         for setting in settings
     ]
-    return BenchReport(title, _about(), work.bytes_per_token, limits, figures)
+    return BenchReport(title, about_here(), work.bytes_per_token, limits, figures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +145,11 @@ class _Work:
         return at_once / seconds, "memory" if reading > multiplying else "multiplying"
 
 
-def _title(model: str) -> str:
+def title_of(model: str) -> str:
     return Path(model).resolve().name.removesuffix(".gguf")
 
 
-def _about() -> dict[str, str]:
+def about_here() -> dict[str, str]:
     """What a reader must know of where figures come from."""
     return {
         "CPU": cpu_name(),
@@ -160,7 +160,7 @@ def _about() -> dict[str, str]:
     }
 
 
-def _numbers(least: int) -> Callable[[str], list[int]]:
+def numbers_from(least: int) -> Callable[[str], list[int]]:
     """Reads "128,512": whole numbers from ``least`` on."""
 
     def read(text: str) -> list[int]:
@@ -210,10 +210,10 @@ def bench_command(
         raise typer.BadParameter("--json and --markdown are two forms of the same; give one of them")
     report = bench(
         located(model),
-        prompts=_numbers(1)(prompt),
-        depths=_numbers(0)(depth),
-        batches=_numbers(1)(batch),
-        threads=None if threads is None else _numbers(1)(threads),
+        prompts=numbers_from(1)(prompt),
+        depths=numbers_from(0)(depth),
+        batches=numbers_from(1)(batch),
+        threads=None if threads is None else numbers_from(1)(threads),
         new_tokens=new_tokens,
         rounds=rounds,
         against=against,

@@ -19,13 +19,12 @@ import torch
 from transformers import DynamicCache
 
 from transformers_kt.errors import ServerBusyError
-from transformers_kt.families.registry import family_of
+from transformers_kt.families.registry import dims_of
 from transformers_kt.integration.kept_caches import KeptCaches
 from transformers_kt.integration.rounds import Rounds
 from transformers_kt.integration.torch_threads import one_torch_thread
 from transformers_kt.modules.fused.base_model import has_fast_path
 from transformers_kt.modules.fused.cache_argument import CACHE_ARGUMENT
-from transformers_kt.modules.fused.latent_cache import break_ring
 from transformers_kt.planning.hardware import free_memory
 
 logger = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ class Limits(NamedTuple):
 
 
 class Request:
-    """One call of ``generate``, until `done` has its sequences: None of one that was cancelled."""
+    """One call of ``generate``, until `done` has what that gives: None for one that was cancelled before it began."""
 
     def __init__(self, model: Any, inputs: Mapping[str, Any], generation_config: Any, seed: int | None, **options: Any):
         self.model, self.inputs, self.config, self.options = model, dict(inputs), generation_config, options
@@ -115,9 +114,9 @@ class Batcher:
 
     def __init__(self, model: Any, limits: Limits, observer: Observer | None = None) -> None:
         config = model.config
-        token_bytes = family_of(config).dims(config).cache_values * _FLOAT_BYTES * config.num_hidden_layers
+        token_bytes = dims_of(config).cache_values * _FLOAT_BYTES * config.num_hidden_layers
         self.is_batching = has_fast_path(model)
-        self.rounds = Rounds() if observer is None else Rounds(observer.passed)
+        self._rounds = Rounds() if observer is None else Rounds(observer.passed)
         self.kept = KeptCaches()
         self._token_bytes: int = token_bytes
         self._limits, self._observer = limits, observer
@@ -126,6 +125,8 @@ class Batcher:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._piece_rate: float | None = None
+        self.prompt_seconds = 0.0
+        """Time in which pieces of prompts were computed."""
         if not self.is_batching:
             logger.warning(
                 "requests are answered one after the other: to be computed together, all layers and the head have to "
@@ -144,7 +145,7 @@ class Batcher:
                 )
             request._leave = self._forget
             self.waiting.append(request)
-        self._admit()
+            self._admit()
 
     def _fits(self, request: Request) -> bool:
         """Whether it may run with those that do."""
@@ -156,12 +157,12 @@ class Batcher:
         return sum(request.most_tokens * request.sequences for request in requests) * self._token_bytes
 
     def _admit(self) -> None:
-        with self._lock:
-            while self.waiting and self._fits(self.waiting[0]):
-                request = self.waiting.popleft()
-                self.running.append(request)
-                threading.Thread(target=self._run, args=(request,), daemon=True).start()
-            self.kept.make_room(max(0, self._cache_bytes - self._nbytes(*self.running)))
+        """Under the lock."""
+        while self.waiting and self._fits(self.waiting[0]):
+            request = self.waiting.popleft()
+            self.running.append(request)
+            threading.Thread(target=self._run, args=(request,), daemon=True).start()
+        self.kept.make_room(max(0, self._cache_bytes - self._nbytes(*self.running)))
 
     def _forget(self, request: Request) -> None:
         """A cancelled one that waits; one that runs ends by itself."""
@@ -169,27 +170,27 @@ class Batcher:
             if request not in self.waiting:
                 return
             self.waiting.remove(request)
+            self._admit()
         self._tell_end(request, "cancelled")
         request.done.set_result(None)
-        self._admit()
 
     def _run(self, request: Request) -> None:
-        sequences, error = None, None
+        output, error = None, None
         try:
-            with one_torch_thread(), self.rounds.taking_part(request.seed) as before_piece:
-                sequences = self._answer(request, before_piece)
+            with one_torch_thread(), self._rounds.taking_part(request.seed) as before_piece:
+                output = self._answer(request, before_piece)
         except BaseException as raised:
             error = raised
         with self._lock:
             self.running.remove(request)
-        self._admit()
+            self._admit()
         cancelled = request.is_cancelled
         self._tell_end(request, "cancelled" if cancelled else "answered" if error is None else "failed")
         # Rings of references would keep its tensors until the next collection: the streamer knows the request, an
         # error the variables of its frames.
         request.options, request.inputs = {}, {}
         if error is None:
-            request.done.set_result(sequences)
+            request.done.set_result(output)
         else:
             request.done.set_exception(error)
             error = None
@@ -199,20 +200,17 @@ class Batcher:
         if self.is_batching and request.takes_a_cache:
             cache = self._begun_cache(request, before_piece)
             options[CACHE_ARGUMENT] = cache
-        try:
-            if request.is_cancelled:
-                return None
-            sequences = request.model.generate(
-                **request.inputs,
-                generation_config=request.config,
-                stopping_criteria=[functools.partial(self._after_token, request)],
-                **options,
-            )
-            if cache is not None:
-                self.kept.keep(sequences[0, : cache.get_seq_length()].tolist(), cache)
-            return sequences
-        finally:
-            break_ring(cache)
+        if request.is_cancelled:
+            return None
+        output = request.model.generate(
+            **request.inputs,
+            generation_config=request.config,
+            stopping_criteria=[functools.partial(self._after_token, request)],
+            **options,
+        )
+        if cache is not None:
+            self.kept.keep(sequences_of(output)[0, : cache.get_seq_length()].tolist(), cache)
+        return output
 
     @torch.no_grad()
     def _begun_cache(self, request: Request, before_piece: Callable[[], bool]) -> Any:
@@ -227,8 +225,10 @@ class Batcher:
             start = time.perf_counter()
             request.model.base_model(input_ids=piece, use_cache=True, **{CACHE_ARGUMENT: cache})
             done += piece.shape[1]
+            seconds = time.perf_counter() - start
+            self.prompt_seconds += seconds
             if piece.shape[1] >= _PIECE_TOKENS.start:
-                self._piece_rate = piece.shape[1] / (time.perf_counter() - start)
+                self._piece_rate = piece.shape[1] / seconds
         return cache
 
     def _piece_size(self, others_wait: bool) -> int:
@@ -248,3 +248,9 @@ class Batcher:
     def _tell_end(self, request: Request, outcome: str) -> None:
         if self._observer is not None:
             self._observer.ended(request, outcome)
+
+
+def sequences_of(output: Any) -> torch.Tensor:
+    """The token ids in what ``generate`` gave: int64 (sequences, tokens)."""
+    found: torch.Tensor = getattr(output, "sequences", output)
+    return found

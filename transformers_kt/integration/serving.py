@@ -26,7 +26,7 @@ from transformers.cli.serving import utils
 from transformers.utils.import_utils import is_serve_available
 
 from transformers_kt.errors import KtError, ServerBusyError, UnsupportedOperationError
-from transformers_kt.integration.batching import Batcher, Limits, Request
+from transformers_kt.integration.batching import Batcher, Limits, Request, sequences_of
 from transformers_kt.integration.loaded_model import KtModelMixin
 
 logger = logging.getLogger(__name__)
@@ -70,14 +70,14 @@ class KtServe(Serve):  # type: ignore[misc]
         app = self.server.config.app
         app.add_exception_handler(HTTPException, _say_as_openai_does)
         app.add_exception_handler(ServerBusyError, _ask_to_come_again)
-        self._count(app)
+        self._offer_metrics(app)
         for kind in (KtError, ValueError, TypeError, LookupError):
             app.add_exception_handler(kind, _refuse)
         app.add_middleware(_Gate, api_key=self._api_key)
         self.server.config.timeout_graceful_shutdown = self._shutdown_seconds
         self.server.run()
 
-    def _count(self, app: Any) -> None:
+    def _offer_metrics(self, app: Any) -> None:
         from fastapi.responses import PlainTextResponse
 
         try:
@@ -225,13 +225,13 @@ class _Streamer(utils.DirectStreamer):  # type: ignore[misc]
     def _enqueue(self, item: Any) -> None:
         if not self._stops or self._stopped:
             if not self._stopped or not isinstance(item, str):
-                super()._enqueue(item)
+                self._pass_on(item)
             return
         if type(item) is not type(self._held):  # an end, a tool call, or the answer after the thoughts
             self._send(self._held)
             self._held = ""
         if not isinstance(item, str):
-            super()._enqueue(item)
+            self._pass_on(item)
             return
         text, kind = self._held + item, type(item)
         at = min((found for stop in self._stops if (found := text.find(stop)) >= 0), default=None)
@@ -243,6 +243,11 @@ class _Streamer(utils.DirectStreamer):  # type: ignore[misc]
     def _send(self, text: str) -> None:
         if text:
             super()._enqueue(text)
+
+    def _pass_on(self, item: Any) -> None:
+        # The end comes when the request has left its place, which its client may want again at once.
+        if item is not None:
+            super()._enqueue(item)
 
 
 def _begun(text: str, stops: Sequence[str]) -> int:
@@ -323,12 +328,12 @@ class KtGenerateManager(utils.GenerateManager):  # type: ignore[misc]
         request = self._submit(model, inputs, gen_config, tokenizer=processor)
         try:
             # Shielded: what the thread has yet to set cannot be cancelled.
-            sequences = await asyncio.shield(asyncio.wrap_future(request.done))
+            output = await asyncio.shield(asyncio.wrap_future(request.done))
         except asyncio.CancelledError:
             request.cancel()
             raise
         length = inputs["input_ids"].shape[-1]
-        generated = sequences[0, length:]
+        generated = sequences_of(output)[0, length:]
         return _cut(processor.decode(generated, skip_special_tokens=True)), length, generated
 
 

@@ -413,14 +413,6 @@ def cache_of(all_states: list[list[torch.Tensor]], tokens: int) -> DynamicCache:
     return cache
 
 
-def break_ring(cache: Any) -> None:
-    """Part the layers of ``cache``, which may be None, from their group, which knows them: without that ring of
-    references their memory is free as soon as nobody holds them, and not at the next collection."""
-    for layer in getattr(cache, "layers", ()):
-        if isinstance(layer, LatentCacheLayer):
-            layer.leave_group()
-
-
 def growing_layer(cache: Any, layer_idx: int, batch: int, kind: Kind = FLOATS) -> LatentCacheLayer | None:
     """The layer of ``cache`` that keys of `batch` sequences can be written into; None: use its `update`."""
     # A subclass may do more in its update than its layers do in theirs.
