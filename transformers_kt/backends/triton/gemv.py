@@ -26,7 +26,7 @@ MOST_ROWS = 8
 _DTYPES = dict(zip(FLOATS, (torch.float32, torch.float16, torch.bfloat16), strict=True))
 _WARPS = {"Q5_0": 8, "Q5_1": 8, "Q3_K": 8}
 """Where four spill: the 8 vectors of a set are unpacked at once."""
-_PADDED = {("Q5_0", 4): 8, ("Q5_K", 2): 4, ("Q6_K", 4): 8, ("IQ4_NL", 4): 8, ("MXFP4", 4): 8}
+_PADDED = {("Q5_0", 4): 8, ("Q3_K", 4): 8, ("Q5_K", 2): 4, ("Q6_K", 4): 8, ("IQ4_NL", 4): 8, ("MXFP4", 4): 8}
 """Where a kernel for more tokens does, for it does not spill: these do, 8 bytes (IQ4_NL, sm_90) to 656 (Q5_K, sm_89).
 MXFP4 unpacks as IQ4_NL does."""
 _FEWEST_PROGRAMS = 256
