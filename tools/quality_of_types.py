@@ -144,8 +144,8 @@ NOTES = """
 - The float weights are those of the bundled file, each moved by up to half a step of a grid of 16 levels: what that
   file was made from is not kept, and its own weights would make Q4_K look lossless.
 - {importance} are made only where the quantizer
-  is told which inputs matter. It was told that all matter alike, and then searches longer than without: so these types
-  stand better here than Q2_K and Q3_K, to which nothing was told. Published files were told from real texts.
+  is told which inputs matter. It was told that all matter alike, and then takes other routines than without, so that
+  these types do not compare with Q2_K and Q3_K, to which nothing was told. Published files were told from real texts.
 - **Against llama.cpp**: on the same file we are nearer to float32 arithmetic with K and IQ types, and as near with
   Q8_0, Q4_0 and MXFP4, where both round activations alike ([models](models.md)). Two kinds of models llama.cpp computes
   otherwise than transformers does, also in F32: V2's group-limited routing (median KL 0.001 to 0.02 in random models)
