@@ -27,11 +27,12 @@ from on_gpu.report import Report, tables
 
 ROOT = Path(__file__).parents[1]
 SECTIONS: Mapping[str, float] = {
-    "handoff": 60,
-    "compiling": 90,
-    "products": 90,
-    "attention": 60,
-    "layers": 150,
+    "handoff": 50,
+    "compiling": 80,
+    "products": 80,
+    "attention": 50,
+    "layers": 140,
+    "streaming": 120,
     "link": 40,
     "waiting": 30,
 }

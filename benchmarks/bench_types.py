@@ -33,6 +33,10 @@ Speeds = dict[str, dict[str, list[float]]]
 """Tokens per second of each round, by "prefill" and "decode", by engine."""
 
 
+class EngineEnded(Exception):
+    """An engine that cannot do what was asked, such as ik_llama.cpp to repack some types: the others go on."""
+
+
 class Engine:
     """A process that has loaded a file and generates when asked."""
 
@@ -45,7 +49,7 @@ class Engine:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self._name} ended; its own message stands above")
+            raise EngineEnded(f"{self._name} ended; its own message stands above")
         return line
 
     def prefill(self) -> float:
@@ -80,10 +84,14 @@ def speeds(file: Path, interpreters: dict[str, str], args: argparse.Namespace) -
     }
     found: Speeds = {engine: {"prefill": [], "decode": []} for engine in interpreters}
     with ExitStack() as stack:
-        engines = {
-            name: stack.enter_context(started(name, interpreter, file, settings))
-            for name, interpreter in interpreters.items()
-        }
+        engines: dict[str, Engine] = {}
+        for name, interpreter in interpreters.items():
+            try:
+                engines[name] = stack.enter_context(started(name, interpreter, file, settings))
+                engines[name].prefill()
+            except EngineEnded as error:
+                print(f"{file.name}: {error}", flush=True)
+                engines.pop(name, None)
         for _ in range(args.rounds):
             for name, engine in engines.items():
                 found[name]["prefill"].append(engine.prefill())
@@ -102,11 +110,11 @@ def table(results: dict[str, Speeds]) -> str:
     ]
     for file, found in results.items():
         for figure in ("prefill", "decode"):
-            medians = {engine: median(found[engine][figure]) for engine in engines}
-            cells = [f"{medians[engine]:.1f}" for engine in engines]
+            medians = {engine: median(rounds) for engine in engines if (rounds := found[engine][figure])}
+            cells = [f"{medians[engine]:.1f}" if engine in medians else "" for engine in engines]
             for peer in peers:
-                best = max(value for engine, value in medians.items() if program(engine) == peer)
-                cells.append(f"{medians['ours'] / best:.2f}")
+                best = max((value for engine, value in medians.items() if program(engine) == peer), default=None)
+                cells.append(f"{medians['ours'] / best:.2f}" if best else "")
             lines.append(f"| {file} | {figure} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
