@@ -27,15 +27,18 @@ from transformers_kt.modules.gpu import ram_experts
 from transformers_kt.planning.expert_profile import ExpertProfile
 
 PROMPT, STEPS = 64, 4
-# File, GPUs, experts of each layer in slots, fewest tokens of a prompt whose experts are streamed.
+# File, GPUs, experts of each layer in slots, fewest tokens of a prompt whose experts are streamed; sequences and tokens
+# of the prompt.
 SETTINGS = [
-    ("v3-F32", 1, 0, 16),
-    ("v3-F32", 2, 3, 16),
-    ("v3-F32", 1, 3, 0),
-    ("v3-F32", 1, "all", 16),
-    ("small-v2-F32", 2, 0, 16),
-    ("small-v2-F32", 1, 3, 16),
-    ("small-v2-F32", 2, "all", 0),
+    ("v3-F32", 1, 0, 16, 1, PROMPT),
+    ("v3-F32", 2, 3, 16, 4, PROMPT),
+    ("v3-F32", 2, 3, 16, 4, 1),
+    ("v3-F32", 1, 3, 0, 1, 700),
+    ("v3-F32", 1, "all", 16, 4, 7),
+    ("small-v2-F32", 2, 0, 16, 4, 7),
+    ("small-v2-F32", 1, 3, 16, 1, 700),
+    ("small-v2-F32", 1, 3, 16, 4, 1),
+    ("small-v2-F32", 2, "all", 0, 1, PROMPT),
 ]
 
 
@@ -73,29 +76,29 @@ def load(path: Path, gpus: int = 1, **options: Any) -> Any:
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """A prompt, and STEPS tokens after it one by one."""
     cache = DynamicCache()
-    parts = [ids[:, :PROMPT], *ids[:, PROMPT:].split(1, dim=1)]
+    parts = [ids[:, :-STEPS], *ids[:, -STEPS:].split(1, dim=1)]
     return torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda each: "-".join(map(str, each)))
 def test_logits_of_a_prompt_and_of_tokens_after_it_equal_those_of_transformers(
-    setting: tuple[str, int, Any, int],
+    setting: tuple[str, int, Any, int, int, int],
     stock_model: Callable[[str], Any],
     gguf_file: Callable[[str], Path],
     streamed: list[int],
 ) -> None:
-    name, gpus, slots, stream_tokens = setting
+    name, gpus, slots, stream_tokens, batch, prompt = setting
     stock = stock_model(name)
     in_layer = stock.config.n_routed_experts
     slots = in_layer if slots == "all" else slots
     ours = load(gguf_file(name), gpus, kt_expert_slots=slots, kt_prefill_stream_tokens=stream_tokens)
-    ids = random_tokens(PROMPT + STEPS)
+    ids = random_tokens(batch * (prompt + STEPS)).view(batch, -1)
     found = logits_of(ours, ids)
     with torch.no_grad():
         torch.testing.assert_close(found, stock(ids).logits, rtol=0, atol=FLOAT_TOLERANCE)
     layers = experts_of(ours)
-    assert len(streamed) == (len(layers) if stream_tokens else 0)
-    assert all(0 < count < in_layer for count in streamed)
+    assert len(streamed) == (len(layers) if 0 < stream_tokens <= batch * prompt else 0)
+    assert all(0 < count < in_layer for count in streamed) or prompt > PROMPT  # of which the link takes all
     if slots:
         assert all(len(layer.on_gpu.slots.experts) == slots for layer in layers)  # filled by the prompt
         assert f"{slots} of {in_layer} experts" in str(ours.kt_report)
