@@ -331,7 +331,8 @@ a logit to transformers' own model, where logits spread by 3; greedy answers are
 file types: the median KL divergence, in 0.001 nats, of our logits and, behind the stroke, of llama.cpp's, to
 transformers' model on the weights that the `gguf` package dequantizes. What is left is how activations are rounded. A
 file in three shards gives the bits of the same file in one. A median is of 72 places: with Q8_0, Q4_0 and MXFP4, where
-both round alike, either is ahead by up to a half in one sample or another.
+both round alike, either is ahead by up to a half. Over 640 places of V3, V2-Lite and GLM, ours is 0.79 to 1.09 of
+llama.cpp's in these types, 0.94 on average, and 0.44 to 0.74 in Q4_K_M.
 
 llama.cpp itself computes V2's expert groups by V3's rule and Kimi's YaRN with another ramp, so that it is off also in
 F32. transformers is the measure. "Whole kv_b" is what the converter wrote until April 2025.
