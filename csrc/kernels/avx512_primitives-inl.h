@@ -144,12 +144,14 @@ struct Avx512Primitives {
       x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
     }
     TKT_UNROLL for (int i = 0; i < 4; ++i) {
-      const I lower_a = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88), lower_b = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
-      const I upper_a = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd), upper_b = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
-      x[i] = _mm512_shuffle_i32x4(lower_a, lower_b, 0x88);
-      x[i + 8] = _mm512_shuffle_i32x4(lower_a, lower_b, 0xdd);
-      x[i + 4] = _mm512_shuffle_i32x4(upper_a, upper_b, 0x88);
-      x[i + 12] = _mm512_shuffle_i32x4(upper_a, upper_b, 0xdd);
+      y[i] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
+      y[i + 4] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
+      y[i + 8] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+      y[i + 12] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+    }
+    TKT_UNROLL for (int i = 0; i < 8; ++i) {
+      x[i] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0x88);
+      x[i + 8] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0xdd);
     }
   }
   TKT_INLINE I max_i(I a, I b) { return _mm512_max_epi32(a, b); }

@@ -249,8 +249,9 @@ TKT_NOINLINE void dot_rows(WeightType type, const DotArgs& args) {
 
 template <class Block>
 TKT_INLINE V::I entries_of_64(const Block& block, const void* grid, int j) {
-  return V::set_eight(grid_entry(block, grid, j, 0), grid_entry(block, grid, j, 1), grid_entry(block, grid, j, 2),
-                      grid_entry(block, grid, j, 3), grid_entry(block, grid, j + 1, 0), grid_entry(block, grid, j + 1, 1),
+  return V::set_eight(grid_entry(block, grid, j, 0), grid_entry(block, grid, j, 1),          //
+                      grid_entry(block, grid, j, 2), grid_entry(block, grid, j, 3),          //
+                      grid_entry(block, grid, j + 1, 0), grid_entry(block, grid, j + 1, 1),  //
                       grid_entry(block, grid, j + 1, 2), grid_entry(block, grid, j + 1, 3));
 }
 

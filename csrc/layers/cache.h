@@ -23,8 +23,8 @@ struct CacheRows {
   CacheRows from(int64_t i) const { return {{first.row(i), first.row_stride}, {second.row(i), second.row_stride}}; }
 };
 
-// `length` rows of one sequence. A batch has an array of them: its sequences may lie in one buffer or in several, and be
-// of different lengths.
+// `length` rows of one sequence. A batch has an array of them: its sequences may lie in one buffer or in several, and
+// be of different lengths.
 struct Cache {
   CacheRows rows;
   int64_t length;

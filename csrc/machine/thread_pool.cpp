@@ -59,8 +59,8 @@ namespace {
 // with chunks alone); shorter than a scheduler's time slice, so that a busy machine loses little to a spinning thread.
 constexpr int kSpins = 10000;
 
-// About 50 ms, while a step is in flight: longer than a GPU takes for all layers between two whose experts lie here, and
-// a bound on what a GPU that hangs costs.
+// About 50 ms, while a step is in flight: longer than a GPU takes for all layers between two whose experts lie here,
+// and a bound on what a GPU that hangs costs.
 constexpr int kSpinsInFlight = 1 << 22;
 
 std::atomic<int> steps_in_flight{0};
