@@ -1,6 +1,7 @@
 // libFuzzer on what C++ is given: bytes of a file, numbers of a config, activations, the text of /sys. `make
 // fuzz-native` builds it with AddressSanitizer and UndefinedBehaviorSanitizer. The first byte of an input chooses what
-// is called. The preset has the scalar kernels alone, which are built in a minute; with -DTKT_ISAS=avx2 both are compared.
+// is called. The preset has the scalar kernels alone, which are built in a minute; with -DTKT_ISAS=avx2 both are
+// compared.
 #include <fuzzer/FuzzedDataProvider.h>
 #include <sys/stat.h>
 #include <unistd.h>
