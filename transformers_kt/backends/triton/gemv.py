@@ -26,9 +26,11 @@ MOST_ROWS = 8
 _DTYPES = dict(zip(FLOATS, (torch.float32, torch.float16, torch.bfloat16), strict=True))
 _WARPS = {"Q5_0": 8, "Q5_1": 8, "Q3_K": 8}
 """Where four spill: the 8 vectors of a set are unpacked at once."""
-_PADDED = {("Q5_0", 4): 8, ("Q3_K", 4): 8, ("Q5_K", 2): 4, ("Q6_K", 4): 8, ("IQ4_NL", 4): 8, ("MXFP4", 4): 8}
-"""Where a kernel for more tokens does, for it does not spill: these do, 8 bytes (IQ4_NL, sm_90) to 656 (Q5_K, sm_89).
-MXFP4 unpacks as IQ4_NL does."""
+_PADDED = dict.fromkeys(
+    [("Q5_0", 4), ("Q3_K", 4), ("Q5_K", 2), ("Q5_K", 4), ("Q6_K", 4), ("IQ4_NL", 4), ("MXFP4", 4)], MOST_ROWS
+)
+"""Where the kernel for 8 tokens does, for it does not spill: these do, 8 bytes (IQ4_NL, sm_90) to 656 (Q5_K for 2,
+sm_89). MXFP4 unpacks as IQ4_NL does."""
 _FEWEST_PROGRAMS = 256
 """Of a matrix with fewer panels, programs share the columns too: each of them is a fraction of a GPU's processors."""
 
