@@ -3,7 +3,7 @@
 It is an uncompressed .npz archive. ``about`` holds JSON: the format, the reference's title, its tokenizer's
 fingerprint, the texts' names and windows of token ids. Pieces follow in the order of the windows, each of up to
 `PIECE_ROWS` predicted tokens: ``0.codes``, ``0.low``, ``0.step``, ``0.best``, ``0.loss``, ``1.codes`` and so on, the
-fields of `Rows`. A predicted token takes 2 bytes for each token of the vocabulary: 259 kB for DeepSeek-V3's 129,280.
+fields of `Rows`. A predicted token takes 2 bytes for each token of the vocabulary: 259 kB for one of 129,280.
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ class KtLinear(KtModule, nn.Linear):
         return values
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = computed(self._products, x) if self.gathers else self._product(x)
+        joins_others = self.gathers and ops.computes_at_once()
+        out: torch.Tensor = computed(self._products, x) if joins_others else self._product(x)
         return out
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ DEFAULT_CONTEXT = 32768
 """Tokens that GPUs keep room for where nothing is said, up to what the model takes."""
 RING_SLOTS = 3
 """Through which experts in RAM go to a GPU for a long prompt: one is computed, one filled, and one between them."""
-_RING_SLOT_BYTES = 192 << 20  # 8 experts of V3 in Q4_K: the copy of one takes a millisecond, a launch some microseconds
+_RING_SLOT_BYTES = 192 << 20  # 8 experts of 25 MB: the copy of one takes a millisecond, a launch some microseconds
 _RING_SLOTS_IN_GPU = 64  # at least: on a small card attention is worth more there
 _CPU_FLOAT_BYTES = 4  # activations, cache and stock modules: float32 on the CPU, 16 bits on a GPU
 _GPU_FLOAT_BYTES = 2

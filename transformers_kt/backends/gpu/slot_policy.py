@@ -1,7 +1,7 @@
 """Which of a layer's experts lie in slots of a GPU: a slow LRU, pure.
 
 An expert enters when it has been chosen clearly more often, of late, than one that lies there. Plain LRU exchanges an
-expert with nearly every token where slots are few (8 of V3's 256 are chosen by a token), at 25 MB each over the link;
+expert with nearly every token where slots are few (8 of 256 are chosen by a token), at 25 MB each over the link;
 a fixed choice, even the best for some text, is soon wrong for another.
 """
 
@@ -17,7 +17,7 @@ _KEPT = 0.5 ** (1 / 256)
 """Of what a choice counts, after each token: half after 256."""
 _LEAD, _MARGIN = 1.5, 2.0
 """A newcomer counts at least this many times what it replaces, and so much more: among evenly chosen experts chance
-alone then moves one of V3's some hundred tokens apart."""
+alone then moves one of 256 some hundred tokens apart."""
 UPLOADS_PER_TOKEN = 2
 """Of a layer, at most."""
 
