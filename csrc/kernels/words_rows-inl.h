@@ -1,7 +1,7 @@
-// Types whose blocks stand whole in a panel, by rows: a block of 16 rows is decoded to signed bytes in L1, then all
-// tokens run over it. One loop serves them all, so that a type costs its decoder alone. Types with a grid are looked up
-// row by row (formats/grid_rows.h) and get signs and scales from vectors, the others from scalar code
-// (formats/unpack_rows.h).
+// Types whose blocks stand whole in a panel, by rows: a block of 16 rows is decoded to bytes in L1, then all tokens run
+// over it. One loop serves them all, so that a type costs its decoder alone. Types with a grid are looked up row by row
+// (formats/grid_rows.h) and get signs and scales from vectors, the others from scalar code (formats/unpack_rows.h). One
+// token of a type with a grid goes without L1, at the end of this file.
 
 template <int R>
 struct UnpackedRows {
@@ -22,9 +22,9 @@ constexpr bool has_grid(WeightType type) {
   return TKT_GRID_TYPES(TKT_OR) false;
 #undef TKT_OR
 }
-constexpr bool has_scales_of_16(WeightType type) {
-  return type != WeightType::kIQ3_S && type != WeightType::kIQ3_XXS && type != WeightType::kIQ2_XXS &&
-         type != WeightType::kIQ1_S;
+constexpr bool has_one_integer_scale_in_32(WeightType type) {
+  return type == WeightType::kIQ3_S || type == WeightType::kIQ3_XXS || type == WeightType::kIQ2_XXS ||
+         type == WeightType::kIQ1_S;
 }
 constexpr bool has_eighths(WeightType type) { return type == WeightType::kIQ1_S || type == WeightType::kIQ1_M; }
 
@@ -221,10 +221,10 @@ static void dot_rows_of(WeightType type, const DotArgs& args) {
   UnpackedRows<R> rows;
   for (int64_t block = 0; block < args.blocks; ++block) {
     unpack_rows_of<R>(type, args, block, rows);
-    if (has_scales_of_16(type)) {
-      dot_rows_tiles<16, R>(rows, args, block, blocks32);
-    } else {
+    if (has_one_integer_scale_in_32(type)) {
       dot_rows_tiles<32, R>(rows, args, block, blocks32);
+    } else {
+      dot_rows_tiles<16, R>(rows, args, block, blocks32);
     }
   }
 }

@@ -106,7 +106,10 @@ def test_it_measures_loads_and_prices_them() -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("--prompt", "2000", "--answer", "100"), "2100 tokens of prompt and answer; this model has 2048 positions"),
+        (
+            ("--prompt", "2000", "--answer", "100"),
+            "a prompt of 2000 tokens and an answer of 100 do not fit into the 2048 positions of this model. Take fewer",
+        ),
         (("--compare", "somebody=1/2"), "--compare needs a price of this machine"),
         (("--price-per-hour", "-1"), "-1.0; a number above 0 is accepted"),
         (("--at-once", "0"), "numbers from 1 on"),

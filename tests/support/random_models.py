@@ -237,23 +237,30 @@ def youtu_like(seed: int = 0, **overrides: Any) -> YoutuForCausalLM:
     return model
 
 
+_THIN: dict[str, Any] = {
+    "intermediate_size": 32,
+    "moe_intermediate_size": 96,
+    "num_hidden_layers": 27,
+    "first_k_dense_replace": 25,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "q_lora_rank": None,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+}
+"""27 layers because llama.cpp tells by their number that a file has no low-rank queries; most are dense and thin, so
+that the file stays small."""
+
+
 def moonlight_like(seed: int = 0, **overrides: Any) -> DeepseekV3ForCausalLM:
-    """Moonlight: V3's router without groups, full-rank queries, plain RoPE; 27 layers as in `v2_lite_like`."""
+    """Moonlight: V3's router without groups, full-rank queries, plain RoPE."""
     moonlight = {
-        "intermediate_size": 32,
-        "moe_intermediate_size": 96,
-        "num_hidden_layers": 27,
-        "first_k_dense_replace": 25,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "q_lora_rank": None,
-        "kv_lora_rank": 64,
-        "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 32,
-        "n_routed_experts": 6,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 2,
+        **_THIN,
         "n_group": 1,
         "topk_group": 1,
         "routed_scaling_factor": 2.446,
@@ -299,28 +306,11 @@ def v2_like(seed: int = 0, **overrides: Any) -> DeepseekV2ForCausalLM:
 
 
 def v2_lite_like(seed: int = 0, **overrides: Any) -> DeepseekV2ForCausalLM:
-    """V2-Lite: full-rank queries, plain softmax top-k, experts whose width does not divide by 256.
-
-    27 layers because llama.cpp tells by their number that a file has no low-rank queries; most are dense and thin, so
-    that the file stays small.
-    """
+    """V2-Lite: full-rank queries, plain softmax top-k, experts whose width does not divide by 256."""
     config = DeepseekV2Config(
         **{
             **_SHARED,
-            "intermediate_size": 32,
-            "moe_intermediate_size": 96,
-            "num_hidden_layers": 27,
-            "first_k_dense_replace": 25,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "q_lora_rank": None,
-            "kv_lora_rank": 64,
-            "qk_nope_head_dim": 32,
-            "qk_rope_head_dim": 16,
-            "v_head_dim": 32,
-            "n_routed_experts": 6,
-            "num_experts_per_tok": 2,
-            "n_shared_experts": 2,
+            **_THIN,
             "topk_method": "greedy",
             "routed_scaling_factor": 1.0,
             "rope_parameters": _yarn(0.707),

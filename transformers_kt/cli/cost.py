@@ -38,7 +38,10 @@ def cost(
     """
     positions = plan(model, gpus=[], context=1 << 40).context
     if prompt + answer > positions:
-        raise InputError(f"{prompt + answer} tokens of prompt and answer; this model has {positions} positions")
+        raise InputError(
+            f"a prompt of {prompt} tokens and an answer of {answer} do not fit into the {positions} positions of this "
+            "model. Take fewer: --prompt, --answer"
+        )
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(model, kt_rules="auto")
@@ -107,7 +110,7 @@ def machine_of(
     for one, other, name, other_name in pairs:
         if (one is None) != (other is None):
             given, wanted = (name, other_name) if other is None else (other_name, name)
-            raise InputError(f"{given} says what a machine costs only together with {wanted}")
+            raise InputError(f"{given} says what a machine costs only together with {wanted}: give both")
     if per_hour is not None:
         if price is not None or watts is not None:
             raise InputError(

@@ -51,7 +51,7 @@ def profile_command(
     ones into the memory of a GPU. Everything is computed on the CPU.
     """
     if not output.parent.is_dir():
-        raise InputError(f"--output {output}: there is no folder {output.parent}")
+        raise InputError(f"--output {output}: there is no folder {output.parent}. Make it first, or name another file")
     read = {str(path): _text_of(path) for path in texts or ()} or bundled_texts()
     profile = _profile(model, gguf_path, threads, read)
     profile.write(output)
@@ -62,7 +62,7 @@ def _text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no text in UTF-8: {error}") from None
+        raise InputError(f"{path} is no text in UTF-8 ({error}). Convert it, or leave it out") from None
 
 
 def _profile(model: str, gguf_path: str | None, threads: int | None, texts: Mapping[str, str]) -> ExpertProfile:
@@ -79,7 +79,7 @@ def _profile(model: str, gguf_path: str | None, threads: int | None, texts: Mapp
     tokenizer = AutoTokenizer.from_pretrained(name, gguf_path=gguf_path, kt_rules="auto")
     ids = {source: tokenizer(text, verbose=False).input_ids for source, text in texts.items()}
     if empty := [source for source, found in ids.items() if not found]:
-        raise InputError(f"{empty[0]} holds no text")
+        raise InputError(f"{empty[0]} holds no text. Leave it out, or leave all out for the bundled pages")
     loaded: Any = AutoModel.from_pretrained(name, gguf_path=gguf_path, kt_rules=_RULES)
     dims = dims_of(loaded.config)
     at_once = min(_AT_ONCE, dims.context)
@@ -115,7 +115,9 @@ def _counted_choices(model: Any, name: str) -> Iterator[Mapping[int, torch.Tenso
 
         hooks.append(module.register_forward_pre_hook(count))
     if not counts:
-        raise InputError(f"{name} has no routed experts: there is nothing to choose")
+        raise InputError(
+            f"{name} has no routed experts, so there is nothing to profile; a mixture-of-experts model is accepted"
+        )
     try:
         yield counts
     finally:

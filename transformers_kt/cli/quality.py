@@ -71,7 +71,7 @@ def quality_command(
         _C.set_thread_count(threads)
     texts = None if not text else {path.name: path.read_text(encoding="utf-8") for path in text}
     if texts is not None and len(texts) < len(text or ()):
-        raise InputError("two text files have the same name; names tell them apart in the report")
+        raise InputError("two text files have the same name, and names tell them apart in the report. Rename one")
     # "auto" is what a GGUF gets anyway, and would refuse a folder of original weights.
     shared: dict[str, Any] = {
         "gguf_path": gguf_path,
