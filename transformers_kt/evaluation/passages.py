@@ -71,7 +71,7 @@ def cut(texts: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, context: i
     if size < _LEAST_TOKENS:
         raise InputError(f"context={context}; at least {len(front) + _LEAST_TOKENS} tokens are accepted")
     if not texts:
-        raise InputError("texts= is empty; at least one text is accepted, or None for the bundled ones")
+        raise InputError("there is no text: texts= is empty. At least one is accepted, or None for the bundled ones")
     windows = []
     for number, (name, text) in enumerate(texts.items()):
         ids = tuple(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
