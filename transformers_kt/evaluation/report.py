@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _ALL = "all"
 _MEANINGS = (
     "KL divergence, in nats: how far the probabilities of the next token are from the reference's; 0 is none. Same top "
-    "token: how often both think the same token likeliest. Perplexity: among how many tokens a model wavers, as it "
-    "were; lower is better. Behind ± is one standard error, for which tokens count as independent."
+    "token: how often both think the same token likeliest. Perplexity: the exponential of the mean negative log "
+    "likelihood of a token; lower is better. Behind ± is one standard error, for which tokens count as independent."
 )
 
 
